@@ -1,0 +1,51 @@
+# Everything starts from nothing: `make demo` and `make test` create .venv, install, and fetch what they need.
+# A stamp file a step makes a second run take seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+.PHONY: help demo test test-gpu test-slow lint format clean
+
+help:
+	@echo "make demo   install what running needs and answer a question with the default model"
+	@echo "make test   install the test extras, lint, run the whole suite"
+	@echo "make lint   ruff; make format writes its fixes"
+	@echo "make test-gpu, make test-slow   the checks that need a GPU, or minutes"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: an open range may resolve to a build several times as large.
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,test]'
+	@touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/martlet infer --prompt "What is the capital of France?" --temperature 0 --max_new_tokens 64
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/martlet models pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache

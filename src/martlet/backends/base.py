@@ -1,0 +1,105 @@
+"""One protocol for whatever generates: our engine, transformers, vLLM. Everything above this line is backend-blind.
+
+A backend takes requests from any thread and gives outputs to a sink; waiting for them, synchronously or in asyncio, is
+written once, here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Protocol
+
+from martlet.engine.request import Output, Request, Stats
+from martlet.hub.card import ModelCard
+from martlet.hub.tokenizer import Tokenizer
+
+
+class Sink(Protocol):
+    """Where outputs go. `put` is called on the backend's thread, once a step, and must not block."""
+
+    def put(self, outputs: list[Output]) -> None: ...
+
+
+class Backend(ABC):
+    """A loaded model that answers requests.
+
+    max_model_len: prompt and output tokens together. max_logprobs: largest k of logprobs.
+    """
+
+    name: str
+    card: ModelCard
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int = 20
+
+    @abstractmethod
+    def submit(self, requests: Iterable[Request], sink: Sink) -> None:
+        """Queue requests; their outputs go to `sink` until the one marked `last`.
+
+        Raises InvalidRequest for a request that can never run; then none of the requests is queued.
+        """
+
+    @abstractmethod
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop requests and free what they hold within a step. Unknown and finished ids are ignored.
+
+        The sink still gets a last Output with finish_reason "abort".
+        """
+
+    @abstractmethod
+    def stats(self) -> Stats: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Abort what runs, free memory, join threads. Idempotent."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Run requests and yield outputs as they come. Leaving the iterator early aborts the rest."""
+        requests = list(requests)
+        open_ids = {r.id for r in requests}
+        outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self.submit(requests, outbox)
+        try:
+            while open_ids:
+                for output in outbox.get():
+                    if output.last:
+                        open_ids.discard(output.request_id)
+                    yield output
+        finally:
+            if open_ids:
+                self.abort(open_ids)
+
+    async def stream(self, request: Request) -> AsyncIterator[Output]:
+        """Run one request in asyncio. Cancelling or closing the iterator aborts it."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Output] = asyncio.Queue()
+        finished = False
+        self.submit([request], _LoopSink(loop, inbox))
+        try:
+            while not finished:
+                output = await inbox.get()
+                finished = output.last
+                yield output
+        finally:
+            if not finished:
+                self.abort([request.id])
+
+
+class _LoopSink:
+    """Carries outputs from the backend's thread into an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Output]):
+        self.loop, self.inbox = loop, inbox
+
+    def put(self, outputs: list[Output]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self.loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.inbox.put_nowait(output)

@@ -1,0 +1,38 @@
+"""What is known about one model: the object every room passes around instead of a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Format = Literal["safetensors", "gguf", "dummy"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A resolved model, present on this machine.
+
+    name: what the user calls it (registry name, or the folder's or file's name for a path).
+    path: a folder holding config.json (+ tokenizer.json, *.safetensors), or a .gguf file.
+    family: page in martlet.model.families, e.g. "llama". template: named chat template that overrides the checkpoint's
+    own, or None to use the one inside the checkpoint. model_type: SWIFT 2.x registry key, when there is one.
+    """
+
+    name: str
+    path: Path
+    format: Format
+    family: str
+    source: str = ""
+    template: str | None = None
+    tool_format: str | None = None
+    capabilities: tuple[str, ...] = ("completion",)  # "chat", "completion", "tools", "embedding"
+    licence: str = ""
+    model_type: str | None = None
+    lora_target_modules: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict, repr=False)  # Hugging Face config.json, also for GGUF
+    generation_config: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_chat(self) -> bool:
+        return "chat" in self.capabilities

@@ -1,0 +1,60 @@
+"""Reading weights as numpy, one tensor at a time, memory-mapped. No pickle, no torch.
+
+`open_checkpoint(card)` gives one of the readers beside this file (safetensors, gguf, dummy) behind `Checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A quantised matrix as it lies in the file.
+
+    format: name of the block format in lower case ("q4_1", "q8_0", "q4_k", ...). shape: logical [out, in].
+    data: uint8 [out, bytes per row], the blocks of one row after another (a view of the file).
+    dequantise: data -> float32 [out, in].
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+    unpack: Callable[[np.ndarray], np.ndarray]
+
+    def dequantise(self) -> np.ndarray:
+        return self.unpack(self.data).reshape(self.shape)
+
+    def rows(self, index: np.ndarray) -> PackedTensor:
+        """The same matrix with its output rows in another order: blocks run along a row, so rows move whole."""
+        return PackedTensor(self.format, self.shape, self.data[index], self.unpack)
+
+
+Tensor = np.ndarray | PackedTensor
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint. Names are the file's own; families translate."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape, outermost first. KeyError when the file has no such tensor."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor: a numpy view (float32, float16, ml_dtypes.bfloat16) or a PackedTensor.
+
+        Raises CheckpointError naming file and tensor when the bytes are not all there.
+        """
+        ...
+
+    def where(self, name: str) -> str:
+        """The file that holds the tensor, for error messages."""
+        ...
+
+    def close(self) -> None: ...

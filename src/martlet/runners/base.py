@@ -1,0 +1,158 @@
+"""The seam between the engine and whatever computes: flat numpy arrays in, tokens out.
+
+Who owns what. The engine owns requests, the order in which they run, blocks and their reference counts. A runner owns
+the network, the KV memory and, for each *row*, the token ids, the block table and the sampling state. The engine sends
+only what changed: sequences that enter a row, block-table entries, and how many tokens each row computes in the step.
+A runner writes the token it samples into the row's token list by itself, so the next step can be launched before any
+Python has seen it (`Runner.lag`). No torch here: a runner without torch can stand behind this seam.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from martlet.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a model. Every None or "auto" is decided by the runner from the model and the machine, and printed.
+
+    device: "auto", "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16". max_model_len: longest sequence,
+    at most what the model allows. max_num_seqs: sequences in a batch. kv_cache_tokens: size of the KV memory in tokens;
+    None sizes it from `memory_utilization` of the memory that is free. seed: of dummy weights.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quant: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    kv_cache_tokens: int | None = None
+    memory_utilization: float = 0.9
+    block_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a runner can keep for sequences, decided when it loads.
+
+    block_size: tokens a KV block holds; num_blocks: how many blocks there are. Block ids are 0 ... num_blocks - 1.
+    max_rows: sequences that may be in a batch; max_model_len: longest sequence in tokens, prompt and output together.
+    bytes_per_token: KV bytes of one token over all layers (for reports).
+    """
+
+    block_size: int
+    num_blocks: int
+    max_rows: int
+    max_model_len: int
+    bytes_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A sequence enters `row` (first time, or again after a preemption); whatever the row held before is void.
+
+    tokens: int32 [n], all tokens known now: the prompt, and after a preemption also the output so far.
+    prompt_len: how many of them are prompt. seed: always a concrete 64-bit value, 0 <= seed < 2**64.
+    end_ids: tokens that end this sequence, not to be sampled before `params.min_tokens` outputs.
+    """
+
+    row: int
+    tokens: np.ndarray
+    prompt_len: int
+    params: SamplingParams
+    seed: int
+    end_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. B sequences take part; sequence b computes tokens start[b] ... start[b] + count[b] - 1 of its row.
+
+    Applied in this order: new_rows; block table writes table[block_rows, block_slots] = block_ids; KV block copies
+    (source, target), all reads before all writes; then the forward pass; then sampling for the sequences with
+    sample[b], whose last computed token is the newest one the row holds. The sampled token becomes the row's token
+    number start[b] + count[b].
+    """
+
+    rows: np.ndarray  # int32 [B]
+    start: np.ndarray  # int32 [B], tokens computed before this step (their KV is in the blocks)
+    count: np.ndarray  # int32 [B], tokens to compute now, >= 1
+    sample: np.ndarray  # bool [B]
+    new_rows: list[NewRow] = field(default_factory=list)
+    block_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
+    block_slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
+    block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
+    copies: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))  # int32 [C, 2] source, target
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.count.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token that stands there, and of the k most likely ones (descending).
+
+    rank: 1 for the most likely token of the vocabulary.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top_ids: np.ndarray  # int32 [k]
+    top_logprobs: np.ndarray  # float32 [k]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave. tokens: int32 [B], -1 where nothing was sampled.
+
+    logprobs[b]: of the sampled token, for sequences whose params ask. prompt_logprobs[b]: one entry for each position
+    p in start[b] ... start[b] + count[b] - 1 with p + 1 < prompt_len, telling of token p + 1 given tokens 0 ... p.
+    """
+
+    tokens: np.ndarray
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it gave; to be called once, in launch order."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs steps of one model on one device.
+
+    lag: how many steps may be in flight before the engine must ask for the oldest one's result. 0: `launch` computes
+    at once (CPU); 1: the engine launches step n + 1 before it reads step n (CUDA).
+    max_step_tokens: most tokens of a step that this machine should compute, so that a mixed step stays short.
+    """
+
+    memory: MemoryPlan
+    vocab_size: int
+    lag: int
+    max_step_tokens: int
+
+    def launch(self, batch: Batch) -> Step: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is already computed."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
