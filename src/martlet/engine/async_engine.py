@@ -1,0 +1,117 @@
+"""The engine on a thread of its own, for servers and iterators. Other threads queue commands; the engine takes them
+between steps, so no lock is ever held while a step computes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Protocol
+
+from martlet.engine.engine import Engine
+from martlet.engine.request import Output, Request, Stats
+from martlet.errors import InvalidRequest, MartletError
+
+log = logging.getLogger("martlet")
+
+
+class Sink(Protocol):
+    """Where outputs go: called on the engine's thread at most once a step; must not block."""
+
+    def put(self, outputs: list[Output]) -> None: ...
+
+
+class AsyncEngine:
+    """Thread-safe face of an Engine, which belongs to it from now on. An idle engine sleeps on a condition."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._wake = threading.Condition()
+        self._incoming: list[Request] = []
+        self._aborts: list[str] = []
+        self._sinks: dict[str, Sink] = {}
+        self._closing = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="martlet-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Iterable[Request], sink: Sink) -> None:
+        """Queue requests; `sink` gets their outputs until the one marked `last`.
+
+        Raises InvalidRequest or Overloaded, and then queues none of them.
+        """
+        requests = list(requests)
+        for request in requests:
+            self.engine.check(request)
+        with self._wake:
+            if self._closing or self._failure:
+                raise MartletError(self._failure or "the engine is shut down")
+            ids = [request.id for request in requests]
+            if len(set(ids)) < len(ids) or not self._sinks.keys().isdisjoint(ids):
+                raise InvalidRequest(
+                    "request ids must differ from each other and from running ones", param="request_id"
+                )
+            self.engine.check_room(len(self._incoming) + len(ids))
+            self._sinks.update(dict.fromkeys(ids, sink))
+            self._incoming += requests
+            self._wake.notify()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        with self._wake:
+            self._aborts += request_ids
+            self._wake.notify()
+
+    def stats(self) -> Stats:
+        return self.engine.stats()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._failure is None
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Abort what runs, tell its sinks, and stop the thread. May be called twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._deliver(self.engine.step())
+        except Exception as error:  # a bug in the engine itself: nobody may wait for ever because of it
+            log.exception("the engine thread died")
+            self._failure = "the engine died; see the log"
+            with self._wake:
+                ids = list(self._sinks)
+            self._deliver([Output(request_id=i, finish_reason="error", error=error, last=True) for i in ids])
+        else:
+            self.engine.close()
+            self._deliver(self.engine.step())
+
+    def _take_commands(self) -> bool:
+        """Wait until there is something to do, and apply what was asked meanwhile. False: time to stop."""
+        with self._wake:
+            while not (self._incoming or self._aborts or self._closing or self.engine.has_work):
+                self._wake.wait()
+            if self._closing:
+                self._aborts += self._sinks
+            incoming, self._incoming = self._incoming, []
+            aborts, self._aborts = self._aborts, []
+        for request in incoming:
+            self.engine.enqueue(request)
+        for request_id in aborts:
+            self.engine.abort(request_id)
+        return not self._closing
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        news: dict[int, tuple[Sink, list[Output]]] = {}
+        with self._wake:
+            for output in outputs:
+                sink = self._sinks[output.request_id]
+                news.setdefault(id(sink), (sink, []))[1].append(output)
+                if output.last:
+                    del self._sinks[output.request_id]
+        for sink, batch in news.values():
+            sink.put(batch)

@@ -1,0 +1,301 @@
+"""The engine: requests in, outputs out, one step at a time. Synchronous, deterministic; no HTTP and no asyncio."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from martlet.engine.block_pool import root_digest
+from martlet.engine.detokenizer import Detokenizer
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import FinishReason, Output, Request, Stats
+from martlet.engine.scheduler import Plan, Scheduler
+from martlet.engine.sequence import Sequence
+from martlet.errors import InvalidRequest, MartletError, Overloaded
+from martlet.hub.tokenizer import Tokenizer
+from martlet.runners.base import Runner, Step, StepResult
+
+log = logging.getLogger("martlet")
+
+BROKEN_AFTER = 3  # failed steps in a row after which the engine reports itself broken
+
+
+class Engine:
+    """Runs requests on a runner.
+
+    `step` launches one step and takes in the oldest one under way, so with a runner whose `lag` is 1 the next step is
+    computing while Python reads the last one's tokens. A step that raises fails the requests in it and no others.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, options: EngineOptions | None = None):
+        options = options or EngineOptions()
+        memory = runner.memory
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.max_model_len = min(memory.max_model_len, memory.num_blocks * memory.block_size)
+        self.max_num_queued = options.max_num_queued
+        self.scheduler = Scheduler(
+            memory,
+            options.max_num_batched_tokens or runner.max_step_tokens,
+            prefix_caching=options.enable_prefix_caching,
+        )
+        self._random = random.Random(options.seed)
+        self._requests: dict[str, list[Sequence]] = {}  # sequences of each request that have not ended
+        self._forks: dict[str, list[Sequence]] = {}  # sequences that wait for their leader to compute the prompt
+        self._in_flight: deque[tuple[Plan, Step | BaseException]] = deque()
+        self._outbox: list[Output] = []
+        self._arrivals = self._steps = self._failed_in_a_row = 0
+        self._prompt_tokens = self._generated_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._error: str | None = None
+        self._step_began: float | None = None
+
+    # Requests
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequest when `request` can never run. Changes nothing; any thread may call it."""
+        length = len(request.prompt_token_ids)
+        if length == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if length >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {length} tokens; this model takes at most {self.max_model_len} for prompt and "
+                "output together",
+                param="prompt",
+            )
+        tokens = np.asarray(request.prompt_token_ids)
+        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= self.runner.vocab_size:
+            raise InvalidRequest(f"prompt token ids go from 0 to {self.runner.vocab_size - 1}", param="prompt")
+        request.params.check_vocabulary(self.runner.vocab_size)
+        if request.params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model has none", param="stop")
+        if request.adapter is not None:
+            raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
+        if request.id in self._requests:
+            raise InvalidRequest(f"a request with id {request.id!r} is running", param="request_id")
+
+    def check_room(self, count: int) -> None:
+        """Raise Overloaded when `count` more requests would wait longer in line than the queue's limit allows."""
+        limit = self.max_num_queued
+        if limit is not None and len(self.scheduler.waiting) + count > limit:
+            raise Overloaded(
+                f"at most {limit} requests may wait, and {len(self.scheduler.waiting)} do; try again later"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises what `check` and `check_room` raise."""
+        self.check(request)
+        self.check_room(1)
+        self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request that `check` has passed."""
+        params = request.params
+        tokens = np.asarray(request.prompt_token_ids, np.int32)
+        room = self.max_model_len - len(tokens)
+        seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        eos = () if params.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
+        end_ids = tuple(dict.fromkeys([*eos, *params.stop_token_ids]))
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                order=(request.priority, self._arrivals, index),
+                tokens=tokens,
+                prompt_len=len(tokens),
+                limit=len(tokens) + min(params.max_tokens or room, room),
+                seed=(seed + index) % 2**64,
+                end_ids=end_ids,
+                root=root_digest(request.adapter, request.cache_salt),
+                detokenizer=Detokenizer(self.tokenizer, params) if self.tokenizer and params.detokenize else None,
+            )
+            for index in range(params.n)
+        ]
+        self._arrivals += 1
+        self._prompt_tokens += len(tokens)
+        leader, *forks = self._requests[request.id] = sequences
+        for fork in forks:
+            fork.leader = leader
+        if forks:
+            self._forks[request.id] = forks
+        self.scheduler.add([leader])
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and free all it holds now. Its last Output comes with the next step. Unknown ids: nothing."""
+        for seq in list(self._requests.get(request_id, ())):
+            self._end(seq, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._in_flight or self._outbox)
+
+    # Steps
+
+    def step(self) -> list[Output]:
+        """Launch the next step, take in the oldest one due, and return what came out."""
+        self._step_began = time.monotonic()
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._steps += 1
+            self._in_flight.append((plan, self._launch(plan)))
+        if self._in_flight and (plan is None or len(self._in_flight) > self.runner.lag):
+            self._take_in(*self._in_flight.popleft())
+        outputs, self._outbox = self._outbox, []
+        self._step_began = None
+        return outputs
+
+    def _launch(self, plan: Plan) -> Step | BaseException:
+        try:
+            return self.runner.launch(plan.batch)
+        except Exception as error:  # told to the requests of this step when it is taken in
+            return error
+
+    def _take_in(self, plan: Plan, step: Step | BaseException) -> None:
+        try:
+            if isinstance(step, BaseException):
+                raise step
+            result = step.result()
+        except Exception as error:
+            self._fail(plan, error)
+            return
+        self._failed_in_a_row, self._error = 0, None
+        table, batch = self.scheduler.table, plan.batch
+        live, ended = self.scheduler.complete(plan, result.tokens)
+        self._generated_tokens += int((live & batch.sample).sum())
+        if self._forks:
+            self._release_forks(plan, live)
+        attention = live & batch.sample & (ended | table.watched[batch.rows])
+        for b in result.prompt_logprobs:
+            if live[b]:
+                self._keep_prompt_logprobs(table.sequences[batch.rows[b]], result, plan, b)
+        for b in np.flatnonzero(attention).tolist():
+            self._advance(table.sequences[batch.rows[b]], int(result.tokens[b]), bool(ended[b]), result.logprobs.get(b))
+
+    def _advance(self, seq: Sequence, token: int, ended: bool, logprobs) -> None:
+        """A token came for a sequence that somebody watches, or that ends with it."""
+        if logprobs is not None:
+            seq.logprobs.append(logprobs)
+        request, detokenizer = seq.request, seq.detokenizer
+        by_token = ended and token in seq.end_ids
+        stop = None
+        if detokenizer is not None and (request.stream or request.params.stop):
+            # The text of the token that ends the answer is not part of it.
+            stop = detokenizer.feed([] if by_token else [token])
+        if stop is not None:
+            self._end(seq, "stop", stop)
+        elif by_token:
+            self._end(seq, "stop", token if token in request.params.stop_token_ids else None)
+        elif ended:
+            self._end(seq, "length")
+        elif request.stream:
+            self._report(seq)
+
+    def _end(self, seq: Sequence, reason: FinishReason, stop: str | int | None = None, error=None) -> None:
+        """The sequence is over: report what is left of it and free what it holds."""
+        self.scheduler.remove(seq)
+        request = seq.request
+        open_sequences = self._requests[request.id]
+        open_sequences.remove(seq)
+        if not open_sequences:
+            del self._requests[request.id]
+            self._forks.pop(request.id, None)
+            self._finished[reason] += 1
+        self._report(seq, reason, stop, error, last=not open_sequences)
+
+    def _report(self, seq: Sequence, reason: FinishReason | None = None, stop=None, error=None, last=False) -> None:
+        request, detokenizer = seq.request, seq.detokenizer
+        tokens = self.scheduler.table.output(seq, seq.reported)
+        text = ""
+        if detokenizer is not None:
+            if not (request.stream or request.params.stop):  # nobody needed the text before now
+                ends = reason == "stop" and tokens and tokens[-1] in seq.end_ids
+                detokenizer.feed(tokens[:-1] if ends else tokens)
+            if reason is not None:
+                detokenizer.finish()
+            text = detokenizer.delta(final=reason is not None)
+        wants_logprobs = request.params.logprobs is not None
+        tells_prompt = request.params.prompt_logprobs is not None and seq.index == 0 and seq.reported == 0
+        self._outbox.append(
+            Output(
+                request_id=request.id,
+                index=seq.index,
+                token_ids=tokens,
+                text=text,
+                logprobs=seq.logprobs[seq.reported :] if wants_logprobs else None,
+                finish_reason=reason,
+                stop_reason=stop,
+                prompt_logprobs=[None, *seq.prompt_logprobs] if tells_prompt else None,
+                prompt_tokens=seq.prompt_len,
+                cached_tokens=max(seq.cached_tokens, 0),
+                error=error,
+                last=last,
+            )
+        )
+        seq.reported += len(tokens)
+
+    def _keep_prompt_logprobs(self, seq: Sequence, result: StepResult, plan: Plan, b: int) -> None:
+        """Append those of this step; after a preemption positions are computed again, and count once."""
+        if seq.index == 0:
+            seq.prompt_logprobs += result.prompt_logprobs[b][len(seq.prompt_logprobs) - int(plan.batch.start[b]) :]
+
+    def _release_forks(self, plan: Plan, live: np.ndarray) -> None:
+        """Queue the other sequences of requests whose prompt has been computed."""
+        table, batch = self.scheduler.table, plan.batch
+        for b in np.flatnonzero(live & batch.sample).tolist():
+            seq = table.sequences[batch.rows[b]]
+            if seq.index == 0:
+                self.scheduler.add(self._forks.pop(seq.request.id, ()))
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        table, batch = self.scheduler.table, plan.batch
+        expected = isinstance(error, MartletError)
+        log.error("a step of %d sequences failed: %s", len(batch.rows), error, exc_info=None if expected else error)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= BROKEN_AFTER:
+            self._error = f"{self._failed_in_a_row} steps in a row failed"
+        for row in batch.rows[table.epoch[batch.rows] == plan.epochs].tolist():
+            for seq in list(self._requests[table.sequences[row].request.id]) if table.sequences[row] else ():
+                self._end(seq, "error", error=error)
+
+    def stats(self) -> Stats:
+        """A snapshot; any thread may call it."""
+        scheduler, began = self.scheduler, self._step_began
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + sum(map(len, list(self._forks.values()))),
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            cached_tokens=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            steps=self._steps,
+            finished=dict(self._finished),
+            error=self._error,
+            busy_seconds=0.0 if began is None else time.monotonic() - began,
+        )
+
+    def close(self) -> None:
+        """Abort everything and give the runner's memory back."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        while self._in_flight:
+            self._take_in(*self._in_flight.popleft())
+        self.runner.close()
+
+
+def drain(engine: Engine, requests: Iterable[Request]) -> list[Output]:
+    """Run requests to their end on this thread and return all outputs, in the order they came."""
+    for request in requests:
+        engine.add(request)
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs

@@ -1,0 +1,263 @@
+"""Who computes how many tokens in the next step.
+
+There are no phases. A sequence has tokens that are known and tokens that are computed; a step gives each sequence some
+of the difference, under a budget. Prefill, chunked prefill, decode, a prefix-cache hit and resumption after preemption
+are all that one rule. Sequences run in the order (priority, arrival); memory that runs out is taken from the last.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from martlet.engine.block_pool import BlockPool
+from martlet.engine.sequence import RowTable, Sequence
+from martlet.runners.base import Batch, MemoryPlan, NewRow
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A batch, and the epochs its rows had: a result counts only for rows that have not changed hands since."""
+
+    batch: Batch
+    epochs: np.ndarray
+
+
+class Scheduler:
+    """Owns the queue, the rows and the blocks. Knows nothing of text, networks or devices.
+
+    Between `plan` and `complete` of a step further steps may be planned: a token that is being sampled counts as known.
+    """
+
+    def __init__(self, memory: MemoryPlan, max_step_tokens: int, *, prefix_caching: bool = True):
+        self.block_size = memory.block_size
+        self.max_step_tokens = max_step_tokens
+        self.prefix_caching = prefix_caching
+        self.pool = BlockPool(memory.num_blocks)
+        self.table = RowTable(memory.max_rows, memory.max_model_len)
+        self.waiting: list[Sequence] = []  # sorted by order
+        self.running: list[Sequence] = []  # sorted by order
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self._rows = np.empty(0, np.int32)  # rows of `running`; rebuilt when that changes
+        self._watermark = max(1, memory.num_blocks // 100)
+        self._new_rows: list[NewRow] = []
+        self._updates: list[tuple[int, int, int]] = []  # row, slot, block
+        self._copies: list[tuple[int, int]] = []  # source, target
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        for seq in sequences:
+            bisect.insort(self.waiting, seq, key=_order)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out for good, wherever it is, and give back what it holds."""
+        seq.finished = True
+        if seq.row >= 0:
+            self._stop_running(seq)
+        else:
+            at = bisect.bisect_left(self.waiting, seq.order, key=_order)
+            if at < len(self.waiting) and self.waiting[at] is seq:
+                del self.waiting[at]
+
+    def plan(self) -> Plan | None:
+        """Decide the next step; None when nothing can be computed now."""
+        table = self.table
+        rows = self._running_rows()
+        known = table.known[rows]
+        want = np.where(known < table.limit[rows], known - table.computed[rows], 0)
+
+        # Decodes first: one token each, so that nobody's stream waits behind a long prompt. Prompts share the rest of
+        # the budget in order; a quarter of it is theirs even when decodes alone would fill a step.
+        is_decode = want == 1
+        budget = max(self.max_step_tokens - int(is_decode.sum()), self.max_step_tokens // 4, 1)
+        queued = np.where(is_decode, 0, want)
+        share = np.clip(budget - (np.cumsum(queued) - queued), 0, queued)
+        count = np.where(is_decode, 1, share)
+        budget -= int(share.sum())
+
+        if self._make_room(rows, table.computed[rows] + count):
+            count[[table.sequences[row] is None for row in rows]] = 0  # some were preempted
+        else:
+            admitted, counts = self._admit(budget)
+            rows, count = np.append(rows, admitted), np.append(count, counts)
+
+        rows, count = rows[count > 0].astype(np.int32), count[count > 0].astype(np.int32)
+        if not len(rows):
+            return None
+        start = table.computed[rows]
+        after = start + count
+        sample = after == table.known[rows]
+        table.computed[rows] = after
+        table.known[rows] += sample
+        updates = np.array(self._updates, np.int32).reshape(-1, 3)
+        batch = Batch(
+            rows=rows,
+            start=start,
+            count=count,
+            sample=sample,
+            new_rows=self._new_rows,
+            block_rows=updates[:, 0],
+            block_slots=updates[:, 1],
+            block_ids=updates[:, 2],
+            copies=np.array(self._copies, np.int32).reshape(-1, 2),
+        )
+        self._new_rows, self._updates, self._copies = [], [], []
+        return Plan(batch, table.epoch[rows])
+
+    def complete(self, plan: Plan, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take in a step's sampled tokens (int32 [B], -1 for none).
+
+        Returns (live, ended), bool [B]: batch entries whose sequence is still there, and those that reached an end
+        token or their limit. The caller removes the ended ones.
+        """
+        table, batch = self.table, plan.batch
+        live = table.epoch[batch.rows] == plan.epochs
+        after = batch.start + batch.count
+        if self.prefix_caching:
+            for b in np.flatnonzero(live & (after // self.block_size > batch.start // self.block_size)):
+                self._register(table.sequences[batch.rows[b]], int(after[b]))
+        got = live & batch.sample
+        rows, token, position = batch.rows[got], tokens[got], after[got]
+        table.tokens[rows, position] = token
+        table.arrived[rows] = position + 1
+        ended = np.zeros(len(batch.rows), bool)
+        ended[got] = (position + 1 >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
+        return live, ended
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant is broken (for the simulator)."""
+        table = self.table
+        self.pool.check(seq.blocks for seq in self.running)
+        assert all(not seq.blocks and seq.row < 0 and not seq.finished for seq in self.waiting), "a waiter holds memory"
+        assert [s.order for s in self.waiting] == sorted(s.order for s in self.waiting), "queue out of order"
+        assert [s.order for s in self.running] == sorted(s.order for s in self.running), "running out of order"
+        assert {s.row for s in self.running} == {r for r, s in enumerate(table.sequences) if s is not None}, "rows"
+        for seq in self.running:
+            row = seq.row
+            assert table.sequences[row] is seq and not seq.finished, "row and sequence disagree"
+            assert table.computed[row] <= table.known[row] <= seq.limit, "computed more than is known"
+            assert table.computed[row] <= table.capacity[row] == len(seq.blocks) * self.block_size, "KV without a block"
+
+    # Rows and memory
+
+    def _running_rows(self) -> np.ndarray:
+        if len(self._rows) != len(self.running):
+            self._rows = np.array([seq.row for seq in self.running], np.int32)
+        return self._rows
+
+    def _make_room(self, rows: np.ndarray, target: np.ndarray) -> bool:
+        """Give running rows the blocks to hold `target` tokens. True when somebody had to be preempted for it."""
+        table = self.table
+        short = target > table.capacity[rows]
+        preempted = False
+        for row, tokens in zip(rows[short].tolist(), target[short].tolist(), strict=True):
+            seq = table.sequences[row]
+            while seq is not None and seq.row >= 0 and not self._extend(seq, tokens):
+                self._preempt(self.running[-1])  # in the end the sequence itself, when it is the last one left
+                preempted = True
+        return preempted
+
+    def _extend(self, seq: Sequence, tokens: int) -> bool:
+        """Blocks for `tokens` tokens. False, and nothing done, when there are not enough."""
+        more = max(0, -(-tokens // self.block_size) - len(seq.blocks))
+        if self.pool.num_free < more:
+            return False
+        for block in self.pool.take(more):
+            self._updates.append((seq.row, len(seq.blocks), block))
+            seq.blocks.append(block)
+        self.table.capacity[seq.row] = len(seq.blocks) * self.block_size
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, in its old place; what it computed stays findable until the blocks are needed."""
+        self._stop_running(seq)
+        bisect.insort(self.waiting, seq, key=_order)
+        self.preemptions += 1
+
+    def _stop_running(self, seq: Sequence) -> None:
+        del self.running[bisect.bisect_left(self.running, seq.order, key=_order)]
+        self._rows = np.empty(0, np.int32)
+        self._new_rows = [new for new in self._new_rows if new.row != seq.row]
+        self._updates = [update for update in self._updates if update[0] != seq.row]
+        self.table.leave(seq)
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+
+    # Admission
+
+    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
+        """Move sequences from the queue into rows while budget, rows and memory last, strictly in order.
+
+        A sequence gets the blocks for all it knows at once, so a prompt in chunks never runs out half way. Some blocks
+        stay free for those that run already, else the newcomer would soon be thrown out again.
+        """
+        rows: list[int] = []
+        counts: list[int] = []
+        while self.waiting and budget > 0 and self.table.has_free_row:
+            seq = self.waiting[0]
+            length = len(seq.tokens)
+            blocks, computed, tail = self._reusable(seq)
+            need = -(-length // self.block_size) - len(blocks)
+            spare = self._watermark if self.running else 0
+            if self.pool.num_free - self.pool.count_free(blocks) < need + spare:
+                break
+            del self.waiting[0]
+            bisect.insort(self.running, seq, key=_order)
+            self._enter(seq, blocks, computed)
+            if not self._extend(seq, length):
+                raise AssertionError("admission promised memory that is not there")
+            if tail is not None:
+                self._copies.append((tail, seq.blocks[len(blocks)]))
+            rows.append(seq.row)
+            counts.append(min(budget, length - computed))
+            budget -= counts[-1]
+        return rows, counts
+
+    def _reusable(self, seq: Sequence) -> tuple[list[int], int, int | None]:
+        """KV that somebody has computed already: (full blocks to share, tokens it covers, partial block to copy).
+
+        The last known token is never among them: computing it gives the logits to sample from. That is also the write
+        by which a fork first differs from its leader, so a fork copies the leader's partial block right when it enters.
+        """
+        usable = len(seq.tokens) - 1
+        full, partial = divmod(usable, self.block_size)
+        leader = seq.leader
+        if (
+            leader is not None
+            and leader.row >= 0
+            and self.table.computed[leader.row] >= usable  # not so after it was itself preempted
+            and len(seq.tokens) == seq.prompt_len
+        ):
+            return leader.blocks[:full], usable, leader.blocks[full] if partial else None
+        if not self.prefix_caching or seq.request.params.prompt_logprobs is not None:
+            return [], 0, None
+        blocks = self.pool.find(seq.block_digests(seq.tokens, full, self.block_size)[:full])
+        return blocks, len(blocks) * self.block_size, None
+
+    def _enter(self, seq: Sequence, blocks: list[int], computed: int) -> None:
+        self.pool.share(blocks)
+        seq.blocks = list(blocks)
+        seq.registered = len(blocks)
+        request = seq.request
+        watched = request.stream or bool(request.params.stop) or request.params.logprobs is not None
+        row = self.table.enter(seq, computed, watched)
+        if seq.cached_tokens < 0:
+            seq.cached_tokens = computed
+            self.prefix_queries += seq.prompt_len
+            self.prefix_hits += computed
+        self._updates += [(row, slot, block) for slot, block in enumerate(blocks)]
+        self._new_rows.append(NewRow(row, seq.tokens, seq.prompt_len, request.params, seq.seed, seq.end_ids))
+
+    def _register(self, seq: Sequence, computed: int) -> None:
+        """Make the full blocks among the first `computed` tokens findable."""
+        full = computed // self.block_size
+        digests = seq.block_digests(self.table.tokens[seq.row], full, self.block_size)
+        for slot in range(seq.registered, full):
+            self.pool.register(seq.blocks[slot], digests[slot])
+        seq.registered = full
+
+
+def _order(seq: Sequence) -> tuple[int, int, int]:
+    return seq.order

@@ -1,0 +1,91 @@
+"""A runner whose network is a hash of the context, read back from the KV blocks through the block table.
+
+A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
+a wrong answer, not only as a broken invariant.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from martlet.runners.base import Batch, MemoryPlan, StepResult
+
+VOCAB = 97
+
+
+def next_token(context: np.ndarray, seed: int) -> int:
+    """The token that follows `context`: what the fake network 'computes'."""
+    return zlib.crc32(np.ascontiguousarray(context, np.int32).tobytes(), seed & 0xFFFFFFFF) % VOCAB
+
+
+class FakeRunner:
+    """lag 0 computes in `launch`; lag 1 also computes in launch order but hands results over one step late."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, memory: MemoryPlan, *, lag: int = 0, max_step_tokens: int = 64):
+        self.memory, self.lag, self.max_step_tokens = memory, lag, max_step_tokens
+        self.kv = np.full((memory.num_blocks, memory.block_size), -1, np.int32)
+        self.tokens = np.full((memory.max_rows, memory.max_model_len + 1), -1, np.int32)
+        self.tables = np.full((memory.max_rows, -(-memory.max_model_len // memory.block_size)), -1, np.int32)
+        self.seeds = [0] * memory.max_rows
+        self.fail_next = False
+        self.under_way = 0
+        self.tokens_computed = 0
+
+    def launch(self, batch: Batch):
+        self.under_way += 1
+        assert self.under_way <= self.lag + 1, "more steps in flight than the runner allows"
+        if self.fail_next:
+            self.fail_next = False
+            self.under_way -= 1
+            raise RuntimeError("injected failure")
+        assert len(np.unique(batch.rows)) == len(batch.rows), "a row twice in a step"
+        for new in batch.new_rows:
+            self.tokens[new.row], self.tables[new.row] = -1, -1
+            self.tokens[new.row, : len(new.tokens)] = new.tokens
+            self.seeds[new.row] = new.seed
+        self.tables[batch.block_rows, batch.block_slots] = batch.block_ids
+        if len(batch.copies):
+            self.kv[batch.copies[:, 1]] = self.kv[batch.copies[:, 0]]
+        contexts = []
+        for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):
+            positions = np.arange(start, start + count)
+            assert count >= 1 and (self.tokens[row, positions] >= 0).all(), "a token is computed before it is known"
+            size = self.memory.block_size
+            self.kv[self.tables[row, positions // size], positions % size] = self.tokens[row, positions]
+        self.tokens_computed += batch.num_tokens
+        for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):  # after all writes
+            positions = np.arange(start + count)
+            size = self.memory.block_size
+            contexts.append(self.kv[self.tables[row, positions // size], positions % size])
+        sampled = np.full(len(batch.rows), -1, np.int32)
+        for b in np.flatnonzero(batch.sample):
+            row, length = batch.rows[b], len(contexts[b])
+            sampled[b] = next_token(contexts[b], self.seeds[row])
+            self.tokens[row, length] = sampled[b]
+        return _Result(self, StepResult(sampled))
+
+    def close(self) -> None:
+        self.kv = None
+
+
+class _Result:
+    def __init__(self, runner: FakeRunner, value: StepResult):
+        self.runner, self.value = runner, value
+
+    def result(self) -> StepResult:
+        self.runner.under_way -= 1
+        return self.value
+
+
+def expected_tokens(prompt, seed: int, limit: int, end_ids=()) -> list[int]:
+    """What a request must answer, whatever else runs beside it."""
+    context = list(prompt)
+    while len(context) < len(prompt) + limit:
+        context.append(next_token(np.array(context, np.int32), seed))
+        if context[-1] in end_ids:
+            break
+    return context[len(prompt) :]

@@ -1,0 +1,132 @@
+"""Thousands of random workloads through the real scheduler, pool and engine, on a fake network.
+
+After every step the invariants are checked; at the end every answer must be the one the request would get alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+from fake_runner import VOCAB, FakeRunner, expected_tokens
+
+from martlet.engine.block_pool import BlockPool
+from martlet.engine.engine import Engine
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
+from martlet.engine.scheduler import Scheduler
+from martlet.runners.base import MemoryPlan
+from martlet.sampling_params import SamplingParams
+
+WORKLOADS = 2500
+
+
+def simulate(seed: int) -> Engine:
+    """One random machine under one random load. Returns the engine, idle again."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 3, 4, 8])
+    blocks = rng.randint(4, 24)
+    memory = MemoryPlan(
+        block_size=block_size,
+        num_blocks=blocks,
+        max_rows=rng.randint(1, 6),
+        max_model_len=rng.randint(2, blocks * block_size),
+    )
+    runner = FakeRunner(memory, lag=rng.choice([0, 1]), max_step_tokens=rng.choice([1, 2, 5, 16, 64]))
+    engine = Engine(runner, options=EngineOptions(enable_prefix_caching=rng.random() < 0.8, seed=seed))
+    shared = [rng.randrange(VOCAB) for _ in range(memory.max_model_len)]
+    requests: dict[str, Request] = {}
+    aborted: set[str] = set()
+    failed: set[str] = set()
+    to_come = rng.randint(1, 8)
+    answers: dict[tuple[str, int], list[int]] = defaultdict(list)
+    closed: dict[str, int] = defaultdict(int)
+    idle_steps = 0
+
+    while to_come or engine.has_work:
+        if to_come and (rng.random() < 0.3 or not engine.has_work):
+            length = rng.randint(1, memory.max_model_len - 1)
+            same = rng.randint(0, length)
+            request = Request(
+                id=f"r{to_come}",
+                prompt_token_ids=shared[:same] + [rng.randrange(VOCAB) for _ in range(length - same)],
+                params=SamplingParams(
+                    n=rng.choice([1, 1, 1, 2, 4]),
+                    seed=rng.randrange(1000),
+                    max_tokens=rng.randint(1, 12),
+                    stop_token_ids=[rng.randrange(VOCAB)] if rng.random() < 0.3 else None,
+                ),
+                priority=rng.choice([0, 0, 0, -1, 1]),
+                stream=rng.random() < 0.5,
+                cache_salt=rng.choice([None, None, "salt"]),
+            )
+            requests[request.id] = request
+            engine.add(request)
+            to_come -= 1
+        if requests and rng.random() < 0.03:
+            victim = rng.choice(list(requests))
+            aborted.add(victim)
+            engine.abort(victim)
+        if rng.random() < 0.003:
+            runner.fail_next = True
+        before = runner.tokens_computed
+        outputs = engine.step()
+        engine.scheduler.check()
+        idle_steps = 0 if outputs or runner.tokens_computed > before else idle_steps + 1
+        assert idle_steps < 5, "no progress"
+        for output in outputs:
+            answers[output.request_id, output.index] += output.token_ids
+            assert not closed[output.request_id], "an output after the last one"
+            closed[output.request_id] += output.last
+            if output.finish_reason == "error":
+                failed.add(output.request_id)
+
+    for request in requests.values():
+        assert closed[request.id] == 1, "a request was lost"
+        params = request.params
+        for index in range(params.n):
+            room = engine.max_model_len - len(request.prompt_token_ids)
+            limit = min(params.max_tokens, room)
+            want = expected_tokens(request.prompt_token_ids, params.seed + index, limit, params.stop_token_ids)
+            got = answers[request.id, index]
+            if request.id in aborted | failed:
+                want = want[: len(got)]
+            assert got == want, f"workload {seed}: {request.id}[{index}] got {got}, alone it gives {want}"
+    stats = engine.stats()
+    assert stats.running == stats.waiting == stats.kv_blocks_used == 0, "memory leaked"
+    return engine
+
+
+def test_random_workloads():
+    preemptions = hits = 0
+    for seed in range(WORKLOADS):
+        engine = simulate(seed)
+        preemptions += engine.stats().preemptions
+        hits += engine.stats().prefix_hits
+    assert preemptions > WORKLOADS / 10 and hits > WORKLOADS, "the workloads do not exercise what they should"
+
+
+BREAKAGES = {
+    "a released block is not free": (BlockPool, "release", lambda self, blocks: None),
+    "a shared block gains no owner": (BlockPool, "share", lambda self, blocks: None),
+    "a taken block keeps its old digest": (BlockPool, "forget", lambda self, block: None),
+    "a partial block is not copied": (Scheduler, "_reusable", None),
+    "running sequences get no new blocks": (Scheduler, "_make_room", lambda self, rows, target: False),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_a_broken_invariant_is_noticed(what, monkeypatch):
+    owner, name, broken = BREAKAGES[what]
+    if broken is None:
+        real = getattr(owner, name)
+
+        def broken(self, seq):
+            blocks, computed, _ = real(self, seq)
+            return blocks, computed, None
+
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        for seed in range(200):
+            simulate(seed)
