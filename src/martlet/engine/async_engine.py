@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from martlet.engine.engine import Engine
@@ -62,7 +63,8 @@ class AsyncEngine:
             self._wake.notify()
 
     def stats(self) -> Stats:
-        return self.engine.stats()
+        stats = self.engine.stats()
+        return replace(stats, waiting=stats.waiting + len(self._incoming), error=self._failure or stats.error)
 
     @property
     def alive(self) -> bool:

@@ -1,0 +1,116 @@
+import queue
+import threading
+
+import pytest
+from fake_runner import FakeRunner, expected_tokens
+
+from martlet.engine import AsyncEngine, Engine, Request
+from martlet.errors import InvalidRequest, MartletError, Overloaded
+from martlet.runners.base import MemoryPlan
+from martlet.sampling_params import SamplingParams
+
+MEMORY = MemoryPlan(block_size=4, num_blocks=64, max_rows=8, max_model_len=64)
+
+
+@pytest.fixture
+def engine():
+    engine = AsyncEngine(Engine(FakeRunner(MEMORY, lag=1)))
+    yield engine
+    engine.close()
+    assert not engine._thread.is_alive()
+
+
+def ask(name, seed=0, **params):
+    return Request(name, [1, 2, 3], SamplingParams(**{"seed": seed, "max_tokens": 20, **params}), stream=True)
+
+
+def collect(outbox, count):
+    """Outputs until `count` requests have had their last one."""
+    outputs = []
+    while count:
+        news = outbox.get(timeout=10)
+        outputs += news
+        count -= sum(o.last for o in news)
+    return outputs
+
+
+def test_many_threads_get_their_own_answers(engine):
+    answers = {}
+
+    def client(number):
+        outbox = queue.SimpleQueue()
+        engine.submit([ask(f"{number}-{i}", seed=number * 10 + i) for i in range(3)], outbox)
+        for output in collect(outbox, 3):
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert answers == {f"{n}-{i}": expected_tokens([1, 2, 3], n * 10 + i, 20) for n in range(6) for i in range(3)}
+
+
+def test_a_step_gives_a_sink_its_news_in_one_put(engine):
+    outbox = queue.SimpleQueue()
+    engine.submit([ask(f"r{i}", n=1) for i in range(5)], outbox)
+    sizes = []
+    left = 5
+    while left:
+        news = outbox.get(timeout=10)
+        sizes.append(len(news))
+        left -= sum(o.last for o in news)
+    assert max(sizes) == 5
+
+
+def test_abort_ends_a_request_soon(engine):
+    outbox = queue.SimpleQueue()
+    engine.submit([ask("a", max_tokens=60)], outbox)
+    outbox.get(timeout=10)
+    engine.abort(["a", "unknown"])
+    assert collect(outbox, 1)[-1].finish_reason in ("abort", "length")
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_a_bad_request_queues_none_of_its_batch(engine):
+    outbox = queue.SimpleQueue()
+    with pytest.raises(InvalidRequest):
+        engine.submit([ask("a"), Request("b", [])], outbox)
+    with pytest.raises(InvalidRequest, match="ids"):
+        engine.submit([ask("a"), ask("a")], outbox)
+    engine.submit([ask("a")], outbox)
+    assert collect(outbox, 1)
+
+
+def test_close_tells_those_who_wait():
+    engine = AsyncEngine(Engine(FakeRunner(MEMORY)))
+    engine.engine.runner.max_step_tokens = 1
+    outbox = queue.SimpleQueue()
+    engine.submit([ask(f"r{i}", max_tokens=60) for i in range(30)], outbox)
+    engine.close()
+    reasons = {o.finish_reason for o in collect(outbox, 30) if o.last}
+    assert reasons <= {"abort", "length"} and "abort" in reasons
+    with pytest.raises(MartletError, match="shut down"):
+        engine.submit([ask("x")], outbox)
+
+
+def test_a_bug_in_the_engine_leaves_nobody_waiting():
+    engine = AsyncEngine(Engine(FakeRunner(MEMORY)))
+    engine.engine.step = lambda: 1 / 0
+    outbox = queue.SimpleQueue()
+    engine.submit([ask("a")], outbox)
+    (output,) = outbox.get(timeout=10)
+    assert output.finish_reason == "error" and output.last
+    engine._thread.join(10)
+    assert not engine.alive and engine.stats().error
+    with pytest.raises(MartletError, match="died"):
+        engine.submit([ask("b")], outbox)
+
+
+def test_the_queue_limit_counts_what_is_on_its_way():
+    from martlet.engine import EngineOptions
+
+    engine = AsyncEngine(Engine(FakeRunner(MEMORY), options=EngineOptions(max_num_queued=2)))
+    with pytest.raises(Overloaded):
+        engine.submit([ask(f"r{i}") for i in range(3)], queue.SimpleQueue())
+    engine.close()

@@ -1,0 +1,182 @@
+"""What requests get from the engine, on the fake network."""
+
+import numpy as np
+import pytest
+from byte_tokenizer import EOS, ByteTokenizer
+from fake_runner import VOCAB, FakeRunner, expected_tokens
+
+from martlet.engine.engine import Engine, drain
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
+from martlet.errors import InvalidRequest, Overloaded
+from martlet.runners.base import Done, MemoryPlan, StepResult
+from martlet.sampling_params import SamplingParams
+
+MEMORY = MemoryPlan(block_size=4, num_blocks=32, max_rows=4, max_model_len=64)
+
+
+def make(lag=0, **options) -> Engine:
+    return Engine(FakeRunner(MEMORY, lag=lag), options=EngineOptions(seed=1, **options))
+
+
+def ask(name="r", prompt=(1, 2, 3), stream=False, priority=0, **params) -> Request:
+    return Request(name, list(prompt), SamplingParams(**{"seed": 7, **params}), priority=priority, stream=stream)
+
+
+class Scripted(FakeRunner):
+    """Answers every request with the bytes of a text, then the end token."""
+
+    vocab_size = ByteTokenizer.vocab_size
+
+    def __init__(self, text: str, prompt_len: int):
+        super().__init__(MEMORY)
+        self.script, self.prompt_len = [*text.encode(), EOS], prompt_len
+
+    def launch(self, batch):
+        position = batch.start + batch.count - self.prompt_len
+        tokens = [self.script[p] if s else -1 for p, s in zip(position, batch.sample, strict=True)]
+        return Done(StepResult(np.array(tokens, np.int32)))
+
+
+def answer(text, **params):
+    engine = Engine(Scripted(text, 3), ByteTokenizer())
+    outputs = drain(engine, [Request("r", [1, 2, 3], SamplingParams(**{"max_tokens": 50, **params}), stream=True)])
+    assert [o.last for o in outputs] == [False] * (len(outputs) - 1) + [True]
+    return "".join(o.text for o in outputs), [t for o in outputs for t in o.token_ids], outputs[-1]
+
+
+def test_the_end_token_is_given_but_not_its_text():
+    text, tokens, last = answer("héllo 🙂")
+    assert text == "héllo 🙂" and tokens[-1] == EOS
+    assert last.finish_reason == "stop" and last.stop_reason is None
+
+
+def test_a_stop_string_ends_the_answer_and_is_named():
+    text, tokens, last = answer("one two three", stop=["two"])
+    assert text == "one " and last.stop_reason == "two" and bytes(tokens) == b"one two"
+    assert answer("one two three", stop=["two"], include_stop_str_in_output=True)[0] == "one two"
+
+
+def test_a_stop_token_is_named():
+    text, _, last = answer("abc", stop_token_ids=[ord("c")])
+    assert text == "ab" and last.stop_reason == ord("c") and last.finish_reason == "stop"
+
+
+def test_length_ends_the_answer_and_an_unfinished_character_is_replaced():
+    text, tokens, last = answer("a🙂", max_tokens=3)
+    assert text == "a�" and len(tokens) == 3 and last.finish_reason == "length"
+
+
+def test_ignore_eos_goes_on():
+    engine = Engine(Scripted("ab" + "\0" * 40, 3), ByteTokenizer())
+    engine.runner.script[2] = EOS
+    (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(ignore_eos=True, max_tokens=6))])
+    assert output.token_ids == [97, 98, EOS, 0, 0, 0] and output.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_outputs_add_up_to_the_answer(stream, lag):
+    outputs = drain(make(lag), [ask(max_tokens=9, stream=stream, n=2)])
+    for index in range(2):
+        mine = [o for o in outputs if o.index == index]
+        assert [t for o in mine for t in o.token_ids] == expected_tokens([1, 2, 3], 7 + index, 9)
+        assert len(mine) == (9 if stream else 1)
+
+
+def test_lower_priority_numbers_run_first():
+    engine = make()
+    requests = [ask(f"r{i}", priority=p, max_tokens=20) for i, p in enumerate((3, 2, 1, 0, 0, -1))]
+    outputs = drain(engine, requests)
+    assert [o.request_id for o in outputs] == ["r5", "r3", "r4", "r2", "r1", "r0"]
+
+
+def test_prefix_hits_are_counted_and_cost_nothing():
+    engine = make()
+    drain(engine, [ask("a", range(20), max_tokens=1)])
+    before = engine.runner.tokens_computed
+    (output,) = drain(engine, [ask("b", [*range(20), 50], max_tokens=1)])
+    assert output.cached_tokens == 20 and engine.runner.tokens_computed - before == 1
+    assert engine.stats().prefix_hits == 20
+
+
+def test_a_request_never_pays_for_prefix_caching_switched_off():
+    engine = make(enable_prefix_caching=False)
+    drain(engine, [ask("a", range(20), max_tokens=1)])
+    (output,) = drain(engine, [ask("b", range(20), max_tokens=1)])
+    assert output.cached_tokens == 0
+
+
+def test_n_answers_share_the_blocks_of_the_prompt():
+    engine = make()
+    engine.add(ask(prompt=range(40), n=4, max_tokens=8, stream=True))
+    used = []
+    while engine.has_work:
+        engine.step()
+        used.append(engine.stats().kv_blocks_used)
+    assert max(used) == 9 + 4 * (1 + 2)  # nine prompt blocks once; the block of the last prompt token and two more each
+    assert engine.runner.tokens_computed == 40 + 3 + 4 * 7
+
+
+def test_abort_frees_everything_at_once():
+    engine = make(lag=1)
+    engine.add(ask(n=3, max_tokens=30, stream=True))
+    for _ in range(4):
+        engine.step()
+    engine.abort("r")
+    assert engine.stats().kv_blocks_used == 0
+    outputs = engine.step()
+    assert {o.finish_reason for o in outputs} == {"abort"} and [o.last for o in outputs].count(True) == 1
+    engine.abort("r")
+    assert engine.step() == [] and not engine.has_work
+
+
+def test_a_failing_step_fails_its_requests_and_no_others():
+    engine = make()
+    engine.add(ask("a", max_tokens=30))
+    engine.step()
+    engine.runner.fail_next = True
+    (output,) = engine.step()
+    assert output.finish_reason == "error" and "injected" in str(output.error)
+    (output,) = drain(engine, [ask("b", max_tokens=3)])
+    assert output.token_ids == expected_tokens([1, 2, 3], 7, 3) and engine.stats().error is None
+
+
+def test_an_engine_that_only_fails_says_so():
+    engine = make()
+    for i in range(3):
+        engine.runner.fail_next = True
+        drain(engine, [ask(f"r{i}")])
+    assert "3 steps" in engine.stats().error
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "words"),
+    [
+        (ask(prompt=[]), "prompt", "empty"),
+        (ask(prompt=range(64)), "prompt", "64 tokens"),
+        (ask(prompt=[VOCAB]), "prompt", f"0 to {VOCAB - 1}"),
+        (ask(prompt=[-1]), "prompt", "0 to"),
+        (ask(stop_token_ids=[VOCAB]), "stop_token_ids", str(VOCAB)),
+        (ask(stop="x"), "stop", "tokenizer"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused_by_name(request_, param, words):
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        make().add(request_)
+    assert caught.value.param == param
+
+
+def test_a_full_queue_refuses_more():
+    engine = make(max_num_queued=2)
+    engine.add(ask("a"))
+    engine.add(ask("b"))
+    with pytest.raises(Overloaded, match="2 requests may wait"):
+        engine.add(ask("c"))
+
+
+def test_an_id_in_use_is_refused():
+    engine = make()
+    engine.add(ask("a"))
+    with pytest.raises(InvalidRequest, match="'a' is running"):
+        engine.add(ask("a"))
