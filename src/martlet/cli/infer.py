@@ -1,0 +1,127 @@
+"""`martlet infer`: chat in the terminal, answer one prompt, or answer a file of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from martlet.cli import repl, swift_flags
+from martlet.cli.flags import Command, flag
+from martlet.cli.options import EngineFlags, Loaded, ModelFlags, SamplingFlags, load
+from martlet.errors import UsageError
+
+if TYPE_CHECKING:
+    from martlet.cli.batch import Row
+    from martlet.engine.request import Request
+
+
+@dataclass(frozen=True)
+class InferOptions(SamplingFlags, EngineFlags, ModelFlags):
+    """Input and output."""
+
+    prompt: str | None = flag("answer this and leave; - reads it from the standard input", None)
+    system: str | None = flag("system message; '' for none (default: the model's own)", None)
+    val_dataset: str | None = flag(
+        "answer every row of a .jsonl file; goes on where a killed run stopped", None, metavar="FILE"
+    )
+    result_path: str | None = flag("where the answers of --val_dataset go, one JSON line each", None, metavar="FILE")
+    stream: bool = flag("print an answer as it comes", True)
+    verbose: bool = flag("print the pace of every answer on stderr", False)
+
+
+def run(options: InferOptions) -> int:
+    """Check what can be checked without a model, load it, and do what was asked."""
+    if options.val_dataset is not None:
+        return run_dataset(options)
+    if options.result_path is not None:
+        raise UsageError("--result_path goes with --val_dataset", param="result_path")
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty", param="prompt")
+    loaded = load(options, options)
+    with closing(loaded.backend):
+        if prompt is None:
+            return run_chat(loaded, options)
+        for piece in answer(loaded, options, conversation(options.system, prompt)):
+            repl.show(piece)
+        print(flush=True)
+    return 0
+
+
+def run_chat(loaded: Loaded, options: InferOptions) -> int:
+    if loaded.template is None:
+        name = loaded.backend.card.name
+        print(f"{name} is a base model: it continues your text and knows no conversation.", file=sys.stderr)
+    return repl.chat(lambda messages: answer(loaded, options, messages), options.system)
+
+
+def run_dataset(options: InferOptions) -> int:
+    from martlet.cli import batch
+    from martlet.cli.progress import row_bar
+
+    source, result = dataset_paths(options)
+    loaded = load(options, options)
+    with closing(loaded.backend):
+
+        def make_request(row: Row) -> Request:
+            messages = row.messages
+            if messages is None:
+                ids = loaded.backend.tokenizer.encode_prompt(row.prompt)
+            else:
+                own_system = messages[0]["role"] == "system"
+                ids = loaded.prompt_ids(messages if own_system else conversation(options.system) + messages)
+            return loaded.request(str(row.number), ids, options, turn=messages is not None)
+
+        tally = batch.run_file(loaded.backend, source, result, make_request, row_bar)
+    print(f"{tally}; results in {result}", file=sys.stderr)
+    return 1 if tally.bad else 0
+
+
+def dataset_paths(options: InferOptions) -> tuple[Path, Path]:
+    """(--val_dataset, --result_path), checked before a model is loaded for nothing."""
+    if options.prompt is not None:
+        raise UsageError("--prompt and --val_dataset exclude each other", param="prompt")
+    if options.result_path is None:
+        raise UsageError("--val_dataset needs --result_path OUT.jsonl", param="result_path")
+    source, result = Path(options.val_dataset or "").expanduser(), Path(options.result_path).expanduser()
+    if not source.is_file():
+        raise UsageError(f"--val_dataset: no file {source}", param="val_dataset")
+    if not result.parent.is_dir():
+        raise UsageError(f"--result_path: no folder {result.parent}", param="result_path")
+    if result.exists() and result.samefile(source):
+        raise UsageError("--result_path must not be the --val_dataset itself", param="result_path")
+    return source, result
+
+
+def conversation(system: str | None, prompt: str | None = None) -> list[dict[str, Any]]:
+    said = (("system", system), ("user", prompt))
+    return [{"role": role, "content": text} for role, text in said if text is not None]
+
+
+def answer(loaded: Loaded, options: InferOptions, messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The answer to `messages`, in pieces as they come (or whole). Leaving the iterator stops the model."""
+    ids = loaded.prompt_ids(messages)
+    request = loaded.request(uuid4().hex, ids, options, turn=True, stream=options.stream)
+    pace = repl.Pace()
+    with closing(loaded.backend.generate([request])) as outputs:
+        for output in outputs:
+            pace.count(len(output.token_ids))
+            if output.error is not None:
+                raise output.error
+            yield output.text
+    if options.verbose:
+        print(f"\n[{len(ids)} prompt tokens; {pace}]", end="", file=sys.stderr)
+
+
+COMMAND = Command(
+    "Chat with a model in the terminal; with --prompt answer once; with --val_dataset answer a file.",
+    InferOptions,
+    run,
+    not_yet=swift_flags.INFER,
+    startup_log=True,
+)

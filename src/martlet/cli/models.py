@@ -1,0 +1,107 @@
+"""`martlet models`: what there is, what is here, fetch and remove."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from martlet.cli.flags import Command, CommandGroup, flag
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """What to print."""
+
+    json: bool = flag("print JSON instead of a table", False)
+    cached: bool = flag("only models that are on this machine", False)
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What to print."""
+
+    name: str = flag("a registered name, a folder or .gguf file, or a source such as hf:NAME", positional=True)
+    json: bool = flag("print JSON instead of a table", False)
+
+
+@dataclass(frozen=True)
+class NameOptions:
+    """What to do."""
+
+    name: str = flag("a registered name or a source such as hf:NAME", positional=True)
+
+
+def list_models(options: ListOptions) -> int:
+    from martlet import hub
+
+    rows = [row for entry in hub.registered() if (row := describe(entry))["cached"] or not options.cached]
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "family", "size", "here", "licence", "about", box=None, pad_edge=False)
+    for row in rows:
+        size = f"{row['size'] / 1e6:,.0f} MB" if row["size"] else ""
+        table.add_row(
+            row["name"], row["family"], size, "yes" if row["cached"] else "", row["licence"], row["description"]
+        )
+    Console().print(table)
+    return 0
+
+
+def show(options: ShowOptions) -> int:
+    from martlet import hub
+
+    known = {entry.name: entry for entry in hub.registered()}
+    entry = known.get(options.name)
+    facts = describe(entry) if entry is not None else dataclasses.asdict(hub.resolve(options.name))
+    if options.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+        return 0
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        if value not in (None, "", (), {}, 0):
+            print(f"{key:{width}}  {', '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}")
+    return 0
+
+
+def pull(options: NameOptions) -> int:
+    from martlet import hub
+    from martlet.cli.progress import download_bar
+
+    with download_bar() as progress:
+        path = hub.pull(options.name, progress)
+    print(f"{options.name} is in {path}", file=sys.stderr)
+    return 0
+
+
+def remove(options: NameOptions) -> int:
+    from martlet import hub
+
+    freed = hub.remove(options.name)
+    print(f"removed {options.name}: {freed / 1e6:,.0f} MB freed", file=sys.stderr)
+    return 0
+
+
+def describe(entry: Any) -> dict[str, Any]:
+    """A registry entry as a dict, with whether and where the model is on this machine."""
+    from martlet import hub
+
+    path = hub.cached(entry.name)
+    return {**dataclasses.asdict(entry), "cached": path is not None, "path": str(path) if path else None}
+
+
+COMMAND = CommandGroup(
+    "List, show, fetch and remove models.",
+    {
+        "list": Command("Registered models, and which of them are on this machine.", ListOptions, list_models),
+        "show": Command("All that is known about one model.", ShowOptions, show),
+        "pull": Command("Fetch a model into the cache.", NameOptions, pull),
+        "rm": Command("Remove a model from the cache.", NameOptions, remove),
+    },
+)

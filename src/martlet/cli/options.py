@@ -1,0 +1,172 @@
+"""Flags that several commands share, and the one place that turns them into a loaded model and sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from martlet.cli.flags import flag
+from martlet.errors import UsageError
+
+if TYPE_CHECKING:
+    from martlet.backends.base import Backend
+    from martlet.engine.options import EngineOptions
+    from martlet.engine.request import Request
+    from martlet.runners.base import LoadOptions
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # SWIFT's names
+BACKENDS = ("auto", "native", "pt", "vllm")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Model."""
+
+    model: str | None = flag(
+        f"a registered name, a folder or .gguf file, or a source such as hf:NAME (default: {DEFAULT_MODEL})",
+        None,
+        metavar="NAME",
+    )
+    model_type: str | None = flag("a registered model by its SWIFT key, such as qwen-7b-chat", None, metavar="KEY")
+    model_id_or_path: str | None = flag("SWIFT's name for a folder or repository", None, metavar="PATH")
+    template_type: str | None = flag("chat template to use instead of the model's own", None, metavar="NAME")
+    infer_backend: str = flag(
+        "native is our engine, pt is transformers, vllm an installed vLLM", "auto", choices=BACKENDS
+    )
+    device: str = flag("where to run", "auto", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("number type of weights and activations", "auto", choices=DTYPES)
+    max_model_len: int | None = flag("longest sequence, prompt and answer together (default: the model's)", None)
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Engine."""
+
+    max_num_seqs: int | None = flag("most sequences in a batch (default: decided from the memory)", None)
+    max_num_batched_tokens: int | None = flag("most tokens in a step, and the prefill chunk", None)
+    gpu_memory_utilization: float = flag(
+        "share of the free memory that weights and KV cache may take, on a GPU as on a CPU",
+        0.9,
+        aliases=("memory_utilization",),
+    )
+    kv_cache_tokens: int | None = flag("size of the KV cache in tokens (default: from the memory)", None)
+    enable_prefix_caching: bool = flag("keep the KV of prompts for requests that begin the same", True)
+    tensor_parallel_size: int = flag("GPUs that share one model; only 1 so far", 1)
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """Sampling (a flag that is not given follows the model's generation_config)."""
+
+    max_new_tokens: int = flag("longest answer in tokens", 2048)
+    temperature: float | None = flag("0 always takes the likeliest token", None)
+    top_k: int | None = flag("draw from the k likeliest tokens; 0 or -1: from all", None)
+    top_p: float | None = flag("draw from the likeliest tokens that add up to p", None)
+    repetition_penalty: float | None = flag("above 1 discourages tokens that already occurred", None)
+    do_sample: bool | None = flag("false is greedy, whatever the other flags say", None)
+    stop_words: tuple[str, ...] = flag("texts that end an answer; they are not part of it", ())
+    seed: int | None = flag("makes sampling repeatable (default: random)", None)
+
+
+def model_name(flags: ModelFlags) -> str:
+    """What hub.resolve is asked for: the one of the three flags that is given, or the default model."""
+    given = {n: v for n in ("model", "model_type", "model_id_or_path") if (v := getattr(flags, n)) is not None}
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise UsageError(f"{said} name different models; give one of them", param=next(iter(given)))
+    return next(iter(given.values()), DEFAULT_MODEL)
+
+
+def template_name(flags: ModelFlags) -> str | None:
+    name = flags.template_type
+    return None if name is None or name.upper() == "AUTO" else name  # AUTO is SWIFT's word for the model's own
+
+
+def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
+    from martlet.runners.base import LoadOptions
+
+    if engine.tensor_parallel_size != 1:
+        raise UsageError(
+            f"--tensor_parallel_size {engine.tensor_parallel_size} is not supported yet; only 1 is",
+            param="tensor_parallel_size",
+        )
+    return LoadOptions(
+        device=model.device,
+        dtype=DTYPES[model.dtype],
+        max_model_len=model.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        kv_cache_tokens=engine.kv_cache_tokens,
+        memory_utilization=engine.gpu_memory_utilization,
+    )
+
+
+def engine_options(engine: EngineFlags, seed: int | None = None) -> EngineOptions:
+    from martlet.engine.options import EngineOptions
+
+    return EngineOptions(
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        enable_prefix_caching=engine.enable_prefix_caching,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to answer. template: None for a base model. defaults: sampling settings of generation_config."""
+
+    backend: Backend
+    template: Any
+    defaults: Mapping[str, Any]
+
+    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokens of a conversation; a base model continues the text of the last message."""
+        if self.template is None:
+            return self.backend.tokenizer.encode_prompt(messages[-1]["content"])
+        return self.template.render(messages)
+
+    def request(self, id: str, ids: list[int], flags: SamplingFlags, *, turn: bool, stream: bool = False) -> Request:
+        """turn: the answer is a turn of a conversation and ends where the template says."""
+        from martlet.engine.request import Request
+        from martlet.sampling_params import SamplingParams
+
+        room = self.backend.max_model_len - len(ids)
+        wanted = flags.max_new_tokens
+        params = SamplingParams(
+            **sampling_settings(flags, self.defaults),
+            max_tokens=min(wanted, room) if room > 0 else wanted,  # without room the engine refuses, with the numbers
+            stop=flags.stop_words,
+            stop_token_ids=tuple(self.template.stop_ids) if turn and self.template is not None else (),
+            seed=flags.seed,
+        )
+        return Request(id, ids, params, stream=stream)
+
+
+def sampling_settings(flags: SamplingFlags, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags over the model's own settings, over greedy: nobody is surprised by an answer that differs from run to run.
+
+    Asking for any kind of sampling turns it on; --do_sample false turns it off again.
+    """
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(flags, name)) is not None}
+    settings = {**defaults, **given}
+    asked = flags.do_sample or any(name in given for name in ("top_k", "top_p"))
+    settings.setdefault("temperature", 1.0 if asked else 0.0)
+    if flags.do_sample is False:
+        settings["temperature"] = 0.0
+    return settings
+
+
+def load(model: ModelFlags, engine: EngineFlags) -> Loaded:
+    """Find the model, fetching it when it is not here yet, and load it."""
+    from martlet import backends, chat, hub
+    from martlet.cli.progress import download_bar
+
+    options = load_options(model, engine)
+    with download_bar() as progress:
+        card = hub.resolve(model_name(model), progress=progress)
+    backend = backends.load(card, backend=model.infer_backend, load=options, engine=engine_options(engine))
+    template = chat.template_for(backend.card, backend.tokenizer, template_name(model))
+    return Loaded(backend, template, backends.generation_defaults(backend.card))
