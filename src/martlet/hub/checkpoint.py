@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from martlet.hub.card import ModelCard
+
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
@@ -58,3 +60,18 @@ class Checkpoint(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def open_checkpoint(card: ModelCard) -> Checkpoint:
+    """The reader for the card's format. CheckpointError when a header is damaged or a file missing."""
+    if card.format == "gguf":
+        from martlet.hub.gguf_file import GGUFCheckpoint
+
+        return GGUFCheckpoint(card.path)
+    if card.format == "dummy":
+        from martlet.hub.dummy import DummyCheckpoint
+
+        return DummyCheckpoint()
+    from martlet.hub.safetensors_file import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(card.path)

@@ -2,40 +2,226 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from martlet.errors import CheckpointError
+from martlet.hub.card import ModelCard
+from martlet.hub.files import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
+"""Tokens that end an answer when the chat template writes them, whatever the configs forget to say."""
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class Tokenizer(Protocol):
-    """What every room may ask of a tokenizer. Implementations are immutable and safe to use from several threads.
+class Tokenizer:
+    """What every room may ask of a tokenizer. Immutable and safe to use from several threads.
 
     vocab_size: size of the token table (ids are below it). bos_id: begin-of-sequence token or None.
     eos_ids: tokens that end an answer (from generation_config, tokenizer config and GGUF metadata together).
-    special_ids: control tokens. add_bos: whether a raw prompt starts with bos_id.
+    special_ids: control tokens. add_bos: whether a raw prompt starts with bos_id. chat_template: Jinja source from the
+    checkpoint. special_tokens: bos_token, eos_token, ... as template variables.
     """
 
-    vocab_size: int
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    special_ids: frozenset[int]
-    add_bos: bool
-    chat_template: str | None  # Jinja source from the checkpoint
-    special_tokens: dict[str, str]  # bos_token, eos_token, ... as template variables
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+        chat_template: str | None = None,
+        special_tokens: dict[str, str] | None = None,
+    ):
+        added = core.get_added_tokens_decoder()
+        self._core = core
+        self._literal = _literal_twin(core, added)
+        self._added = {token: item.content for token, item in added.items()}
+        self._piece_bytes = _byte_level_bytes if _is_byte_level(core) else _sentencepiece_bytes
+        self.vocab_size: int = max(core.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.special_ids: frozenset[int] = frozenset(token for token, item in added.items() if item.special)
+        self.bos_id = bos_id
+        self.add_bos = add_bos and bos_id is not None
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        spelled = [core.token_to_id(name) for name in END_OF_TURN if name in (chat_template or "")]
+        self.eos_ids: tuple[int, ...] = tuple(
+            sorted({token for token in (*eos_ids, *spelled) if token is not None and 0 <= token < self.vocab_size})
+        )
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without bos. special=False: text that spells a control token stays text."""
-        ...
+        core = self._core if special else self._literal
+        return core.encode(_encodable(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a raw prompt as the model expects it: control tokens are read, bos added if the model wants one."""
-        ...
+        """Ids of a raw prompt as the model expects it: control tokens are read, bos added if the model wants one.
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+        A prompt that already begins with bos gets no second one.
+        """
+        ids = self.encode(text, special=True)
+        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return self._core.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_bytes(self, token: int) -> bytes:
-        """The exact bytes a token stands for in the middle of a text; for a control token, its name."""
-        ...
+        """The exact bytes a token stands for in the middle of a text; for a control token, its name.
+
+        Empty for an id without a token (rows that pad a model's embedding).
+        """
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._core.id_to_token(token)
+        return b"" if piece is None else self._piece_bytes(piece)
 
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its name, e.g. "<|im_end|>"."""
-        ...
+        return self._core.token_to_id(token)
+
+
+def load_tokenizer(card: ModelCard) -> Tokenizer:
+    """The tokenizer that came with a model. CheckpointError when there is none; prompts of ids work without one."""
+    return _from_gguf(card) if card.path.suffix == ".gguf" else _from_folder(card)
+
+
+def _from_gguf(card: ModelCard) -> Tokenizer:
+    from martlet.hub.gguf_header import read_header
+    from martlet.hub.gguf_tokenizer import tokenizer_from
+
+    header = read_header(card.path)
+    core = tokenizer_from(header)
+    ids = {name: header.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
+    ids["pad"] = header.get("tokenizer.ggml.padding_token_id")
+    bos = ids["bos"]
+    names = {"bos_token": bos, "eos_token": ids["eos"], "unk_token": ids["unknown"], "pad_token": ids["pad"]}
+    spelled = {k: core.id_to_token(v) for k, v in names.items() if isinstance(v, int) and v >= 0}
+    # The llama kind adds bos unless told otherwise; the gpt2 kind does not.
+    add_bos = header.get("tokenizer.ggml.add_bos_token", header.get("tokenizer.ggml.model") == "llama")
+    return Tokenizer(
+        core,
+        bos_id=bos,
+        eos_ids=[ids[name] for name in ("eos", "eot", "eom") if isinstance(ids[name], int)],
+        add_bos=add_bos,
+        chat_template=header.get("tokenizer.chat_template"),
+        special_tokens={k: v for k, v in spelled.items() if v is not None},
+    )
+
+
+def _from_folder(card: ModelCard) -> Tokenizer:
+    import tokenizers
+
+    file = card.path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{card.path} has no tokenizer.json, so text cannot be read. Prompts of ids still work; transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one for most models"
+        )
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise CheckpointError(f"{file} is not a readable tokenizer: {error}") from error
+    core.no_padding()
+    core.no_truncation()
+    settings = read_json(card.path / "tokenizer_config.json", missing={})
+    special_tokens = _special_tokens(card.path, settings)
+    by_name = {name: core.token_to_id(text) for name, text in special_tokens.items()}
+    bos_id = by_name.get("bos_token")
+    if bos_id is None:
+        bos_id = _token_ids(card.generation_config.get("bos_token_id", card.config.get("bos_token_id")))[0:1]
+        bos_id = bos_id[0] if bos_id else None
+    add_bos = settings.get("add_bos_token")
+    if add_bos is None:
+        add_bos = core.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+    eos = [by_name.get("eos_token"), *_token_ids(card.config.get("eos_token_id"))]
+    eos += _token_ids(card.generation_config.get("eos_token_id"))
+    return Tokenizer(
+        core,
+        bos_id=bos_id,
+        eos_ids=[token for token in eos if token is not None],
+        add_bos=bool(add_bos),
+        chat_template=folder_chat_template(card.path),
+        special_tokens=special_tokens,
+    )
+
+
+def folder_chat_template(folder: Path) -> str | None:
+    """Jinja source from chat_template.jinja or tokenizer_config.json (the one named "default" of several)."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = read_json(folder / "tokenizer_config.json", missing={}).get("chat_template")
+    if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    table = {**read_json(folder / "special_tokens_map.json", missing={}), **settings}
+    tokens = {name: table.get(name) for name in _SPECIAL_NAMES}
+    spelled = {name: item.get("content") if isinstance(item, dict) else item for name, item in tokens.items()}
+    return {name: text for name, text in spelled.items() if isinstance(text, str)}
+
+
+def _token_ids(value: Any) -> list[int]:
+    return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+
+
+def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+    """A tokenizer that reads control tokens as text. It shares the vocabulary, so it costs next to nothing."""
+    import tokenizers
+
+    twin = tokenizers.Tokenizer(core.model)
+    twin.normalizer, twin.pre_tokenizer, twin.decoder = core.normalizer, core.pre_tokenizer, core.decoder
+    twin.add_tokens([added[token] for token in sorted(added)])
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps: only a full copy keeps them
+        twin = tokenizers.Tokenizer.from_str(core.to_str())
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _encodable(text: str) -> str:
+    """`text` with halves of surrogate pairs joined where they meet and replaced where they are alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _is_byte_level(core: tokenizers.Tokenizer) -> bool:
+    state = b"" if core.decoder is None else core.decoder.__getstate__()
+    return '"ByteLevel"' in json.dumps(json.loads(state or b"null"))
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's map from characters to bytes: printable ones stand for themselves, the others for 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    alphabet = _byte_alphabet()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return piece.encode()
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    if match := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    return piece.replace("▁", " ").encode()

@@ -1,0 +1,133 @@
+"""GGUF metadata as the Hugging Face config that the same model would have, so that families read one kind of config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from martlet.errors import CheckpointError
+from martlet.hub.gguf_header import GGUFHeader
+
+MODEL_TYPES = {  # GGUF architecture -> Hugging Face model_type, where they differ
+    "gemma3": "gemma3_text",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "phi2": "phi",
+    "command-r": "cohere",
+}
+_FIELDS = {  # config key: metadata key below the architecture's name
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+}
+_REQUIRED = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+_TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def config_from(header: GGUFHeader) -> dict[str, Any]:
+    """A Hugging Face style config. CheckpointError when the metadata lacks what every decoder needs."""
+    architecture = header.architecture
+    config: dict[str, Any] = {"model_type": MODEL_TYPES.get(architecture, architecture)}
+    for field, key in _FIELDS.items():
+        value = header.get(f"{architecture}.{key}")
+        if value is not None:
+            config[field] = _uniform(header, f"{architecture}.{key}", value)
+    for field in _REQUIRED:
+        value = config.get(field)
+        if not isinstance(value, int) or value <= 0:
+            raise CheckpointError(
+                f"{header.path}: metadata {architecture}.{_FIELDS[field]} is {value!r}; a positive number is needed"
+            )
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config.setdefault("rope_theta", 10000.0)
+    rotated = header.get(f"{architecture}.rope.dimension_count", config["head_dim"])
+    if rotated != config["head_dim"]:
+        config["partial_rotary_factor"] = rotated / config["head_dim"]
+    config["vocab_size"] = _vocab_size(header)
+    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    for field, key in _TOKEN_IDS.items():
+        if isinstance(token := header.get(key), int):
+            config[field] = token
+    if scaling := _rope_scaling(header, config):
+        config["rope_scaling"] = scaling
+    return _specialise(config)
+
+
+def _specialise(config: dict[str, Any]) -> dict[str, Any]:
+    """What the file leaves unsaid because every model of the architecture has it."""
+    model_type = config["model_type"]
+    if model_type == "llama":
+        if config.get("num_experts"):
+            config["model_type"] = "mixtral"
+        elif config.get("sliding_window"):
+            config["model_type"] = "mistral"
+    elif model_type == "gemma3_text":
+        layers = config["num_hidden_layers"]
+        big = layers == 62  # the 27B model scales queries by width / heads, the others by the head's size
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_local_base_freq": 10000.0,
+            "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+            if big
+            else config["head_dim"],
+            "layer_types": ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)],
+        }
+    return config
+
+
+def _uniform(header: GGUFHeader, key: str, value: Any) -> Any:
+    """A value that may be given per layer, when all layers agree."""
+    if not isinstance(value, (np.ndarray, list)):
+        return value
+    if len(value) == 0 or any(item != value[0] for item in value):
+        raise CheckpointError(f"{header.path}: {key} differs from layer to layer; no family here has that")
+    return value[0].item() if isinstance(value, np.ndarray) else value[0]
+
+
+def _vocab_size(header: GGUFHeader) -> int:
+    if embedding := header.tensors.get("token_embd.weight"):
+        return embedding.shape[0]
+    return header.get(f"{header.architecture}.vocab_size") or header.count("tokenizer.ggml.tokens")
+
+
+def _rope_scaling(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any] | None:
+    """From the scaling keys, or from the tensor of frequency divisors that Llama 3.1 files carry instead."""
+    prefix = f"{header.architecture}.rope.scaling."
+    kind = header.get(prefix + "type", "none")
+    if kind != "none":
+        scaling = {"rope_type": kind, "factor": float(header.get(prefix + "factor", 1.0))}
+        if original := header.get(prefix + "original_context_length"):
+            scaling["original_max_position_embeddings"] = original
+        return scaling
+    divisors = header.tensors.get("rope_freqs.weight")
+    if divisors is None:
+        return None
+    found = np.frombuffer(header.map, "<f4", divisors.nbytes // 4, divisors.start)
+    scaling = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3_ROPE}
+    if not np.allclose(found, llama3_divisors(config["rope_theta"], 2 * len(found), scaling), rtol=1e-3):
+        raise CheckpointError(f"{header.path}: rope_freqs.weight does not follow Llama 3's rule; no other is known")
+    return scaling
+
+
+def llama3_divisors(theta: float, dim: int, scaling: dict[str, Any]) -> np.ndarray:
+    """What Llama 3.1 divides each of the dim / 2 rotary frequencies by. Source: the Llama 3.1 reference code."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, dim, 2) / dim)
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)

