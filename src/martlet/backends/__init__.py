@@ -1,0 +1,60 @@
+"""One protocol for whatever generates text: our engine, transformers, vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+
+from martlet import hub
+from martlet.backends.base import Backend, Sink
+from martlet.backends.defaults import generation_defaults
+from martlet.engine.options import EngineOptions
+from martlet.errors import UsageError, did_you_mean
+from martlet.hub.card import ModelCard
+from martlet.runners.base import LoadOptions
+
+__all__ = ["NAMES", "Backend", "Sink", "generation_defaults", "load"]
+
+log = logging.getLogger("martlet")
+
+NAMES = {"native": "native", "auto": "native", "pt": "transformers", "transformers": "transformers", "vllm": "vllm"}
+"""What users may say (SWIFT's names among them), and what it means."""
+
+
+def load(
+    model: str | ModelCard,
+    *,
+    backend: str = "native",
+    load: LoadOptions | None = None,
+    engine: EngineOptions | None = None,
+    progress: Callable[..., None] | None = None,
+) -> Backend:
+    """Load a model, given by anything hub.resolve takes or by its card.
+
+    progress: called while weights are read, as martlet.runners.load calls it (native only).
+    Raises UsageError for an unknown backend, and what resolving and loading raise.
+    """
+    kind = NAMES.get(backend.lower())
+    if kind is None:
+        raise UsageError(
+            f"there is no backend {backend!r}; there are {', '.join(NAMES)}.{did_you_mean(backend, NAMES)}",
+            param="infer_backend",
+        )
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        log.warning("vllm is not installed here (pip install vllm); the native engine runs the model instead")
+        kind = "native"
+    card = model if isinstance(model, ModelCard) else hub.resolve(model)
+    options, engine = load or LoadOptions(), engine or EngineOptions()
+    tokenizer = hub.load_tokenizer(card)
+    if kind == "native":
+        from martlet.backends.native import load_native
+
+        return load_native(card, tokenizer, options, engine, progress)
+    if kind == "transformers":
+        from martlet.backends.transformers_backend import load_transformers
+
+        return load_transformers(card, tokenizer, options, engine)
+    from martlet.backends.vllm_backend import load_vllm
+
+    return load_vllm(card, tokenizer, options, engine)

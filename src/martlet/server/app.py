@@ -1,0 +1,56 @@
+"""The application: routers, one gate in front of them, errors in OpenAI's shape whatever raises them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from martlet._version import __version__
+from martlet.backends.base import Backend
+from martlet.errors import MartletError
+from martlet.server import chat, completions, models, operations
+from martlet.server.errors import describe, describe_validation
+from martlet.server.gate import Gate
+from martlet.server.options import Limits
+from martlet.server.service import Service
+
+
+def create_app(
+    backend: Backend,
+    template: Any = None,
+    *,
+    served_model_names: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+) -> FastAPI:
+    """An ASGI application that serves `backend`. It does not own the backend: close it after the last request.
+
+    template: a martlet.chat Template; None: the model cannot chat. served_model_names: see ServerOptions.
+    defaults: SamplingParams fields for requests that leave them open, e.g. `generation_defaults(card)`.
+    """
+    names = tuple(served_model_names) or (backend.card.name,)
+    service = Service(backend, template, names, defaults or {}, limits or Limits())
+    app = FastAPI(title="Martlet", version=__version__)
+    app.state.service = service
+    for room in (models, chat, completions, operations):
+        app.include_router(room.router)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(MartletError, _on_error)
+    app.add_middleware(Gate, service=service, api_keys=tuple(api_keys))
+    return app
+
+
+async def _on_invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return describe_validation(error.errors()).response()
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return describe(error, request.scope["martlet.record"].id).response()

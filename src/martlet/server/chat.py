@@ -1,0 +1,108 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from martlet.engine.request import Output, Request
+from martlet.errors import InvalidRequest
+from martlet.hub.tokenizer import Tokenizer
+from martlet.server.errors import ApiError
+from martlet.server.generation import Choice, Job, answer
+from martlet.server.logprobs import chat_entries
+from martlet.server.prompts import chat_messages, off_loop, prompt_style
+from martlet.server.sampling import (
+    chat_logprobs,
+    chat_max_tokens,
+    check_stream_options,
+    extra_fields,
+    sampling_params,
+)
+from martlet.server.schema import ChatBody
+from martlet.server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", summary="Continue a conversation")
+async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    record = http.scope["martlet.record"]
+    job = await chat_job(service, body, record.id)
+    return await answer(service, job, record, http.receive)
+
+
+async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
+    model = service.model_name(body.model)
+    ignored = extra_fields(body) + check_stream_options(body)
+    if service.template is None:
+        raise ApiError(400, f"{model} has no chat template; use /v1/completions", param="model")
+    end_ids = tuple(service.template.stop_ids)
+    logprobs = chat_logprobs(body, service.backend.max_logprobs)
+    max_tokens = chat_max_tokens(body)
+    params = sampling_params(body, service.defaults, end_ids=end_ids, max_tokens=max_tokens, logprobs=logprobs)
+    params.check_vocabulary(service.backend.vocab_size)
+    messages = chat_messages(body, service.limits)
+    style = prompt_style(body)
+    size = sum(len(message["content"] or "") for message in messages)
+    ids = await off_loop(size, lambda: service.template.render(messages, **style))
+    if not ids:
+        raise InvalidRequest("messages make an empty prompt", param="messages")
+    service.check_length(len(ids), max_tokens, "messages")
+    name = f"chatcmpl-{request_id}"
+    stream = bool(body.stream)
+    request = Request(name, ids, params, body.priority or 0, stream, body.cache_salt)
+    return Job(
+        id=name,
+        model=model,
+        requests=[request],
+        n=params.n,
+        shape=ChatShape(service.backend.tokenizer, wants_logprobs=logprobs is not None),
+        stream=stream,
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        ignored=ignored,
+        end_ids=tuple(set(end_ids) - set(body.stop_token_ids or ())),
+    )
+
+
+class ChatShape:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, *, wants_logprobs: bool):
+        self._tokenizer = tokenizer
+        self._wants_logprobs = wants_logprobs
+        self._started: set[int] = set()
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        answer = {"index": choice.index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
+        return answer | _finish(choice)
+
+    def chunks(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
+        pieces = []
+        if choice.index not in self._started:  # the role comes once, before the text
+            self._started.add(choice.index)
+            pieces.append(self._piece(choice, {"role": "assistant", "content": ""}, None))
+        if output.text or (self._wants_logprobs and output.token_ids):
+            pieces.append(self._piece(choice, {"content": output.text}, self._logprobs(output.logprobs)))
+        if choice.finish_reason:
+            pieces.append(self._piece(choice, {}, None) | _finish(choice))
+        return pieces
+
+    def _piece(self, choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs(self, entries: Any) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        return {"content": chat_entries(self._tokenizer, entries or ()), "refusal": None}
+
+
+def _finish(choice: Choice) -> dict[str, Any]:
+    reason = {"finish_reason": choice.finish_reason}
+    return reason if choice.stop_reason is None else reason | {"stop_reason": choice.stop_reason}

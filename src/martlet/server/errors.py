@@ -1,0 +1,110 @@
+"""Errors as HTTP: the status, and the body that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from martlet.errors import InvalidRequest, MartletError, ModelNotFound, Overloaded
+
+log = logging.getLogger("martlet.server")
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {InvalidRequest: None, ModelNotFound: "model_not_found", Overloaded: "overloaded"}
+
+
+class ApiError(MartletError):
+    """An error that only HTTP has: wrong key, body too large, draining."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message, param=param)
+        self.http_status = status
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def unsupported(field_name: str, why: str = "is not supported by this server") -> ApiError:
+    """A field we know and cannot honour: refused by name, never ignored."""
+    return ApiError(400, f"{field_name} {why}", param=field_name, code="unsupported_parameter")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An error ready to be sent."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        return Response(orjson.dumps(self.body), self.status, self.headers, media_type="application/json")
+
+
+def problem(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Problem:
+    kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return Problem(status, {"error": error}, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def describe(error: BaseException, request_id: str) -> Problem:
+    """What the client may know of an error. A fault of ours is logged with the id and stays generic outside."""
+    if isinstance(error, ApiError):
+        found = problem(error.http_status, error.message, error.param, error.code)
+        return Problem(found.status, found.body, error.headers)
+    if isinstance(error, MartletError) and error.http_status < 500:
+        headers = {"retry-after": "1"} if error.http_status == 429 else {}
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+        found = problem(error.http_status, error.message, error.param, code)
+        return Problem(found.status, found.body, headers)
+    if isinstance(error, HTTPException):
+        return problem(error.status_code, str(error.detail), **(error.headers or {}))
+    log.error("request %s failed", request_id, exc_info=error)
+    return problem(
+        500, f"The server failed on this request; its log has the cause under {request_id}.", code="internal_error"
+    )
+
+
+def describe_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """FastAPI's validation errors as one OpenAI error: about the first field at fault, without repeating its value."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'cannot be parsed')}")
+    param = field_path(first["loc"])
+    if not param:
+        return problem(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    if first["type"] == "missing":
+        return problem(400, f"{param} is required", param, "missing_required_parameter")
+    said = dict.fromkeys(_sentence(error["msg"]) for error in errors if field_path(error["loc"]) == param)
+    return problem(400, f"{param}: {' or '.join(list(said)[:4])}", param)
+
+
+def field_path(loc: Sequence[str | int]) -> str:
+    """('body', 'messages', 0, 'content', 'str') -> 'messages[0].content': without pydantic's names of union members."""
+    path = ""
+    for part in loc[1:] if loc and loc[0] == "body" else loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif "[" not in part and part not in _UNION_MEMBERS:
+            path += f".{part}" if path else part
+    return path
+
+
+_UNION_MEMBERS = {"str", "int", "float", "bool", "none"}
+
+
+def _sentence(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "should be")

@@ -1,0 +1,253 @@
+"""The core that every generating endpoint shares: requests into the backend, outputs into choices, usage at the end.
+
+An endpoint brings a Job: engine requests and a Shape, which knows how its JSON looks. Whatever happens to the HTTP
+request (its client leaves, a prompt fails, the server is told to stop), `Running.close` frees what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from martlet.engine.request import Output, Request
+from martlet.runners.base import TokenLogprobs
+from martlet.server.errors import ApiError, describe
+from martlet.server.record import Record
+from martlet.server.service import Service
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody is left to answer."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One continuation as far as it has come. index counts over all prompts: prompt number times n plus sequence."""
+
+    index: int
+    request: Request
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    last_time: float = 0.0
+
+
+class Shape(Protocol):
+    """How an endpoint's answers look."""
+
+    object: str
+    chunk_object: str
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """A finished choice."""
+        ...
+
+    def chunks(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
+        """Pieces of a choice that `output` brings; may be none."""
+        ...
+
+
+@dataclass(slots=True)
+class Job:
+    """A validated request: what to run, and how to answer."""
+
+    id: str
+    model: str
+    requests: list[Request]
+    n: int
+    shape: Shape
+    stream: bool = False
+    include_usage: bool = False
+    ignored: list[str] = field(default_factory=list)
+    end_ids: tuple[int, ...] = ()  # stop tokens that the template added; not worth a stop_reason
+    drop_output: bool = False  # max_tokens 0: one token had to be computed, nobody asked for it
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Running:
+    """A job in the backend, read by one coroutine."""
+
+    def __init__(self, service: Service, job: Job, record: Record, receive: Receive):
+        self.job = job
+        self.choices = [Choice(r * job.n + s, request) for r, request in enumerate(job.requests) for s in range(job.n)]
+        self._service = service
+        self._record = record
+        self._open = {request.id: r for r, request in enumerate(job.requests)}
+        self._cached = [0] * len(job.requests)
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._numbers = dict(self._open)
+        params = job.requests[0].params  # but for their prompts, all requests of a job are alike
+        record.model, record.stream, record.n, record.prompts = job.model, job.stream, job.n, len(job.requests)
+        record.max_tokens = params.max_tokens
+        record.prompt_tokens = sum(len(request.prompt_token_ids) for request in job.requests)
+        eos = () if params.ignore_eos else service.backend.tokenizer.eos_ids
+        self._ends = frozenset((*eos, *params.stop_token_ids))
+        self._inbox = service.dispatcher.open(self._open)
+        try:
+            service.backend.submit(job.requests, service.dispatcher)
+        except BaseException:
+            service.dispatcher.forget(self._open)
+            self._open.clear()
+            raise
+        self._watcher = asyncio.ensure_future(self._watch(receive))
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[Choice, Output]]]:
+        """News of the choices, until all have ended. Raises ClientGone, or what went wrong in the backend."""
+        while self._open:
+            outputs = await self._inbox.get()
+            if outputs is None:
+                raise ClientGone
+            yield [(self._take(output), output) for output in outputs]
+        self._record.finish = "+".join(sorted({choice.finish_reason or "stop" for choice in self.choices}))
+        self._record.cached_tokens = sum(self._cached)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._open:
+            self._record.finish = self._record.finish or "abort"
+            self._service.backend.abort(list(self._open))
+            self._open.clear()
+        self._service.dispatcher.forget(self._numbers)
+        self._watcher.cancel()
+
+    def usage(self) -> dict[str, Any]:
+        prompt, output = self._record.prompt_tokens, self._record.output_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": self._record.cached_tokens},
+        }
+
+    def _take(self, output: Output) -> Choice:
+        number = self._numbers[output.request_id]
+        choice = self.choices[number * self.job.n + output.index]
+        if output.last:
+            self._open.pop(output.request_id, None)
+        if output.finish_reason == "error":
+            raise output.error or RuntimeError("the backend gave an error without a cause")
+        if output.finish_reason == "abort":
+            raise ApiError(503, "The request was stopped: the server is shutting down.", code="shutting_down")
+        if output.index == 0:  # what the others share with it is not the cache's merit
+            self._cached[number] = output.cached_tokens
+        choice.finish_reason = output.finish_reason
+        choice.stop_reason = None if output.stop_reason in self.job.end_ids else output.stop_reason
+        if output.prompt_logprobs is not None:  # with the first output of a request, for all its sequences
+            self._prompt_logprobs[number] = output.prompt_logprobs
+        choice.prompt_logprobs = self._prompt_logprobs.get(number)
+        if self.job.drop_output:
+            output.token_ids, output.text, output.logprobs = [], "", output.logprobs and []
+            choice.finish_reason = choice.finish_reason and "length"
+        self._record.output_tokens += len(output.token_ids)
+        if output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._ends:
+            # Generated and counted, but no part of the text: OpenAI's log-probabilities end with the text.
+            del output.token_ids[-1:]
+            output.logprobs = output.logprobs and output.logprobs[:-1]
+        if self.job.stream:
+            self._time(choice, output)
+        else:
+            choice.text.append(output.text)
+            choice.token_ids += output.token_ids
+            choice.logprobs += output.logprobs or ()
+        return choice
+
+    def _time(self, choice: Choice, output: Output) -> None:
+        if not output.token_ids:
+            return
+        now = time.perf_counter()
+        if self._record.first_token is None:
+            self._record.first_token = now
+        if choice.last_time:
+            self._service.metrics.inter_token.observe((now - choice.last_time) / len(output.token_ids))
+        choice.last_time = now
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._inbox.close()
+
+
+async def answer(service: Service, job: Job, record: Record, receive: Receive) -> Response:
+    """Run a job and answer it: at once as one JSON object, or as a stream of events."""
+    running = Running(service, job, record, receive)
+    headers = {"x-martlet-ignored-fields": _header_names(job.ignored)} if job.ignored else {}
+    if job.stream:
+        return EventStream(running, record, headers)
+    try:
+        async for _ in running:
+            pass
+    except ClientGone:
+        return Response(status_code=499)  # nginx's word for it; nobody reads it, the log has it
+    finally:
+        running.close()
+    body = _head(job, job.shape.object) | {
+        "choices": [job.shape.choice(choice) for choice in running.choices],
+        "usage": running.usage(),
+    }
+    return Response(orjson.dumps(body), headers=headers, media_type="application/json")
+
+
+class EventStream(Response):
+    """Server-sent events: one write a wake-up, an error as an event of its own, [DONE] only after a whole answer."""
+
+    def __init__(self, running: Running, record: Record, headers: dict[str, str]):
+        super().__init__(None, headers={"cache-control": "no-cache"} | headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._running = running
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        running = self._running
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for news in running:
+                    events = b"".join(self._events(news))
+                    if events:
+                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                await send({"type": "http.response.body", "body": self._end()})
+            except ClientGone:
+                return
+            except Exception as error:
+                self._record.finish = "error"
+                body = _event(describe(error, self._record.id).body)
+                await send({"type": "http.response.body", "body": body})
+        finally:
+            running.close()
+
+    def _events(self, news: list[tuple[Choice, Output]]) -> list[bytes]:
+        job = self._running.job
+        head = _head(job, job.shape.chunk_object)
+        return [
+            _event(head | {"choices": [piece]}) for choice, output in news for piece in job.shape.chunks(choice, output)
+        ]
+
+    def _end(self) -> bytes:
+        job = self._running.job
+        usage = {"choices": [], "usage": self._running.usage()}
+        last = _event(_head(job, job.shape.chunk_object) | usage) if job.include_usage else b""
+        return last + b"data: [DONE]\n\n"
+
+
+def _head(job: Job, kind: str) -> dict[str, Any]:
+    return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def _header_names(names: list[str]) -> str:
+    """Field names come from the client: only plain characters may go into a header."""
+    plain = ("".join(c if c.isascii() and (c.isalnum() or c in "._-") else "?" for c in name[:64]) for name in names)
+    return ", ".join(list(plain)[:32])

@@ -1,0 +1,42 @@
+"""GET /v1/models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from martlet.server.service import Service
+
+router = APIRouter()
+
+
+@router.get("/v1/models", summary="The models that requests may name")
+async def list_models(http: Request) -> Response:
+    service: Service = http.app.state.service
+    return _json({"object": "list", "data": [_card(service, name) for name in service.names]})
+
+
+@router.get("/v1/models/{name:path}", summary="One of them")
+async def get_model(name: str, http: Request) -> Response:
+    service: Service = http.app.state.service
+    return _json(_card(service, service.model_name(name)))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    """root is the registry's name of the model, never a folder of this machine."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "martlet",
+        "root": service.backend.card.name,
+        "parent": None,
+        "max_model_len": service.backend.max_model_len,
+    }
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

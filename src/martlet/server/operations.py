@@ -1,0 +1,37 @@
+"""GET /health and /metrics: for whoever runs the server."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from martlet.engine.request import Stats
+from martlet.server.service import Service
+
+router = APIRouter()
+
+STUCK_SECONDS = 60.0  # no step takes this long on any machine that can serve
+
+
+@router.get("/health", summary="200 when requests will be answered, else 503 with the reason")
+async def health(http: Request) -> Response:
+    service: Service = http.app.state.service
+    state, detail = condition(service.backend.stats(), service.draining)
+    body = {"status": state} | ({"detail": detail} if detail else {})
+    return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+
+
+def condition(stats: Stats, draining: bool) -> tuple[str, str]:
+    """(state, detail): "ok", "error", "stuck" or "draining"."""
+    if stats.error is not None:
+        return "error", stats.error
+    if stats.busy_seconds > STUCK_SECONDS:
+        return "stuck", f"the step under way has taken {stats.busy_seconds:.0f} s"
+    return ("draining", "") if draining else ("ok", "")
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+async def metrics(http: Request) -> Response:
+    service: Service = http.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,111 @@
+"""From a request body to token ids. Long texts are tokenised off the event loop, so that streams keep flowing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from martlet.errors import InvalidRequest
+from martlet.hub.tokenizer import Tokenizer
+from martlet.server.errors import ApiError
+from martlet.server.options import Limits
+from martlet.server.schema import ChatBody, Message
+
+T = TypeVar("T")
+
+_LONG = 8192  # characters; tokenising fewer takes less than a thread switch is worth
+
+
+async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    return await asyncio.to_thread(work, *args) if size > _LONG else work(*args)
+
+
+async def completion_prompts(
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int, limits: Limits
+) -> list[tuple[list[int], str | None]]:
+    """(ids, text or None) of each prompt of "text", ["text"], [ids] or [[ids]]."""
+    prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts:
+        raise InvalidRequest("prompt must be a text, a list of texts, token ids or a list of these", param="prompt")
+    if len(prompts) > limits.max_prompts:
+        raise InvalidRequest(f"{len(prompts)} prompts; at most {limits.max_prompts} in one request", param="prompt")
+    read = []
+    for at, item in enumerate(prompts):
+        name = "prompt" if prompts is not prompt else f"prompt[{at}]"
+        if isinstance(item, str):
+            _check_text(item, name)
+            ids, text = await off_loop(len(item), tokenizer.encode_prompt, item), item
+        elif _is_ids(item):
+            _check_ids(item, vocab_size, name)
+            ids, text = item, None
+        else:
+            raise InvalidRequest(f"{name} must be a text or a list of token ids", param=name)
+        if not ids:
+            raise InvalidRequest(f"{name} is empty; this model needs at least one token to continue", param=name)
+        read.append((ids, text))
+    return read
+
+
+def chat_messages(body: ChatBody, limits: Limits) -> list[dict[str, Any]]:
+    """Messages as the chat room takes them: a dict a turn, content a text or None."""
+    if not body.messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    if len(body.messages) > limits.max_messages:
+        raise InvalidRequest(f"{len(body.messages)} messages; at most {limits.max_messages}", param="messages")
+    return [_message(message, f"messages[{at}]") for at, message in enumerate(body.messages)]
+
+
+def prompt_style(body: ChatBody) -> dict[str, bool]:
+    """Arguments of Template.render: a new answer, or more of the last message."""
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise ApiError(
+            400,
+            "continue_final_message and add_generation_prompt cannot both be true",
+            param="continue_final_message",
+        )
+    starts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    return {"add_generation_prompt": starts, "continue_final_message": continues}
+
+
+def _message(message: Message, name: str) -> dict[str, Any]:
+    turn = {key: value for key, value in message.model_dump(exclude_unset=True).items() if value is not None}
+    if message.role == "developer":  # OpenAI's newer word for it
+        turn["role"] = "system"
+    if isinstance(message.content, list):
+        for at, part in enumerate(message.content):
+            if part.type not in ("text", "input_text", "refusal") or part.text is None:
+                raise ApiError(
+                    400,
+                    f"{name}.content[{at}] is of type {part.type[:40]!r}; this model takes text only",
+                    param=f"{name}.content[{at}]",
+                )
+        turn["content"] = "\n".join(part.text or "" for part in message.content)
+    elif message.content is None:
+        if message.role != "assistant":
+            raise InvalidRequest(f"{name}.content is required for role {message.role}", param=f"{name}.content")
+        turn["content"] = None
+    if turn["content"] is not None:
+        _check_text(turn["content"], f"{name}.content")
+    return turn
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
+
+
+def _check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{name} must hold token ids from 0 to {vocab_size - 1}, not {str(token)[:40]}", param=name
+            )
+
+
+def _check_text(text: str, name: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} holds a lone surrogate at character {error.start}", param=name) from None

@@ -1,0 +1,135 @@
+"""Request bodies. Types are strict: "5" is not a number. Every field may be null, which means its default.
+
+A field that is not declared here lands in `model_extra`: when it is in UNSUPPORTED, it is refused unless its value asks
+for nothing; otherwise it is accepted and named in the x-martlet-ignored-fields header.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+# Lists stop at the first bad element: a hostile body must not make millions of error objects.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Integers = Annotated[list[int], Field(fail_fast=True)]
+# Checked by hand (prompts.py, sampling.py): trying a union member by member over a long list of ids is slow.
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
+LogitBias = Annotated[dict[str, float] | None, SkipValidation]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class GenerationBody(Body):
+    """What chat completions and completions share. Bounds are checked by SamplingParams, once for every door."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Integers | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    logit_bias: LogitBias = None
+    allowed_token_ids: Integers | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+
+
+class Message(Body):
+    """One turn. Fields beside these (tool_calls, tool_call_id, reasoning ...) go to the chat template as they are."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[Message], Field(fail_fast=True)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+# Fields of the OpenAI API and of vLLM that would change the answer and that we cannot honour yet, with the values
+# besides null that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # of no tools
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "bad_words": ([],),
+    "thinking_token_budget": (),
+    "repetition_detection": (),
+    "watermarking": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "echo": (False,),  # of a chat
+    "add_special_tokens": (),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "include_reasoning": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "stream_interval": (1,),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "vllm_xargs": ({},),
+    "continuous_usage_stats": (False,),  # of stream_options
+}

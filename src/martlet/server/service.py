@@ -1,0 +1,91 @@
+"""What all endpoints share: the backend and its names, limits, and whether the server still takes requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from martlet.backends.base import Backend
+from martlet.errors import InvalidRequest, ModelNotFound, did_you_mean
+from martlet.server.dispatch import Dispatcher
+from martlet.server.errors import ApiError
+from martlet.server.metrics import Metrics
+from martlet.server.options import Limits
+
+
+class Service:
+    """template: a martlet.chat Template, or None for a model that cannot chat. names: what clients may ask for; the
+    first is the default. defaults: sampling settings of requests that leave them open.
+    """
+
+    def __init__(
+        self, backend: Backend, template: Any, names: Sequence[str], defaults: Mapping[str, Any], limits: Limits
+    ):
+        self.backend = backend
+        self.template = template
+        self.names = tuple(names)
+        self.defaults = dict(defaults)
+        self.limits = limits
+        self.created = int(time.time())
+        self.metrics = Metrics(backend, self.names[0])
+        self.draining = False
+        self.active: set[str] = set()  # ids of the HTTP requests being answered, except /health and /metrics
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._dispatcher: Dispatcher | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        if self._dispatcher is None:
+            self._dispatcher = Dispatcher(asyncio.get_running_loop())
+        return self._dispatcher
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with: the one that was asked for, or the default."""
+        if asked is None:
+            return self.names[0]
+        if asked not in self.names:
+            near = did_you_mean(asked, self.names)
+            raise ModelNotFound(
+                f"no model {asked[:200]!r} here; there is {', '.join(self.names)}.{near}", param="model"
+            )
+        return asked
+
+    def check_length(self, prompt_tokens: int, max_tokens: int | None, param: str) -> None:
+        """Refuse what the model's length cannot hold; the engine would cut it short without a word."""
+        most = self.backend.max_model_len
+        if prompt_tokens + (max_tokens or 1) <= most:
+            return
+        wanted = f"{prompt_tokens} in {param}" + (f" and {max_tokens} to generate" if max_tokens else "")
+        raise ApiError(
+            400,
+            f"this model holds {most} tokens, prompt and answer together; the request needs {wanted}",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def check_sequences(self, prompts: int, n: int) -> None:
+        if prompts * n > self.limits.max_sequences:
+            raise InvalidRequest(
+                f"{prompts} prompts times n = {n} is more than the {self.limits.max_sequences} sequences of a request",
+                param="n",
+            )
+
+    def enter(self, request_id: str) -> None:
+        self.active.add(request_id)
+        self._idle.clear()
+
+    def leave(self, request_id: str) -> None:
+        self.active.discard(request_id)
+        if not self.active:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is being answered."""
+        await self._idle.wait()
+
+    def abort_all(self) -> None:
+        if self._dispatcher is not None:
+            self.backend.abort(self._dispatcher.open_ids)
