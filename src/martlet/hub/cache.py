@@ -1,7 +1,7 @@
 """The folder of fetched models: where it is, who may write, and whether there is room.
 
-A model's folder appears under its name in one rename, after its bytes were checked. Whatever else lies there
-(`.pull-*`) belongs to a pull under way or killed, and the next pull, which holds the lock, removes it.
+A model's folder appears under its name in one rename, after its bytes were checked. What lies under `.pulls` belongs
+to a pull under way or killed; the next pull of that model, which holds its lock, removes it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def pulling(name: str, progress: Progress | None) -> Iterator[Path]:
     import tempfile
 
     models = model_dir(name).parent
+    works = models / ".pulls" / name
     with _disk_errors(models):
-        models.mkdir(parents=True, exist_ok=True)
-        lock = (models / f".{name}.lock").open("a")
+        works.mkdir(parents=True, exist_ok=True)
+        lock = (works.parent / f"{name}.lock").open("a")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,10 +53,10 @@ def pulling(name: str, progress: Progress | None) -> Iterator[Path]:
             if progress:
                 progress(f"waiting for another process that fetches {name}", 0, None)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in models.glob(f".pull-{name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
         with _disk_errors(models):
-            work = Path(tempfile.mkdtemp(prefix=f".pull-{name}-", dir=models))
+            for stale in works.iterdir():
+                shutil.rmtree(stale, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(dir=works))  # a new name: a pip that outlived a kill may still write
         try:
             with _disk_errors(models):
                 yield work

@@ -8,6 +8,8 @@ from typing import Any
 
 from martlet.errors import CheckpointError
 
+INDEX = "model.safetensors.index.json"
+
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """A JSON object from a file. CheckpointError when it cannot be read, or is absent and `missing` is None."""
@@ -22,3 +24,21 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Weight files that a folder should hold and does not; [INDEX's shards], or ["*.safetensors"] when it has none."""
+    if (folder / INDEX).is_file():
+        return sorted({name for name in weight_map(folder).values() if not (folder / name).is_file()})
+    return [] if next(folder.glob("*.safetensors"), None) else ["*.safetensors"]
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file the index says holds each tensor."""
+    table = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    for name, file in table.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{folder / INDEX}: tensor {name} lies in {file!r}, which is no plain file name")
+    return table

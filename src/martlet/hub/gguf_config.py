@@ -36,7 +36,6 @@ _TOKEN_IDS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def config_from(header: GGUFHeader) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def config_from(header: GGUFHeader) -> dict[str, Any]:
     for field, key in _TOKEN_IDS.items():
         if isinstance(token := header.get(key), int):
             config[field] = token
-    if scaling := _rope_scaling(header, config):
+    if scaling := _rope_scaling(header):
         config["rope_scaling"] = scaling
     return _specialise(config)
 
@@ -106,8 +105,8 @@ def _vocab_size(header: GGUFHeader) -> int:
     return header.get(f"{header.architecture}.vocab_size") or header.count("tokenizer.ggml.tokens")
 
 
-def _rope_scaling(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any] | None:
-    """From the scaling keys, or from the tensor of frequency divisors that Llama 3.1 files carry instead."""
+def _rope_scaling(header: GGUFHeader) -> dict[str, Any] | None:
+    """What the scaling keys say. (Llama 3.1 files carry a tensor `rope_freqs.weight` instead: see model.weights.)"""
     prefix = f"{header.architecture}.rope.scaling."
     kind = header.get(prefix + "type", "none")
     if kind != "none":
@@ -115,19 +114,4 @@ def _rope_scaling(header: GGUFHeader, config: dict[str, Any]) -> dict[str, Any] 
         if original := header.get(prefix + "original_context_length"):
             scaling["original_max_position_embeddings"] = original
         return scaling
-    divisors = header.tensors.get("rope_freqs.weight")
-    if divisors is None:
-        return None
-    found = np.frombuffer(header.map, "<f4", divisors.nbytes // 4, divisors.start)
-    scaling = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3_ROPE}
-    if not np.allclose(found, llama3_divisors(config["rope_theta"], 2 * len(found), scaling), rtol=1e-3):
-        raise CheckpointError(f"{header.path}: rope_freqs.weight does not follow Llama 3's rule; no other is known")
-    return scaling
-
-
-def llama3_divisors(theta: float, dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """What Llama 3.1 divides each of the dim / 2 rotary frequencies by. Source: the Llama 3.1 reference code."""
-    wavelength = 2 * np.pi * theta ** (np.arange(0, dim, 2) / dim)
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    return None

