@@ -85,13 +85,13 @@ def _source(file: str) -> str:
     return resources.files("martlet.chat").joinpath("templates", f"{file}.jinja").read_text(encoding="utf-8")
 
 
-def template_for(card: ModelCard, tokenizer: Tokenizer) -> Template:
-    """The template to prompt a model with: the one its card names, else the checkpoint's own.
+def template_for(card: ModelCard, tokenizer: Tokenizer, name: str | None = None) -> Template:
+    """The template to prompt a model with: the one called `name`, else the one its card names, else the checkpoint's.
 
-    Raises UsageError when there is neither.
+    Raises UsageError when there is none of these.
     """
-    if card.template is not None:
-        return named(card.template, tokenizer)
+    if name or card.template:
+        return named(name or card.template or "", tokenizer)
     if tokenizer.chat_template:
         return from_checkpoint(tokenizer)
     raise UsageError(
