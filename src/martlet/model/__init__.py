@@ -1,0 +1,1 @@
+"""The network as data: what a decoder is (spec), who has which shape (families), and its weights by name (weights)."""

@@ -1,0 +1,151 @@
+"""The operations a decoder is made of: their shapes and meaning. One implementation a device, chosen by `ops_for`.
+
+Letters: N tokens in a step, B sequences, S rows that sample, V vocabulary, W width, H heads, K kv_heads, D head_dim.
+Activations are contiguous, in the model's dtype unless a line says otherwise; what is summed is summed in float32.
+
+The KV cache is one tensor a layer, [blocks, block_size, 2, K, D], keys before values: what one token keeps lies in one
+piece, so writing a token and reading a block are one copy each. It must start out as zeros: places not yet
+written are read, weighted by zero, and a NaN would survive that.
+
+`Tensor` is the implementation's own array type (torch.Tensor here); this page imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from martlet.model.spec import Attention, FeedForward, Rope
+
+Tensor = Any
+Weight = Any  # a linear layer as the implementation likes to keep it
+Plan = Any  # what an implementation computes once a step for all layers that share an Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tokens of a step lie, in host memory: sequence after sequence, each in order of position.
+
+    start, count: int64 [B]. blocks: int32 [B, P], the block tables, P blocks being enough for the longest sequence;
+    entries past a sequence's end may hold anything. positions, slots: int64 [N]; a slot is block * block_size + offset.
+    """
+
+    start: np.ndarray
+    count: np.ndarray
+    blocks: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Rows of a Sampling whose tokens are penalised for having occurred.
+
+    rows: int64 [P], which of the S. tokens: int64 [P, T], prompt then output, padded with -1. prompt_len: int64 [P].
+    Repetition divides positive logits and multiplies negative ones of every token seen; presence is subtracted once and
+    frequency once per occurrence for tokens of the output. repetition, presence, frequency: float32 [P].
+    """
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    prompt_len: np.ndarray
+    repetition: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How S rows choose their token, in host memory. The parts that are None concern no row.
+
+    temperature: float32 [S], 0 is greedy. top_k: int64 [S], 0 for all. top_p, min_p: float32 [S]. seed: uint64 [S].
+    position: int64 [S], index in its sequence of the token being sampled.
+    bias: (rows, tokens, values) to add. banned: (rows, tokens) never to choose. allowed: (rows, tokens): a row named
+    here chooses among its tokens only. All int64 but the float32 values.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+    position: np.ndarray
+    penalties: Penalties | None = None
+    bias: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    banned: tuple[np.ndarray, np.ndarray] | None = None
+    allowed: tuple[np.ndarray, np.ndarray] | None = None
+
+
+class Ops(Protocol):
+    """The table. Implementations are stateless: all state is in the tensors passed in."""
+
+    def pack(self, matrix: Tensor, bias: Tensor | None = None) -> Weight:
+        """A linear layer from its matrix [out, in] and bias [out]. The caller drops the matrix afterwards."""
+        ...
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [N, in] -> x @ matrix.T + bias, [N, out]."""
+        ...
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """tokens int64 [N], table [V, W] -> [N, W]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x ** 2) + eps) * weight over the last axis; x [N, W], weight [W]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); may overwrite `residual`. All [N, W]."""
+        ...
+
+    def rotation(self, rope: Rope, length: int, device: str) -> Tensor:
+        """The table of a rotary embedding for positions 0 ... length - 1, to be passed to `plan`."""
+        ...
+
+    def plan(self, layout: Layout, attention: Attention, rotation: Tensor, dtype: Any) -> Plan:
+        """All that the layers with this `attention` need to know about a step and that does not differ among them."""
+        ...
+
+    def rotate_and_write(self, qkv: Tensor, norms: Tensor | None, eps: float, cache: Tensor, plan: Plan) -> Tensor:
+        """Normalise the heads of q and k if `norms`, rotate them, write k and v to the cache; may overwrite qkv.
+
+        qkv [N, (H + 2 K) * D]; norms [H + K, D], one weight a head; cache as above. Returns q [N, H, D].
+        """
+        ...
+
+    def paged_attention(self, q: Tensor, cache: Tensor, plan: Plan) -> Tensor:
+        """Causal attention of q [N, H, D] over the cache, which holds this step's keys already -> [N, H * D].
+
+        A token at position p sees positions max(0, p - window + 1) ... p of its own sequence.
+        """
+        ...
+
+    def activation(self, x: Tensor, mlp: FeedForward) -> Tensor:
+        """Gated: x [N, 2 * hidden] is gate then up -> act(gate) * up [N, hidden]. Else act(x), x [N, hidden]."""
+        ...
+
+    def logits(self, x: Tensor, head: Weight) -> Tensor:
+        """x [S, W] -> float32 [S, V], the caller's to change."""
+        ...
+
+    def sample(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        """float32 [S, V] -> tokens int64 [S]; may overwrite logits.
+
+        In this order: allowed, bias, banned; penalties; temperature; min_p (tokens less likely than min_p times the
+        likeliest go); top_k; top_p over what is left, renormalised; then the draw of martlet.kernels.philox. Tokens
+        rank by logit, equal ones by lower id; top_k keeps the first k, top_p those before which less than top_p lies.
+        """
+        ...
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw log-softmax of logits [S, V] at tokens [S]: logprob [S], rank [S] (1 + how many are likelier), and the k
+        likeliest in order: ids [S, k], logprobs [S, k]. Leaves logits alone."""
+        ...
+
+    def copy_blocks(self, cache: Tensor, source: Tensor, target: Tensor) -> None:
+        """cache[target] = cache[source] over blocks, all reads before all writes; source, target int64 [C]."""
+        ...

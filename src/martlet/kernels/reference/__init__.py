@@ -1,0 +1,26 @@
+"""The operation table in torch: what every other implementation is tested against, and good enough to serve on."""
+
+from __future__ import annotations
+
+from martlet.kernels.reference import attention, layers, logprobs, rotary, sampling
+
+__all__ = ["ReferenceOps"]
+
+
+class ReferenceOps:
+    """See martlet.kernels.ops.Ops for shapes and meaning."""
+
+    pack = staticmethod(layers.pack)
+    linear = staticmethod(layers.linear)
+    embedding = staticmethod(layers.embedding)
+    rms_norm = staticmethod(layers.rms_norm)
+    add_rms_norm = staticmethod(layers.add_rms_norm)
+    activation = staticmethod(layers.activation)
+    logits = staticmethod(layers.logits)
+    rotation = staticmethod(rotary.rotation)
+    rotate_and_write = staticmethod(rotary.rotate_and_write)
+    plan = staticmethod(attention.plan)
+    paged_attention = staticmethod(attention.paged_attention)
+    copy_blocks = staticmethod(attention.copy_blocks)
+    sample = staticmethod(sampling.sample)
+    logprobs = staticmethod(logprobs.logprobs)

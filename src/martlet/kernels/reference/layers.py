@@ -1,0 +1,69 @@
+"""Linears, norms, activations, embedding and head in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from martlet.model.spec import FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer. prepacked: `matrix` is oneDNN's own blocked copy, which only oneDNN can read."""
+
+    matrix: torch.Tensor
+    bias: torch.Tensor | None
+    prepacked: bool
+
+
+def pack(matrix: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """bfloat16 on CPU is prepacked for oneDNN: 1.2 to 2 times as fast as F.linear at 1 to 16 rows."""
+    prepacked = (
+        matrix.device.type == "cpu"
+        and matrix.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if prepacked:
+        matrix = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 16)
+    return Linear(matrix, bias, prepacked)
+
+
+def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
+    if weight.prepacked:
+        return torch.ops.mkldnn._linear_pointwise(x, weight.matrix, weight.bias, "none", [], "")
+    return F.linear(x, weight.matrix, weight.bias)
+
+
+def embedding(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, tokens)
+
+
+def logits(x: torch.Tensor, head: Linear) -> torch.Tensor:
+    return linear(x, head).float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = residual.add_(x)
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def activation(x: torch.Tensor, mlp: FeedForward) -> torch.Tensor:
+    gate, up = x.chunk(2, -1) if mlp.gated else (x, None)
+    match mlp.activation:
+        case "silu":
+            y = F.silu(gate)
+        case "gelu_tanh":
+            y = F.gelu(gate, approximate="tanh")
+        case "gelu":
+            y = F.gelu(gate)
+    return y if up is None else y.mul_(up)

@@ -1,0 +1,82 @@
+"""How much KV memory a runner takes, from what is really free."""
+
+from __future__ import annotations
+
+import logging
+
+from martlet.errors import OutOfMemory, UsageError
+from martlet.model.spec import DecoderSpec
+from martlet.runners.base import LoadOptions, MemoryPlan
+
+log = logging.getLogger("martlet")
+
+
+def plan_memory(
+    spec: DecoderSpec, options: LoadOptions, *, free: int, weights: int, element_size: int, default_rows: int
+) -> MemoryPlan:
+    """Blocks for at most max_num_seqs sequences of max_model_len tokens, within memory_utilization of `free` bytes.
+
+    free: bytes left after the weights. weights: bytes they take. element_size: bytes of one number in the cache. Where
+    not one sequence of max_model_len fits, max_model_len is cut and a warning says so; where not one block fits,
+    OutOfMemory. Says in one log line what it came to.
+    """
+    rows = options.max_num_seqs or default_rows
+    longest = options.max_model_len or spec.max_positions
+    if rows < 1:
+        raise UsageError(f"max_num_seqs must be at least 1, got {rows}", param="max_num_seqs")
+    if not 1 <= longest <= spec.max_positions:
+        raise UsageError(f"max_model_len {longest}: this model takes 1 to {spec.max_positions}", param="max_model_len")
+    if not 0 < options.memory_utilization <= 1:
+        raise UsageError(
+            f"memory_utilization must be above 0 and at most 1, got {options.memory_utilization}",
+            param="memory_utilization",
+        )
+    block, per_token = options.block_size, spec.kv_elements_per_token * element_size
+    fit = int(free * options.memory_utilization) // (per_token * block)
+    if options.kv_cache_tokens is not None:
+        want = options.kv_cache_tokens // block
+        if want < 1:
+            raise UsageError(
+                f"kv_cache_tokens {options.kv_cache_tokens} is less than a block of {block}", param="kv_cache_tokens"
+            )
+        if want > fit:
+            raise OutOfMemory(
+                f"kv_cache_tokens {options.kv_cache_tokens} needs {size(want * block * per_token)}, but of the "
+                f"{size(free)} free {size(free * options.memory_utilization)} may be used; --kv_cache_tokens "
+                f"{fit * block} fits",
+                param="kv_cache_tokens",
+            )
+        blocks = want
+    else:
+        blocks = min(rows * -(-longest // block), fit)
+    if blocks < 1:
+        raise OutOfMemory(
+            f"no room for the KV cache: weights take {size(weights)}, {size(free)} are free, and one block of {block} "
+            f"tokens takes {size(block * per_token)}; a smaller model or a smaller --dtype would fit"
+        )
+    if blocks * block < longest:
+        log.warning(
+            "KV memory holds %d tokens, so max_model_len goes from %d to that; --kv_cache_tokens or "
+            "--memory_utilization gives more",
+            blocks * block,
+            longest,
+        )
+        longest = blocks * block
+    log.info(
+        "weights %s, KV %s = %d tokens, %.4g requests at full length (%d tokens)",
+        size(weights),
+        size(blocks * block * per_token),
+        blocks * block,
+        blocks / -(-longest // block),
+        longest,
+    )
+    return MemoryPlan(block, blocks, rows, longest, per_token)
+
+
+def size(count: float) -> str:
+    """Bytes for people: '98.4 MiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

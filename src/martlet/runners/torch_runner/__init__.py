@@ -1,0 +1,218 @@
+"""The runner on torch: every operation through the table, so one file serves any device torch knows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from martlet.errors import BackendUnavailable, UsageError
+from martlet.hub.card import ModelCard
+from martlet.hub.checkpoint import Tensor, open_checkpoint
+from martlet.hub.dummy import DummyCheckpoint
+from martlet.kernels import ops_for
+from martlet.model import weights
+from martlet.model.spec import Attention, DecoderSpec
+from martlet.runners import machine
+from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
+from martlet.runners.rows import Rows
+from martlet.runners.sizing import plan_memory
+from martlet.runners.torch_runner.decoder import Decoder
+
+__all__ = ["TorchRunner"]
+
+log = logging.getLogger("martlet")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_ROWS = 64
+STEP_TOKENS = 256
+LOGIT_ROWS = 128  # most rows of prompt logits at once: 25 MB for a vocabulary of 49,152
+
+
+class TorchRunner:
+    """Runs one model with torch. Computes at once, so its lag is 0. Contract: martlet.runners.base.Runner."""
+
+    lag = 0
+
+    def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
+        """Load `card`. progress(done, total) is called for each parameter. Raises any of martlet.errors."""
+        if options.quant is not None:
+            raise UsageError(
+                f"quant {options.quant!r}: the torch runner computes in float32, bfloat16 or float16 only; "
+                "a quantised checkpoint is unpacked when it is loaded",
+                param="quant",
+            )
+        self.device = _device(options.device)
+        if self.device == "cpu":
+            torch.set_num_threads(machine.usable_cores())
+        self.dtype, reason = _dtype(options.dtype, self.device)
+        began = time.perf_counter()
+        self.spec = spec = weights.read_spec(card)
+        self.ops = ops_for(self.device)
+        with torch.inference_mode():
+            checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
+            try:
+                stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
+                self.decoder = Decoder(spec, stream, self.ops, self.device, self.dtype)
+            finally:
+                checkpoint.close()
+            log.info(
+                "loaded %s in %.2f s: %s, torch on %s, %d threads, %s (%s)",
+                card.name,
+                time.perf_counter() - began,
+                f"{weights.num_parameters(spec) / 1e6:.1f} M parameters",
+                self.device,
+                torch.get_num_threads(),
+                str(self.dtype).removeprefix("torch."),
+                reason,
+            )
+            self.memory = plan_memory(
+                spec,
+                options,
+                free=_free_memory(self.device),
+                weights=self.decoder.weight_bytes,
+                element_size=self.dtype.itemsize,
+                default_rows=DEFAULT_ROWS,
+            )
+            self.vocab_size = spec.vocab_size
+            self.max_step_tokens = STEP_TOKENS
+            self.rows = Rows(self.memory, spec.vocab_size)
+            self.caches = [self._cache(layer.mixer) for layer in spec.layers]
+            self.rotations = {
+                rope: self.ops.rotation(rope, self.memory.max_model_len, self.device)
+                for rope in {layer.mixer.rope for layer in spec.layers}
+            }
+            self.attentions = list(dict.fromkeys(layer.mixer for layer in spec.layers))
+
+    def _cache(self, attention: Attention) -> torch.Tensor:
+        """Zeros. On CPU from the allocator's untouched pages, so that memory is taken only as it is written."""
+        shape = (self.memory.num_blocks, self.memory.block_size, 2, attention.kv_heads, attention.head_dim)
+        if self.device != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        plain = np.zeros(shape, {2: np.int16, 4: np.int32}[self.dtype.itemsize])
+        return torch.from_numpy(plain).view(self.dtype)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Done:
+        self.rows.apply(batch)
+        if len(batch.copies):
+            source, target = (self._tensor(column) for column in batch.copies.T)
+            for cache in self.caches:
+                self.ops.copy_blocks(cache, source, target)
+        if not len(batch.rows):
+            return Done(StepResult(np.empty(0, np.int32)))
+        layout, ids = self.rows.layout(batch)
+        plans = {
+            attention: self.ops.plan(layout, attention, self.rotations[attention.rope], self.dtype)
+            for attention in self.attentions
+        }
+        sampled, last = np.flatnonzero(batch.sample), np.cumsum(layout.count) - 1
+        scored = self._prompt_positions(batch)  # token numbers whose prompt logprobs are asked for
+        wanted = np.concatenate([last[sampled], scored])
+        hidden = self.decoder.forward(self._tensor(ids), plans, self.caches, self._tensor(wanted))
+
+        tokens = np.full(len(batch.rows), -1, np.int32)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if len(sampled):
+            rows, position = batch.rows[sampled], (layout.start + layout.count)[sampled]
+            tokens[sampled], logprobs = self._sample(hidden[: len(sampled)], rows, position, sampled)
+            self.rows.tokens[rows, position] = tokens[sampled]
+        prompt = self._prompt_logprobs(hidden[len(sampled) :], scored, batch, layout.positions) if len(scored) else {}
+        return Done(StepResult(tokens, logprobs, prompt))
+
+    def _sample(
+        self, hidden: torch.Tensor, rows: np.ndarray, position: np.ndarray, sequences: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
+        logits = self.decoder.logits(hidden)
+        asked = np.flatnonzero(self.rows.logprobs[rows] >= 0)
+        raw = logits[self._tensor(asked)] if len(asked) else None
+        tokens = self.ops.sample(logits, self.rows.sampling(rows, position))
+        found: list[TokenLogprobs] = []
+        if raw is not None:
+            found = self._report(raw, tokens[self._tensor(asked)], self.rows.logprobs[rows[asked]])
+        return tokens.cpu().numpy(), dict(zip(sequences[asked].tolist(), found, strict=True))
+
+    def _prompt_positions(self, batch: Batch) -> np.ndarray:
+        """Numbers, in the step, of tokens that predict a prompt token whose logprobs are asked for; int64 [Q]."""
+        asked = self.rows.prompt_logprobs[batch.rows] >= 0
+        if not asked.any():
+            return np.empty(0, np.int64)
+        end = np.minimum(batch.start + batch.count, self.rows.prompt_len[batch.rows] - 1)
+        length = np.where(asked, np.maximum(end - batch.start, 0), 0)
+        first = np.cumsum(batch.count) - batch.count
+        return np.arange(length.sum()) + np.repeat(first - (np.cumsum(length) - length), length)
+
+    def _prompt_logprobs(
+        self, hidden: torch.Tensor, scored: np.ndarray, batch: Batch, positions: np.ndarray
+    ) -> dict[int, list[TokenLogprobs]]:
+        sequence = np.repeat(np.arange(len(batch.rows)), batch.count)[scored]
+        rows = batch.rows[sequence]
+        targets = self.rows.tokens[rows, positions[scored] + 1]
+        found: dict[int, list[TokenLogprobs]] = {}
+        for cut in range(0, len(scored), LOGIT_ROWS):
+            part = slice(cut, cut + LOGIT_ROWS)
+            logits = self.decoder.logits(hidden[part])
+            entries = self._report(logits, self._tensor(targets[part]), self.rows.prompt_logprobs[rows[part]])
+            for owner, entry in zip(sequence[part].tolist(), entries, strict=True):
+                found.setdefault(owner, []).append(entry)
+        return found
+
+    def _report(self, logits: torch.Tensor, tokens: torch.Tensor, k: np.ndarray) -> list[TokenLogprobs]:
+        """One entry a row of logits; row i gets its k[i] likeliest tokens."""
+        columns = self.ops.logprobs(logits, tokens, int(k.max()))
+        logprob, rank, ids, top = (column.cpu().numpy() for column in columns)
+        chosen = zip(tokens.tolist(), logprob.tolist(), rank.tolist(), k.tolist(), strict=True)
+        return [
+            TokenLogprobs(token, value, place, ids[i, :n].astype(np.int32), top[i, :n])
+            for i, (token, value, place, n) in enumerate(chosen)
+        ]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+    def close(self) -> None:
+        """Free weights and cache. The runner cannot be used afterwards."""
+        self.caches.clear()
+        self.decoder.blocks.clear()
+
+
+def _counted(
+    stream: Iterator[tuple[str, Tensor]], spec: DecoderSpec, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    total = sum(1 for _ in weights.parameters(spec))
+    for done, item in enumerate(stream, 1):
+        yield item
+        if progress is not None:
+            progress(done, total)
+
+
+def _device(asked: str) -> str:
+    """A torch device that is there. "auto" is the accelerator if torch has one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if asked == "auto":
+        return "cuda" if accelerator is not None and accelerator.type == "cuda" else "cpu"
+    if asked == "cpu" or (accelerator is not None and asked.split(":")[0] == accelerator.type):
+        return asked
+    there = "the CPU" if accelerator is None else f"the CPU and {accelerator.type}"
+    raise BackendUnavailable(f"device {asked!r} is not here; torch {torch.__version__} sees {there}", param="device")
+
+
+def _dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why. bfloat16 halves the bytes a decoding step reads: with hardware for it, up to
+    twice as fast as float32 at batch 1; without, slower."""
+    if asked in DTYPES:
+        return DTYPES[asked], "as asked"
+    if asked != "auto":
+        raise UsageError(f"dtype {asked!r} is none of auto, {', '.join(DTYPES)}", param="dtype")
+    if device != "cpu":
+        return torch.bfloat16, "default of the device"
+    if machine.has_fast_bfloat16():
+        return torch.bfloat16, "this CPU multiplies bfloat16"
+    return torch.float32, "this CPU does not multiply bfloat16"
+
+
+def _free_memory(device: str) -> int:
+    return machine.free_memory() if device == "cpu" else torch.accelerator.get_memory_info(device)[0]
