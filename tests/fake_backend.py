@@ -14,6 +14,7 @@ import numpy as np
 from byte_tokenizer import EOS, ByteTokenizer
 
 from martlet.backends.native import NativeBackend
+from martlet.chat import normalise
 from martlet.engine.options import EngineOptions
 from martlet.hub.card import ModelCard
 from martlet.runners.base import Batch, Done, MemoryPlan, NewRow, StepResult, TokenLogprobs
@@ -80,10 +81,12 @@ def _logprobs(token: int, k: int) -> TokenLogprobs:
 class FakeTemplate:
     """role \\x02 content \\x03 for each message."""
 
+    name = "fake"
     stop_ids = (EOS,)
+    stop = ("<end>",)
 
-    def render(self, messages, tools=None, add_generation_prompt=True, continue_final_message=False) -> list[int]:
-        text = "".join(f"{turn['role']}\x02{turn['content'] or ''}\x03" for turn in messages)
+    def render(self, messages, *, tools=None, add_generation_prompt=True, continue_final_message=False) -> list[int]:
+        text = "".join(f"{turn['role']}\x02{turn['content'] or ''}\x03" for turn in normalise(messages))
         return list((text.removesuffix("\x03") if continue_final_message else text).encode())
 
 

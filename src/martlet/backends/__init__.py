@@ -10,7 +10,7 @@ from martlet import hub
 from martlet.backends.base import Backend, Sink
 from martlet.backends.defaults import generation_defaults
 from martlet.engine.options import EngineOptions
-from martlet.errors import UsageError, did_you_mean
+from martlet.errors import BackendUnavailable, UsageError, did_you_mean
 from martlet.hub.card import ModelCard
 from martlet.runners.base import LoadOptions
 
@@ -44,6 +44,8 @@ def load(
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
         log.warning("vllm is not installed here (pip install vllm); the native engine runs the model instead")
         kind = "native"
+    if kind == "transformers":
+        _need("torch", "transformers")
     card = model if isinstance(model, ModelCard) else hub.resolve(model)
     options, engine = load or LoadOptions(), engine or EngineOptions()
     tokenizer = hub.load_tokenizer(card)
@@ -58,3 +60,12 @@ def load(
     from martlet.backends.vllm_backend import load_vllm
 
     return load_vllm(card, tokenizer, options, engine)
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            f"the transformers backend needs {' and '.join(missing)}; pip install 'martlet[transformers]'",
+            param="infer_backend",
+        )

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from martlet._version import __version__
 from martlet.backends.base import Backend
+from martlet.chat import Template
 from martlet.errors import MartletError
 from martlet.server import chat, completions, models, operations
 from martlet.server.errors import describe, describe_validation
@@ -22,7 +23,7 @@ from martlet.server.service import Service
 
 def create_app(
     backend: Backend,
-    template: Any = None,
+    template: Template | None = None,
     *,
     served_model_names: Sequence[str] = (),
     api_keys: Sequence[str] = (),
@@ -31,7 +32,7 @@ def create_app(
 ) -> FastAPI:
     """An ASGI application that serves `backend`. It does not own the backend: close it after the last request.
 
-    template: a martlet.chat Template; None: the model cannot chat. served_model_names: see ServerOptions.
+    template: None for a model that cannot chat. served_model_names: see ServerOptions.
     defaults: SamplingParams fields for requests that leave them open, e.g. `generation_defaults(card)`.
     """
     names = tuple(served_model_names) or (backend.card.name,)

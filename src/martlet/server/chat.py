@@ -14,8 +14,9 @@ from martlet.hub.tokenizer import Tokenizer
 from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import chat_entries
-from martlet.server.prompts import chat_messages, off_loop, prompt_style
+from martlet.server.prompts import chat_messages, off_loop, prompt_style, text_size
 from martlet.server.sampling import (
+    asked_stops,
     chat_logprobs,
     chat_max_tokens,
     check_stream_options,
@@ -41,15 +42,16 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     ignored = extra_fields(body) + check_stream_options(body)
     if service.template is None:
         raise ApiError(400, f"{model} has no chat template; use /v1/completions", param="model")
-    end_ids = tuple(service.template.stop_ids)
+    template = service.template
     logprobs = chat_logprobs(body, service.backend.max_logprobs)
     max_tokens = chat_max_tokens(body)
-    params = sampling_params(body, service.defaults, end_ids=end_ids, max_tokens=max_tokens, logprobs=logprobs)
+    params = sampling_params(
+        body, service.defaults, ends=(template.stop_ids, template.stop), max_tokens=max_tokens, logprobs=logprobs
+    )
     params.check_vocabulary(service.backend.vocab_size)
     messages = chat_messages(body, service.limits)
     style = prompt_style(body)
-    size = sum(len(message["content"] or "") for message in messages)
-    ids = await off_loop(size, lambda: service.template.render(messages, **style))
+    ids = await off_loop(text_size(body), lambda: template.render(messages, **style))
     if not ids:
         raise InvalidRequest("messages make an empty prompt", param="messages")
     service.check_length(len(ids), max_tokens, "messages")
@@ -65,7 +67,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         stream=stream,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
-        end_ids=tuple(set(end_ids) - set(body.stop_token_ids or ())),
+        own_stops=frozenset((*template.stop_ids, *template.stop)) - asked_stops(body),
     )
 
 

@@ -35,8 +35,11 @@ def run(options: ServerOptions) -> int:
         with contextlib.closing(
             backends.load(card, backend=options.backend, load=options.load, engine=options.engine)
         ) as backend:
-            template = chat.template_for(backend.card, backend.tokenizer, options.template)
-            defaults = backends.generation_defaults(backend.card)
+            template = None
+            if options.template or card.template or backend.tokenizer.chat_template:
+                template = chat.template_for(card, backend.tokenizer, options.template)
+            log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
+            defaults = backends.generation_defaults(card)
             said = ", ".join(f"{name}={value}" for name, value in defaults.items())
             log.info("sampling defaults of the model: %s", said or "none")
             app = create_app(

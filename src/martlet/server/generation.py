@@ -69,7 +69,7 @@ class Job:
     stream: bool = False
     include_usage: bool = False
     ignored: list[str] = field(default_factory=list)
-    end_ids: tuple[int, ...] = ()  # stop tokens that the template added; not worth a stop_reason
+    own_stops: frozenset[str | int] = frozenset()  # stops that the template added: no stop_reason for the client
     drop_output: bool = False  # max_tokens 0: one token had to be computed, nobody asked for it
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -109,7 +109,6 @@ class Running:
                 raise ClientGone
             yield [(self._take(output), output) for output in outputs]
         self._record.finish = "+".join(sorted({choice.finish_reason or "stop" for choice in self.choices}))
-        self._record.cached_tokens = sum(self._cached)
 
     def close(self) -> None:
         """Idempotent."""
@@ -139,9 +138,10 @@ class Running:
         if output.finish_reason == "abort":
             raise ApiError(503, "The request was stopped: the server is shutting down.", code="shutting_down")
         if output.index == 0:  # what the others share with it is not the cache's merit
+            self._record.cached_tokens += output.cached_tokens - self._cached[number]
             self._cached[number] = output.cached_tokens
         choice.finish_reason = output.finish_reason
-        choice.stop_reason = None if output.stop_reason in self.job.end_ids else output.stop_reason
+        choice.stop_reason = None if output.stop_reason in self.job.own_stops else output.stop_reason
         if output.prompt_logprobs is not None:  # with the first output of a request, for all its sequences
             self._prompt_logprobs[number] = output.prompt_logprobs
         choice.prompt_logprobs = self._prompt_logprobs.get(number)

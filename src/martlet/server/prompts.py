@@ -10,7 +10,7 @@ from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
 from martlet.server.errors import ApiError
 from martlet.server.options import Limits
-from martlet.server.schema import ChatBody, Message
+from martlet.server.schema import ChatBody
 
 T = TypeVar("T")
 
@@ -48,12 +48,16 @@ async def completion_prompts(
 
 
 def chat_messages(body: ChatBody, limits: Limits) -> list[dict[str, Any]]:
-    """Messages as the chat room takes them: a dict a turn, content a text or None."""
-    if not body.messages:
-        raise InvalidRequest("messages must hold at least one message", param="messages")
+    """Messages for Template.render, which checks what they hold."""
     if len(body.messages) > limits.max_messages:
         raise InvalidRequest(f"{len(body.messages)} messages; at most {limits.max_messages}", param="messages")
-    return [_message(message, f"messages[{at}]") for at, message in enumerate(body.messages)]
+    return [message.model_dump(exclude_unset=True) for message in body.messages]
+
+
+def text_size(body: ChatBody) -> int:
+    """Characters to tokenise, about."""
+    contents = [message.content or "" for message in body.messages]
+    return sum(len(c) if isinstance(c, str) else sum(len(part.text or "") for part in c) for c in contents)
 
 
 def prompt_style(body: ChatBody) -> dict[str, bool]:
@@ -67,28 +71,6 @@ def prompt_style(body: ChatBody) -> dict[str, bool]:
         )
     starts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return {"add_generation_prompt": starts, "continue_final_message": continues}
-
-
-def _message(message: Message, name: str) -> dict[str, Any]:
-    turn = {key: value for key, value in message.model_dump(exclude_unset=True).items() if value is not None}
-    if message.role == "developer":  # OpenAI's newer word for it
-        turn["role"] = "system"
-    if isinstance(message.content, list):
-        for at, part in enumerate(message.content):
-            if part.type not in ("text", "input_text", "refusal") or part.text is None:
-                raise ApiError(
-                    400,
-                    f"{name}.content[{at}] is of type {part.type[:40]!r}; this model takes text only",
-                    param=f"{name}.content[{at}]",
-                )
-        turn["content"] = "\n".join(part.text or "" for part in message.content)
-    elif message.content is None:
-        if message.role != "assistant":
-            raise InvalidRequest(f"{name}.content is required for role {message.role}", param=f"{name}.content")
-        turn["content"] = None
-    if turn["content"] is not None:
-        _check_text(turn["content"], f"{name}.content")
-    return turn
 
 
 def _is_ids(value: Any) -> bool:

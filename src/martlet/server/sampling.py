@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from martlet.errors import InvalidRequest
@@ -31,17 +31,27 @@ _SAME_NAME = (
 
 
 def sampling_params(
-    body: GenerationBody, defaults: Mapping[str, Any], *, end_ids: tuple[int, ...] = (), **decided: Any
+    body: GenerationBody,
+    defaults: Mapping[str, Any],
+    *,
+    ends: tuple[Sequence[int], Sequence[str]] = ((), ()),
+    **decided: Any,
 ) -> SamplingParams:
-    """defaults: the model's own (generation_config.json). end_ids: tokens that end a turn of the chat template.
+    """defaults: the model's own (generation_config.json). ends: tokens and texts that end a turn of the chat template.
     decided: fields whose meaning differs between the endpoints (max_tokens, logprobs, prompt_logprobs).
     """
     given = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
-    if end_ids and not given.get("ignore_eos"):
-        given["stop_token_ids"] = (*given.get("stop_token_ids", ()), *end_ids)
+    if not given.get("ignore_eos"):
+        given["stop_token_ids"] = (*given.get("stop_token_ids", ()), *ends[0])
+        given["stop"] = (*_texts(body.stop), *ends[1])
     if body.logit_bias is not None:
         given["logit_bias"] = _logit_bias(body.logit_bias)
     return SamplingParams(**{**defaults, **given, **decided})
+
+
+def asked_stops(body: GenerationBody) -> frozenset[str | int]:
+    """What the client itself wants to stop at."""
+    return frozenset((*_texts(body.stop), *(body.stop_token_ids or ())))
 
 
 def chat_logprobs(body: ChatBody, most: int) -> int | None:
@@ -88,6 +98,10 @@ def check_stream_options(body: GenerationBody) -> list[str]:
     if not body.stream:
         raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
     return extra_fields(body.stream_options, "stream_options.")
+
+
+def _texts(stop: str | Sequence[str] | None) -> Sequence[str]:
+    return [stop] if isinstance(stop, str) else stop or ()
 
 
 def _bounded(name: str, value: int, most: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from martlet.backends.base import Backend
+from martlet.chat import Template
 from martlet.errors import InvalidRequest, ModelNotFound, did_you_mean
 from martlet.server.dispatch import Dispatcher
 from martlet.server.errors import ApiError
@@ -16,12 +17,17 @@ from martlet.server.options import Limits
 
 
 class Service:
-    """template: a martlet.chat Template, or None for a model that cannot chat. names: what clients may ask for; the
+    """template: None for a model that cannot chat. names: what clients may ask for; the
     first is the default. defaults: sampling settings of requests that leave them open.
     """
 
     def __init__(
-        self, backend: Backend, template: Any, names: Sequence[str], defaults: Mapping[str, Any], limits: Limits
+        self,
+        backend: Backend,
+        template: Template | None,
+        names: Sequence[str],
+        defaults: Mapping[str, Any],
+        limits: Limits,
     ):
         self.backend = backend
         self.template = template
