@@ -9,21 +9,12 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "asimd", "sve", "bf16", "i8mm")
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers", "vllm", "huggingface_hub", "modelscope")
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes. limit: of the control group, or the whole machine's; available: what can be had without swapping."""
-
-    limit: int
-    available: int
 
 
 def cpu_model() -> str:
@@ -36,30 +27,9 @@ def cpu_features() -> list[str]:
     return [f for f in FEATURES if f in have]
 
 
-def usable_cores() -> float:
-    """Cores this process may use: the affinity mask, cut by the control group's quota (which may be a fraction)."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup("cpu.max").split()
-    if not quota:
-        quota = [_cgroup("cpu.cfs_quota_us", "cpu"), _cgroup("cpu.cfs_period_us", "cpu")]
-    if len(quota) == 2 and all(q.isdigit() for q in quota):
-        return min(affinity, int(quota[0]) / int(quota[1]))
-    return affinity
-
-
-def memory() -> Memory:
-    meminfo = _colon_file(Path("/proc/meminfo"))
-    if not meminfo:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Memory(total, total)
-    total, available = (1024 * int(meminfo[k].split()[0]) for k in ("MemTotal", "MemAvailable"))
-    for limit, used in (
-        (_cgroup("memory.max"), _cgroup("memory.current")),
-        (_cgroup("memory.limit_in_bytes", "memory"), _cgroup("memory.usage_in_bytes", "memory")),
-    ):
-        if limit.isdigit() and used.isdigit() and int(limit) < total:
-            return Memory(int(limit), max(0, min(available, int(limit) - int(used))))
-    return Memory(total, available)
+def total_memory() -> int:
+    """Bytes of the whole machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpus() -> list[str]:
@@ -98,11 +68,13 @@ def commit() -> str | None:
 
 def describe() -> dict[str, Any]:
     """All of the above for a line of results. No host names, no paths."""
+    from martlet.runners.machine import free_memory, usable_cores
+
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
         "features": cpu_features(),
-        "memory": asdict(memory()),
+        "memory": {"total": total_memory(), "free": free_memory()},
         "gpus": gpus(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -121,14 +93,3 @@ def _colon_file(path: Path) -> dict[str, str]:
         return {}
     pairs = (line.partition(":")[::2] for line in reversed(path.read_text().splitlines()) if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
-
-
-def _cgroup(file: str, controller: str = "") -> str:
-    """A value of this process's own control group: the mount's root as a container sees it, or the group's folder."""
-    root = Path("/sys/fs/cgroup") / controller
-    groups = Path("/proc/self/cgroup")
-    own = [line.rsplit(":", 1)[1].lstrip("/") for line in groups.read_text().splitlines()] if groups.exists() else []
-    for folder in (*(root / group for group in own), root):
-        if (folder / file).is_file():
-            return (folder / file).read_text().strip()
-    return ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from martlet.cli import swift_flags
 from martlet.cli.flags import Command, flag
-from martlet.cli.options import EngineFlags, ModelFlags, engine_options, load_options, model_name, template_name
+from martlet.cli.options import EngineFlags, ModelFlags, engine_options, load_options, resolve_model, template_name
 from martlet.errors import UsageError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ def run(options: DeployOptions) -> int:
         raise UsageError(f"--port must be from 0 to 65535, got {options.port}", param="port")
     from martlet import server
 
+    load = load_options(options, options)
+    if options.host not in LOCAL and not options.api_key:
+        print(
+            f"warning: whoever reaches {options.host} may use this server; --api_key KEY asks for a key",
+            file=sys.stderr,
+        )
     return server.run(
         server.ServerOptions(
-            model=model_name(options),
+            model=resolve_model(options),
             backend=options.infer_backend,
-            load=load_options(options, options),
+            load=load,
             engine=engine_options(options),
             template=template_name(options),
             host=options.host,

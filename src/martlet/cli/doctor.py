@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from martlet.bench import machine
 from martlet.cli.flags import Command, flag
@@ -68,10 +67,13 @@ def run(options: DoctorOptions) -> int:
 def examine() -> Iterator[Finding]:
     yield _python()
     yield _cpu()
+    yield from _gpu()
+    libraries = list(_libraries())
+    yield from libraries
+    if any(f.state == "broken" for f in libraries):
+        return  # the checks below import what is missing
     yield _cores()
     yield _memory()
-    yield from _gpu()
-    yield from _libraries()
     yield _compiler()
     yield _cache()
     yield _default_model()
@@ -89,17 +91,21 @@ def _cpu() -> Finding:
 
 
 def _cores() -> Finding:
-    usable, present = machine.usable_cores(), os.cpu_count() or 1
-    found = f"{usable:g} usable of {present}"
+    from martlet.runners.machine import usable_cores
+
+    usable = usable_cores()
+    found = f"{usable} usable of {os.cpu_count()}"
     if usable < 2:
         return Finding("cores", found, "note", "the server shares a single core with the model; give it two or more")
     return Finding("cores", found)
 
 
 def _memory() -> Finding:
-    memory = machine.memory()
-    found = f"{memory.available / GIB:.1f} GiB free, limit {memory.limit / GIB:.1f} GiB"
-    if memory.available < GIB:
+    from martlet.runners.machine import free_memory
+
+    free = free_memory()
+    found = f"{free / GIB:.1f} GiB free of the machine's {machine.total_memory() / GIB:.1f} GiB"
+    if free < GIB:
         return Finding(
             "memory", found, "note", "the default model wants about 1 GiB; close something or raise the limit"
         )
@@ -156,12 +162,24 @@ def _cache() -> Finding:
 
 
 def _default_model() -> Finding:
-    raise NotImplementedError
+    from martlet import hub
+
+    path = hub.cached(hub.DEFAULT_MODEL)
+    if path is None:
+        remedy = f"the first `martlet infer` fetches it; `martlet models pull {hub.DEFAULT_MODEL}` does it now"
+        return Finding("default model", f"{hub.DEFAULT_MODEL} is not here", "note", remedy)
+    return Finding("default model", f"{hub.DEFAULT_MODEL} in {path}")
 
 
 def _backend() -> Finding:
-    raise NotImplementedError
-    Path()
+    from martlet import backends
+
+    kind = backends.NAMES["auto"]
+    if machine.library_version("torch") is None:
+        return Finding(
+            "backend", kind, "broken", "the native engine runs on torch so far: pip install 'martlet[torch]'"
+        )
+    return Finding("backend", f"{kind} (what --infer_backend auto takes)")
 
 
 COMMAND = Command("Check this machine: hardware, libraries, cache, default model.", DoctorOptions, run)

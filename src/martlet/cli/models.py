@@ -44,12 +44,15 @@ def list_models(options: ListOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "family", "size", "here", "licence", "about", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "family"):
+        table.add_column(heading, no_wrap=True, min_width=max((len(row[heading]) for row in rows), default=0))
+    table.add_column("size", no_wrap=True, justify="right", min_width=8)
+    table.add_column("here", no_wrap=True, min_width=4)
+    table.add_column("about", no_wrap=True, overflow="ellipsis")
     for row in rows:
         size = f"{row['size'] / 1e6:,.0f} MB" if row["size"] else ""
-        table.add_row(
-            row["name"], row["family"], size, "yes" if row["cached"] else "", row["licence"], row["description"]
-        )
+        table.add_row(row["name"], row["family"], size, "yes" if row["cached"] else "", row["description"])
     Console().print(table)
     return 0
 
@@ -57,15 +60,14 @@ def list_models(options: ListOptions) -> int:
 def show(options: ShowOptions) -> int:
     from martlet import hub
 
-    known = {entry.name: entry for entry in hub.registered()}
-    entry = known.get(options.name)
-    facts = describe(entry) if entry is not None else dataclasses.asdict(hub.resolve(options.name))
+    entry = next((e for e in hub.registered() if options.name in (e.name, e.model_type)), None)
+    facts = describe(entry) if entry is not None else dataclasses.asdict(hub.resolve(options.name, pull=False))
     if options.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
         return 0
     width = max(map(len, facts))
     for key, value in facts.items():
-        if value not in (None, "", (), {}, 0):
+        if value not in (None, "", (), 0) and not isinstance(value, dict):  # configs are for --json
             print(f"{key:{width}}  {', '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}")
     return 0
 
@@ -75,16 +77,19 @@ def pull(options: NameOptions) -> int:
     from martlet.cli.progress import download_bar
 
     with download_bar() as progress:
-        path = hub.pull(options.name, progress)
-    print(f"{options.name} is in {path}", file=sys.stderr)
+        card = hub.pull(options.name, progress)
+    print(f"{card.name} is here: {card.path}", file=sys.stderr)
     return 0
 
 
 def remove(options: NameOptions) -> int:
     from martlet import hub
 
-    freed = hub.remove(options.name)
-    print(f"removed {options.name}: {freed / 1e6:,.0f} MB freed", file=sys.stderr)
+    removed = hub.remove(options.name)
+    if not removed:
+        print(f"{options.name} is not on this machine", file=sys.stderr)
+    for path in removed:
+        print(f"removed {path}", file=sys.stderr)
     return 0
 
 

@@ -11,8 +11,10 @@ from martlet.errors import UsageError
 
 if TYPE_CHECKING:
     from martlet.backends.base import Backend
+    from martlet.chat import Template
     from martlet.engine.options import EngineOptions
     from martlet.engine.request import Request
+    from martlet.hub.card import ModelCard
     from martlet.runners.base import LoadOptions
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -30,8 +32,16 @@ class ModelFlags:
         None,
         metavar="NAME",
     )
-    model_type: str | None = flag("a registered model by its SWIFT key, such as qwen-7b-chat", None, metavar="KEY")
-    model_id_or_path: str | None = flag("SWIFT's name for a folder or repository", None, metavar="PATH")
+    model_type: str | None = flag(
+        "a registered model by its SWIFT key, such as qwen-7b-chat; beside a path, whose template it takes",
+        None,
+        metavar="KEY",
+    )
+    model_id_or_path: str | None = flag("SWIFT's name for --model", None, metavar="PATH")
+    model_revision: str | None = flag("branch, tag or commit of a repository", None, metavar="NAME")
+    load_format: str = flag(
+        "dummy makes up random weights from a config.json", "auto", choices=("auto", "safetensors", "gguf", "dummy")
+    )
     template_type: str | None = flag("chat template to use instead of the model's own", None, metavar="NAME")
     infer_backend: str = flag(
         "native is our engine, pt is transformers, vllm an installed vLLM", "auto", choices=BACKENDS
@@ -71,13 +81,25 @@ class SamplingFlags:
     seed: int | None = flag("makes sampling repeatable (default: random)", None)
 
 
-def model_name(flags: ModelFlags) -> str:
-    """What hub.resolve is asked for: the one of the three flags that is given, or the default model."""
-    given = {n: v for n in ("model", "model_type", "model_id_or_path") if (v := getattr(flags, n)) is not None}
-    if len(set(given.values())) > 1:
-        said = " and ".join(f"--{name} {value}" for name, value in given.items())
-        raise UsageError(f"{said} name different models; give one of them", param=next(iter(given)))
-    return next(iter(given.values()), DEFAULT_MODEL)
+def resolve_model(flags: ModelFlags) -> ModelCard:
+    """The model that was asked for, or the default one; fetched when it is not on this machine yet."""
+    from martlet import hub
+    from martlet.cli.progress import download_bar
+
+    if flags.model and flags.model_id_or_path and flags.model != flags.model_id_or_path:
+        raise UsageError(
+            f"--model {flags.model} and --model_id_or_path {flags.model_id_or_path} differ; give one of them",
+            param="model",
+        )
+    name = flags.model or flags.model_id_or_path
+    with download_bar() as progress:
+        return hub.resolve(
+            name or flags.model_type or DEFAULT_MODEL,
+            progress=progress,
+            model_type=flags.model_type if name else None,
+            load_format=flags.load_format,
+            revision=flags.model_revision,
+        )
 
 
 def template_name(flags: ModelFlags) -> str | None:
@@ -115,11 +137,11 @@ def engine_options(engine: EngineFlags, seed: int | None = None) -> EngineOption
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to answer. template: None for a base model. defaults: sampling settings of generation_config."""
+    """A model ready to answer. template: None for a base model. own: the model's sampling settings."""
 
     backend: Backend
-    template: Any
-    defaults: Mapping[str, Any]
+    template: Template | None
+    own: Mapping[str, Any]
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of a conversation; a base model continues the text of the last message."""
@@ -134,39 +156,48 @@ class Loaded:
 
         room = self.backend.max_model_len - len(ids)
         wanted = flags.max_new_tokens
+        template = self.template if turn else None
         params = SamplingParams(
-            **sampling_settings(flags, self.defaults),
+            **sampling_settings(flags, self.own),
             max_tokens=min(wanted, room) if room > 0 else wanted,  # without room the engine refuses, with the numbers
-            stop=flags.stop_words,
-            stop_token_ids=tuple(self.template.stop_ids) if turn and self.template is not None else (),
+            stop=(*flags.stop_words, *(template.stop if template else ())),
+            stop_token_ids=template.stop_ids if template else (),
             seed=flags.seed,
         )
         return Request(id, ids, params, stream=stream)
 
 
-def sampling_settings(flags: SamplingFlags, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags over the model's own settings, over greedy: nobody is surprised by an answer that differs from run to run.
+def own_settings(card: ModelCard) -> dict[str, Any]:
+    """Sampling settings of the model: its generation_config; greedy where that does not ask for sampling."""
+    from martlet import backends
 
-    Asking for any kind of sampling turns it on; --do_sample false turns it off again.
-    """
+    settings = {"temperature": 1.0 if card.generation_config.get("do_sample") else 0.0}
+    settings |= backends.generation_defaults(card)
+    if card.generation_config.get("do_sample") is False:
+        settings["temperature"] = 0.0
+    return settings
+
+
+def sampling_settings(flags: SamplingFlags, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags over the model's own settings. Whoever asks for sampling in any way gets it; --do_sample false ends it."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(flags, name)) is not None}
-    settings = {**defaults, **given}
-    asked = flags.do_sample or any(name in given for name in ("top_k", "top_p"))
-    settings.setdefault("temperature", 1.0 if asked else 0.0)
+    settings = {**own, **given}
     if flags.do_sample is False:
         settings["temperature"] = 0.0
+    elif "temperature" not in given and not settings["temperature"]:
+        settings["temperature"] = 1.0 if flags.do_sample or "top_k" in given or "top_p" in given else 0.0
     return settings
 
 
 def load(model: ModelFlags, engine: EngineFlags) -> Loaded:
     """Find the model, fetching it when it is not here yet, and load it."""
-    from martlet import backends, chat, hub
-    from martlet.cli.progress import download_bar
+    from martlet import backends, chat
 
     options = load_options(model, engine)
-    with download_bar() as progress:
-        card = hub.resolve(model_name(model), progress=progress)
+    card = resolve_model(model)
     backend = backends.load(card, backend=model.infer_backend, load=options, engine=engine_options(engine))
-    template = chat.template_for(backend.card, backend.tokenizer, template_name(model))
-    return Loaded(backend, template, backends.generation_defaults(backend.card))
+    name = template_name(model)
+    has_one = name or card.template or backend.tokenizer.chat_template
+    template = chat.template_for(card, backend.tokenizer, name) if has_one else None
+    return Loaded(backend, template, own_settings(card))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import select
 import sys
@@ -44,7 +45,7 @@ def chat(answer: Answer, system: str | None = None) -> int:
     if sys.stdin.isatty():
         print("Type a message, /help for commands, Ctrl-D to leave.", file=sys.stderr)
         with contextlib.suppress(ImportError):  # without it, lines are read plainly
-            pass  # noqa: F401 (gives input() editing and history)
+            importlib.import_module("readline")  # gives input() editing and history
     while True:
         try:
             text = read_message()

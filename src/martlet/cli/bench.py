@@ -1,0 +1,166 @@
+"""`martlet bench`: speed and memory, measured and printed beside what others do."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from martlet.cli.flags import Command, CommandGroup, flag
+from martlet.cli.options import DEFAULT_MODEL, DTYPES
+from martlet.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CpuOptions:
+    """What to measure."""
+
+    model: str = flag("the model all engines run; peers need it as .gguf", DEFAULT_MODEL, metavar="NAME")
+    workloads: tuple[str, ...] = flag(
+        "W1-W5 and start, with commas or spaces", ("W1", "W2", "W3", "W4", "W5", "start"), commas=True, metavar="NAME"
+    )
+    engines: tuple[str, ...] = flag(
+        "native, transformers, vllm, llama.cpp, openvino; the first is what others are compared with",
+        ("native", "transformers", "vllm", "llama.cpp", "openvino"),
+        commas=True,
+        metavar="NAME",
+    )
+    runs: int = flag("how often; figures are medians", 5)
+    dtype: str = flag("number type of weights and activations of our backends", "auto", choices=DTYPES)
+    device: str = flag("where our backends run", "cpu", choices=("auto", "cpu", "cuda"))
+    python: tuple[str, ...] = flag("ENGINE=PATH: the Python that has this engine, when it is another one", ())
+    output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """What to measure."""
+
+    url: str = flag("an OpenAI-compatible server, up to and with /v1")
+    model: str = flag("the name to ask it for", metavar="NAME")
+    api_key: str | None = flag("sent as a bearer token", None, metavar="KEY")
+    workloads: tuple[str, ...] = flag("W1-W5", ("W5",), commas=True, metavar="NAME")
+    runs: int = flag("how often; a server with a prefix cache is faster from the second run on", 1)
+    ignore_eos: bool = flag("ask for answers of full length; false for servers that refuse the field", True)
+    output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What to measure."""
+
+    block_size: int = flag("tokens in a KV block", 16)
+    samples: int = flag("answers to one prompt", 6)
+    prompt: int = flag("tokens of that prompt", 256)
+    output: int = flag("tokens of each answer", 128)
+
+
+def run_cpu(options: CpuOptions) -> int:
+    from rich.console import Console
+
+    from martlet import hub
+    from martlet.bench import engines, offline, report, workloads
+    from martlet.bench.engines import EngineJob
+    from martlet.cli.progress import download_bar
+
+    pythons = interpreters(options.python)
+    _check_runs(options.runs, options.output)
+    for name in options.workloads:
+        workloads.load(name)
+    wanted = []
+    for name in dict.fromkeys(options.engines):
+        reason = engines.missing(name)
+        if reason is None or name in pythons:
+            wanted.append(name)
+        else:
+            print(f"{name} is skipped: {reason}", file=sys.stderr)
+    if not wanted:
+        raise UsageError("none of these engines is installed", param="engines")
+    with download_bar() as progress:
+        path = str(hub.resolve(options.model, progress=progress).path)
+    jobs = [EngineJob(name, options.model, path, DTYPES[options.dtype], options.device) for name in wanted]
+    results = offline.measure_all(jobs, options.workloads, options.runs, pythons, tell)
+    return finish(Console(), report, results, options.output)
+
+
+def run_http(options: HttpOptions) -> int:
+    from rich.console import Console
+
+    from martlet.bench import http, offline, report, workloads
+    from martlet.bench.timeline import figures
+
+    _check_runs(options.runs, options.output)
+    extra = {"ignore_eos": True} if options.ignore_eos else {}
+    endpoint = http.Endpoint(options.url, options.model, options.api_key, extra)
+    results = []
+    for name in options.workloads:
+        workload = workloads.load(name)
+        result = offline.Result(options.url, options.model, name)
+        for _ in range(options.runs):
+            timelines = http.measure(endpoint, workload)
+            result.runs.append(figures(timelines))
+            result.note = http.check(timelines, workload)
+        tell(result)
+        results.append(result)
+    return finish(Console(), report, results, options.output)
+
+
+def run_memory(options: MemoryOptions) -> int:
+    from rich.console import Console
+
+    from martlet.bench import memory
+
+    waste = memory.measure_waste(options.block_size)
+    sharing = memory.measure_sharing(options.samples, options.prompt, options.output, options.block_size)
+    Console().print(memory.table(waste, sharing))
+    return 0
+
+
+def tell(result) -> None:
+    """One line a measurement, as soon as it is there."""
+    what = f"{result.workload} {result.engine}"
+    if result.error is not None:
+        print(f"{what}: failed: {result.error}", file=sys.stderr)
+        return
+    keys = ("start_s",) if result.workload == "start" else ("ttft_ms", "decode_tok_s", "output_tok_s", "seconds")
+    text = ", ".join(f"{key} {result.figures[key]:.4g}" for key in keys)
+    print(f"{what}: {text}" + (f" ({result.note})" if result.note else ""), file=sys.stderr)
+
+
+def finish(console, report, results, output: str | None) -> int:
+    """Print the table and append the lines; 1 when a measurement failed."""
+    if any(r.error is None for r in results):
+        console.print(report.table([r for r in results if r.error is None]))
+    if output is not None:
+        report.write(results, Path(output).expanduser())
+        print(f"results appended to {output}", file=sys.stderr)
+    return int(any(r.error is not None for r in results))
+
+
+def interpreters(pairs: tuple[str, ...]) -> dict[str, str]:
+    """--python ENGINE=PATH ... as a map."""
+    found = {}
+    for pair in pairs:
+        engine, equals, path = pair.partition("=")
+        if not equals or shutil.which(path) is None:
+            raise UsageError(f"--python wants ENGINE=PATH of a Python interpreter, got {pair!r}", param="python")
+        found[engine] = path
+    return found
+
+
+def _check_runs(runs: int, output: str | None) -> None:
+    if runs < 1:
+        raise UsageError(f"--runs must be at least 1, got {runs}", param="runs")
+    if output is not None and not Path(output).expanduser().parent.is_dir():
+        raise UsageError(f"--output: no folder {Path(output).parent}", param="output")
+
+
+COMMAND = CommandGroup(
+    "Measure speed and memory against other engines, in one run on one machine.",
+    {
+        "cpu": Command("Workloads W1-W5 and start on several engines, each in its own process.", CpuOptions, run_cpu),
+        "http": Command("Workloads against any OpenAI-compatible server.", HttpOptions, run_http),
+        "memory": Command("KV memory that paging wastes, and that shared prompts save.", MemoryOptions, run_memory),
+    },
+)
