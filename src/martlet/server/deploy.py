@@ -31,7 +31,7 @@ def run(options: ServerOptions) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("martlet").setLevel(options.log_level.upper())
     with bind(options.host, options.port) as listener:  # before the model loads: minutes later is too late to fail
-        card = hub.resolve(options.model)
+        card = hub.resolve(options.model) if isinstance(options.model, str) else options.model
         with contextlib.closing(
             backends.load(card, backend=options.backend, load=options.load, engine=options.engine)
         ) as backend:

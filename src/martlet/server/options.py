@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from martlet.engine.options import EngineOptions
+from martlet.hub.card import ModelCard
 from martlet.runners.base import LoadOptions
 
 
@@ -20,14 +21,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """model: anything hub.resolve takes. template: a named chat template instead of the model's own.
+    """model: anything hub.resolve takes, or a card. template: a named chat template instead of the model's own.
 
     served_model_names: names clients may ask for, the first one is the default (empty: the model's own name).
     api_keys: any of them lets a client in; empty: no keys are asked for. drain_seconds: after SIGTERM, how long
     running requests may take to finish.
     """
 
-    model: str
+    model: str | ModelCard
     backend: str = "native"
     load: LoadOptions = field(default_factory=LoadOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
