@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Protocol
 
 from martlet.engine.request import Output, Request, Stats
+from martlet.errors import InvalidRequest
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
 
@@ -88,6 +89,23 @@ class Backend(ABC):
         finally:
             if not finished:
                 self.abort([request.id])
+
+
+def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
+    """What every backend without an engine of ours asks of a request. Raises InvalidRequest."""
+    length = len(request.prompt_token_ids)
+    if length == 0:
+        raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+    if length >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {length} tokens; this model takes at most {max_model_len} for prompt and output together",
+            param="prompt",
+        )
+    if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size:
+        raise InvalidRequest(f"prompt token ids go from 0 to {vocab_size - 1}", param="prompt")
+    request.params.check_vocabulary(vocab_size)
+    if request.adapter is not None:
+        raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
 
 
 class _LoopSink:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from martlet.backends.base import Backend, Sink
+from martlet.backends.base import Backend, Sink, check_request
 from martlet.backends.transformers_model import load_model
 from martlet.backends.transformers_sampler import RowSampler, SampledRow
 from martlet.engine.detokenizer import Detokenizer
@@ -119,24 +119,11 @@ class TransformersBackend(Backend):
         self._model = None
 
     def _check(self, request: Request) -> None:
-        params, length = request.params, len(request.prompt_token_ids)
-        if length == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if length >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {length} tokens; this model takes at most {self.max_model_len} for prompt and "
-                "output together",
-                param="prompt",
-            )
-        if not all(0 <= token < self.vocab_size for token in request.prompt_token_ids):
-            raise InvalidRequest(f"prompt token ids go from 0 to {self.vocab_size - 1}", param="prompt")
-        params.check_vocabulary(self.vocab_size)
-        if params.prompt_logprobs is not None:
+        check_request(request, self.vocab_size, self.max_model_len)
+        if request.params.prompt_logprobs is not None:
             raise InvalidRequest(
                 "the transformers backend gives no prompt_logprobs; the native one does", param="prompt_logprobs"
             )
-        if request.adapter is not None:
-            raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
 
     # The worker thread
 
