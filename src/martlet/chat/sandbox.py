@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -47,22 +47,23 @@ class _Meter(threading.local):
 _meter = _Meter()
 
 
-def _weigh(value: Any, left: int = MAX_SIZE) -> int:
-    """Characters and items in `value`, nested ones counted as often as they appear; LimitExceeded above `left`.
+def _weigh(value: Any) -> int:
+    """Characters and items in `value`, nested ones counted as often as they appear; LimitExceeded above MAX_SIZE.
 
-    Counting stops at the limit, so a list that holds itself many times over costs no more than its limit.
+    Counting stops at the limit, so a list that holds itself many times over costs no more than the limit.
     """
-    weight = len(value) if isinstance(value, (str, list, tuple, dict)) else 1
-    if weight <= left and not isinstance(value, str):
-        children: Iterable[Any] = ()
-        if isinstance(value, (list, tuple)):
-            children = value
-        elif isinstance(value, dict):
-            children = (*value.keys(), *value.values())
-        for child in children:
-            weight += _weigh(child, left - weight)
-    if weight > left:
-        raise LimitExceeded(f"the template built a value of more than {MAX_SIZE} characters and items")
+    weight, todo = 0, [value]
+    while todo:
+        item = todo.pop()
+        weight += len(item) if isinstance(item, (str, list, tuple, dict)) else 1
+        if weight > MAX_SIZE:
+            raise LimitExceeded(f"the template built a value of more than {MAX_SIZE} characters and items")
+        if isinstance(item, (list, tuple)):
+            _meter.tick()
+            todo += item
+        elif isinstance(item, dict):
+            _meter.tick()
+            todo += (*item.keys(), *item.values())
     return weight
 
 
