@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import openai
 import pytest
-from fake_backend import FakeBackend, FakeTemplate
 from live_server import live
 
+from fake_backend import FakeBackend, FakeTemplate
 from martlet.server import create_app
 
 

@@ -7,9 +7,9 @@ import json
 import httpx
 import openai
 import pytest
-from fake_backend import FakeBackend, FakeTemplate
 from live_server import live
 
+from fake_backend import FakeBackend, FakeTemplate
 from martlet.server import create_app
 
 TEXTS = ["plain words", "日本語のテキスト、そして中文", "🦆 ducks 👩‍👩‍👧‍👦 fly", "é\nñ", " leading space", "x"]
@@ -122,9 +122,7 @@ def test_n_choices_are_the_answers_to_consecutive_seeds(client):
 def test_a_seed_belongs_to_its_request(client):
     ask = {"model": "echo", "messages": user("abcdefghijklmnopqrstuvwxyz"), "seed": 3}
     first = client.chat.completions.create(**ask).choices[0].message.content
-    unseeded = {
-        client.chat.completions.create(**{**ask, "seed": None}).choices[0].message.content for _ in range(12)
-    }
+    unseeded = {client.chat.completions.create(**{**ask, "seed": None}).choices[0].message.content for _ in range(12)}
     assert client.chat.completions.create(**ask).choices[0].message.content == first
     assert len(unseeded) > 1  # the seeded request has not reseeded the others
 

@@ -13,6 +13,7 @@ from martlet import hub
 from martlet.errors import BackendUnavailable, CheckpointError, OutOfMemory, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import PackedTensor
+from martlet.hub.dummy import DummyCheckpoint
 from martlet.model import families, weights
 from martlet.runners.base import LoadOptions
 
@@ -36,7 +37,7 @@ def load_model(card: ModelCard, options: LoadOptions) -> PreTrainedModel:
             config = AutoConfig.for_model(**card.config)
             with _default_dtype(dtype):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            _write(model, card)
+            _write(model, card, options.seed)
         model = model.to(device=device, dtype=dtype).eval()
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemory(f"{card.name} does not fit in {dtype}: {error}", param="dtype") from error
@@ -74,12 +75,12 @@ def _default_dtype(dtype: torch.dtype):
 
 
 @torch.no_grad()
-def _write(model: PreTrainedModel, card: ModelCard) -> None:
+def _write(model: PreTrainedModel, card: ModelCard, seed: int) -> None:
     """Fill every parameter of the model from the card's checkpoint; our names are translated to Hugging Face's."""
     family = families.get(card.family)
     theirs = dict(model.named_parameters())
-    with closing(hub.open_checkpoint(card)) as checkpoint:
-        spec = weights.read_spec(card, checkpoint)
+    spec = weights.read_spec(card)
+    with closing(DummyCheckpoint(seed) if card.format == "dummy" else hub.open_checkpoint(card)) as checkpoint:
         for name, tensor in weights.load(card, spec, checkpoint):
             values = tensor.dequantise() if isinstance(tensor, PackedTensor) else np.asarray(tensor, np.float32)
             parameter = theirs.pop(family.source(spec, name, "safetensors").name)

@@ -83,6 +83,8 @@ def describe_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
     first = errors[0]
     if first["type"] == "json_invalid":
         return problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'cannot be parsed')}")
+    # Of the members of a union, the one that was entered furthest is what the client meant.
+    first = max(errors[:64], key=lambda error: len(error["loc"]))
     param = field_path(first["loc"])
     if not param:
         return problem(400, "the body must be a JSON object, sent with Content-Type: application/json")
