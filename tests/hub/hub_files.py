@@ -93,7 +93,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
 
 def sentencepiece_tokens() -> tuple[list[str], list[int], list[float]]:
     """A SentencePiece vocabulary: 3 control tokens, 256 bytes, letters, a few joined pieces with scores."""
-    pieces = ["▁", *"helowrd", "ll", "he", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld", "▁world"]
+    pieces = ["▁", *"helowrd", "ll", "he", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld", "▁world", "lo"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
     types = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
     scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]

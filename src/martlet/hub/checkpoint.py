@@ -62,8 +62,11 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def open_checkpoint(card: ModelCard) -> Checkpoint:
-    """The reader for the card's format. CheckpointError when a header is damaged or a file missing."""
+def open_checkpoint(card: ModelCard, *, seed: int = 0) -> Checkpoint:
+    """The reader for the card's format; seed is that of dummy weights.
+
+    CheckpointError when a header is damaged or a file missing.
+    """
     if card.format == "gguf":
         from martlet.hub.gguf_file import GGUFCheckpoint
 
@@ -71,7 +74,7 @@ def open_checkpoint(card: ModelCard) -> Checkpoint:
     if card.format == "dummy":
         from martlet.hub.dummy import DummyCheckpoint
 
-        return DummyCheckpoint()
+        return DummyCheckpoint(seed)
     from martlet.hub.safetensors_file import SafetensorsCheckpoint
 
     return SafetensorsCheckpoint(card.path)
