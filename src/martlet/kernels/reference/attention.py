@@ -19,7 +19,8 @@ from martlet.model.spec import Attention
 
 MASK_ELEMENTS = 1 << 23  # most elements of a group's mask (16 MiB in bfloat16)
 GATHER_ELEMENTS = 1 << 24  # most elements of a group's gathered keys and values (32 MiB in bfloat16)
-WASTE = 1.5  # decoding sequences stay in one group while padding costs at most this factor
+WASTE = 1.5  # decoding sequences stay in one group while padding costs at most this factor,
+FREE_KEYS = 1024  # and this many keys, which take about as long as one more group would
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def _pieces(layout: Layout, spec: Attention) -> list[tuple[np.ndarray, np.ndarra
     queries = np.minimum(most[sequence], layout.count[sequence] - first)
     keys = _keys(layout.start[sequence] + first, queries, spec.window, layout.block_size)
 
-    if queries.max() == 1 and len(keys) * keys.max() <= WASTE * keys.sum() + 4096:
+    if queries.max() == 1 and len(keys) * keys.max() <= WASTE * keys.sum() + FREE_KEYS:
         bucket = np.zeros(len(keys), np.int64)
     else:  # like lengths together: at most a factor of two apart in queries and in keys
         bucket = np.ceil(np.log2(queries)).astype(np.int64) * 64 + np.ceil(np.log2(keys)).astype(np.int64)

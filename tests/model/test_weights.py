@@ -1,0 +1,118 @@
+"""Parameters by name and shape, their sources in checkpoints, and refusals that say where."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from martlet.errors import CheckpointError
+from martlet.hub.card import ModelCard
+from martlet.hub.checkpoint import PackedTensor
+from martlet.hub.dummy import DummyCheckpoint
+from martlet.model import families, weights
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+
+class Held:
+    """A checkpoint held in a dict."""
+
+    def __init__(self, tensors: dict):
+        self.tensors = tensors
+
+    def names(self):
+        return list(self.tensors)
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def tensor(self, name):
+        return self.tensors[name]
+
+    def where(self, name):
+        return "part-2.bin"
+
+    def close(self): ...
+
+
+def card(layout: str, family: str = "llama", **config) -> ModelCard:
+    return ModelCard("tiny", Path("tiny"), layout, family, config=CONFIG | {"model_type": family} | config)
+
+
+def filled(a_card: ModelCard) -> tuple[Held, dict[str, np.ndarray]]:
+    """A full checkpoint of random tensors under the file's names, and the same under ours, as they lie in the file."""
+    spec, rng = weights.read_spec(a_card), np.random.default_rng(0)
+    ours = {p.name: rng.standard_normal(p.shape).astype(np.float32) for p in weights.parameters(spec)}
+    family = families.get(a_card.family)
+    return Held({family.source(spec, name, a_card.format).name: array for name, array in ours.items()}), ours
+
+
+@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("layout", ["safetensors", "gguf"])
+def test_names_are_distinct_and_everything_is_found(family, layout):
+    a_card = card(layout, family, attention_bias=True, mlp_bias=True)
+    checkpoint, ours = filled(a_card)
+    assert len(checkpoint.tensors) == len(ours)
+    spec = weights.read_spec(a_card)
+    loaded = dict(weights.load(a_card, spec, checkpoint))
+    assert list(loaded) == [p.name for p in weights.parameters(spec)] == list(ours)
+    assert sum(a.size for a in loaded.values()) == weights.num_parameters(spec)
+    permuted = {n for n in loaded if not np.array_equal(loaded[n], ours[n])}
+    interleaved = layout == "gguf" and family in ("llama", "mistral")
+    assert all(n.split(".")[2] in "qk" for n in permuted) and bool(permuted) == interleaved
+
+
+def test_tied_models_have_no_head():
+    names = [p.name for p in weights.parameters(weights.read_spec(card("safetensors", tie_word_embeddings=True)))]
+    assert "head" not in names and names[-1] == "norm"
+
+
+def test_gguf_rows_of_q_and_k_are_put_back():
+    """The converter turns row j * D / 2 + i of a head into row 2 i + j."""
+    original = np.arange(4 * 8 * 32, dtype=np.float32).reshape(32, 32)
+    stored = original.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+    a_card = card("gguf")
+    spec = weights.read_spec(a_card)
+    checkpoint, _ = filled(a_card)
+    checkpoint.tensors["blk.1.attn_q.weight"] = stored
+    assert np.array_equal(dict(weights.load(a_card, spec, checkpoint))["layers.1.q"], original)
+
+    packed = PackedTensor("whole", (32, 32), stored.view(np.uint8), lambda data: data.view(np.float32))
+    checkpoint.tensors["blk.1.attn_q.weight"] = packed
+    found = dict(weights.load(a_card, spec, checkpoint))["layers.1.q"]
+    assert isinstance(found, PackedTensor) and np.array_equal(found.dequantise(), original)
+
+
+def test_a_missing_tensor_is_named():
+    a_card = card("safetensors")
+    checkpoint, _ = filled(a_card)
+    del checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"layers\.1\.up.*model\.layers\.1\.mlp\.up_proj\.weight.*not in tiny"):
+        list(weights.load(a_card, weights.read_spec(a_card), checkpoint))
+
+
+def test_a_misshapen_tensor_is_named():
+    a_card = card("gguf")
+    checkpoint, _ = filled(a_card)
+    checkpoint.tensors["output_norm.weight"] = np.ones(31, np.float32)
+    with pytest.raises(CheckpointError, match=r"'norm'.*output_norm\.weight.*part-2\.bin.*\[31\].*\[32\]"):
+        list(weights.load(a_card, weights.read_spec(a_card), checkpoint))
+
+
+def test_dummy_weights_have_every_shape():
+    a_card = card("dummy", "qwen3")
+    spec = weights.read_spec(a_card)
+    loaded = dict(weights.load(a_card, spec, DummyCheckpoint(1)))
+    assert {n: a.shape for n, a in loaded.items()} == {p.name: p.shape for p in weights.parameters(spec)}
+
+
+def test_fused_rows():
+    assert weights.fused_rows([("q", 6), ("k", 2), ("v", 2)]) == {"q": slice(0, 6), "k": slice(6, 8), "v": slice(8, 10)}
