@@ -186,7 +186,7 @@ class VllmBackend(Backend):
                     cached_tokens=news.num_cached_tokens or 0,
                 )
             )
-        if outputs and news.prompt_logprobs is not None:
+        if outputs and news.prompt_logprobs:  # vLLM leaves an empty list where it gave them before
             outputs[0].prompt_logprobs = [
                 entries and _logprobs(token, entries, params.prompt_logprobs or 0)
                 for token, entries in zip(request.prompt_token_ids, news.prompt_logprobs, strict=True)
