@@ -20,8 +20,8 @@ def plan_memory(
     not one sequence of max_model_len fits, max_model_len is cut and a warning says so; where not one block fits,
     OutOfMemory. Says in one log line what it came to.
     """
-    rows = options.max_num_seqs or default_rows
-    longest = options.max_model_len or spec.max_positions
+    rows = default_rows if options.max_num_seqs is None else options.max_num_seqs
+    longest = spec.max_positions if options.max_model_len is None else options.max_model_len
     if rows < 1:
         raise UsageError(f"max_num_seqs must be at least 1, got {rows}", param="max_num_seqs")
     if not 1 <= longest <= spec.max_positions:
