@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -40,6 +40,11 @@ def measure(endpoint: Endpoint, workload: Workload, salt: str = "") -> list[Time
     return asyncio.run(_measure(endpoint, workload, {"cache_salt": salt} if salt else {}))
 
 
+def warm_up(endpoint: Endpoint, workload: Workload, salt: str = "") -> None:
+    """One short request, so that what cannot work fails at once and what is loaded lazily is loaded."""
+    measure(endpoint, replace(workload, new_tokens=4, chats=workload.chats[:1], texts=workload.texts[:1]), salt)
+
+
 async def _measure(endpoint: Endpoint, workload: Workload, more: dict[str, Any]) -> list[Timeline]:
     common = {
         "model": endpoint.model,
@@ -64,7 +69,18 @@ async def _measure(endpoint: Endpoint, workload: Workload, more: dict[str, Any])
             async with turn:
                 return await stream(client, url, body)
 
-        return list(await asyncio.gather(*(one(body) for body in bodies)))
+        return await together(one(body) for body in bodies)
+
+
+async def together(jobs: Iterable[Coroutine[Any, Any, Timeline]]) -> list[Timeline]:
+    """Results of all jobs, in their order; the first error cancels the others and is raised."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Timeline:

@@ -92,8 +92,7 @@ def measure_http(job: EngineJob, workload: Workload, runs: int) -> Result:
                 extra = {**extra, "cache_prompt": False}
             endpoint = http.Endpoint(f"http://127.0.0.1:{server.port}/v1", "bench", extra=extra)
             salted = job.engine in BACKENDS
-            warm_up = dataclasses.replace(workload, chats=("Hello!",), new_tokens=4)
-            http.measure(endpoint, warm_up, "warm-up" if salted else "")
+            http.warm_up(endpoint, workload, "warm-up" if salted else "")
             for number in range(runs):
                 timelines = http.measure(endpoint, workload, f"run-{number}" if salted else "")
                 result.runs.append(figures(timelines))

@@ -51,7 +51,7 @@ class LlamaServer:
     async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Timeline]:
         import httpx
 
-        from martlet.bench.http import LIMIT, events
+        from martlet.bench.http import LIMIT, events, together
 
         url = f"http://127.0.0.1:{self._server.port}/completion"
         turn = asyncio.Semaphore(self._job.concurrency)
@@ -67,7 +67,7 @@ class LlamaServer:
                             timeline.add(time.monotonic(), len(tokens), tokens)
                     return timeline
 
-            return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+            return await together(one(prompt) for prompt in prompts)
 
     def close(self) -> None:
         self._stack.close()

@@ -57,7 +57,8 @@ def table(results: Sequence[Result]):
         if any(v is not None for v in values):
             out.add_row(heading, *(_cell(v, values[0] if i else None, digits, more) for i, v in enumerate(values)))
     peaks = [max(r.peak_mb for r in results if r.engine == e) or None for e in engines]
-    out.add_row("peak memory, MB", *(_cell(v, peaks[0] if i else None, 0, False) for i, v in enumerate(peaks)))
+    if any(peaks):
+        out.add_row("peak memory, MB", *(_cell(v, peaks[0] if i else None, 0, False) for i, v in enumerate(peaks)))
     return out
 
 

@@ -5,14 +5,13 @@ A result row carries the number and a fingerprint of its input row, so a run tha
 
 from __future__ import annotations
 
-import itertools
 import json
 import queue
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,67 +50,71 @@ class Running:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows. already: found in the result file when the run began."""
+    """How many rows were answered, were in the result file when the run began, and were skipped."""
 
     answered: int = 0
     already: int = 0
-    bad: list[str] = field(default_factory=list)
+    bad: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.answered} rows answered"]
         parts += [f"{self.already} were there already"] if self.already else []
-        parts += [f"{len(self.bad)} skipped"] if self.bad else []
+        parts += [f"{self.bad} skipped"] if self.bad else []
         return ", ".join(parts)
+
+
+def already_done(source: Path, result: Path) -> set[int]:
+    """Numbers of the rows of `source` that `result` answers; a last line that a kill cut short is cut off.
+
+    Raises UsageError when `result` was made from other rows.
+    """
+    done = repair(result)
+    for number, line in lines(source):
+        if done.get(number, mark := fingerprint(line)) != mark:
+            raise UsageError(
+                f"{result} was made from other rows than {source} (row {number} differs); "
+                "remove it or name another --result_path",
+                param="result_path",
+            )
+    return set(done)
 
 
 def run_file(
     backend: Backend,
     source: Path,
     result: Path,
+    done: set[int],
     make_request: Callable[[Row], Request],
     progress: Callable[[int, int], AbstractContextManager[Callable[[int], None]]],
 ) -> Tally:
-    """Answer every row of `source` that `result` does not hold yet and append the answers to `result`.
+    """Answer every row of `source` that is not in `done` and append the answers to `result`.
 
-    make_request: a row to a Request whose id is the row's number. progress(total, done): the bar. A bad row is reported
-    on stderr with file, line and reason, and skipped. Raises UsageError when `result` was made from other rows.
+    make_request: a row to a Request whose id is the row's number. progress(total, done) is the bar; what it gives is
+    called with the tokens of each finished row. A bad row is named on stderr with file, line and reason, and skipped.
     """
-    done = repair(result)
-    tally = Tally()
+    tally = Tally(already=len(done))
     outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
     running: dict[str, Running] = {}
-
-    def refuse(number: int, why: object) -> None:
-        tally.bad.append(f"{source}:{number}: {why}")
-        print(tally.bad[-1], file=sys.stderr)
-
-    def pending() -> Iterator[Row]:
-        for number, line in lines(source):
-            if number in done:
-                if done[number] != fingerprint(line):
-                    raise UsageError(
-                        f"{result} was made from other rows than {source} (row {number} differs); "
-                        "remove it or name another --result_path",
-                        param="result_path",
-                    )
-                tally.already += 1
-                continue
-            try:
-                yield parse_row(number, line)
-            except BadRow as error:
-                refuse(number, error)
-
+    pending = ((number, line) for number, line in lines(source) if number not in done)
     total = sum(1 for _ in lines(source))
-    rows = pending()
+
     with result.open("a", encoding="utf-8") as out, progress(total, len(done)) as advance:
+
+        def refuse(number: int, why: object) -> None:
+            tally.bad += 1
+            print(f"{source}:{number}: {why}", file=sys.stderr)
+            advance(0)
+
         try:
             while True:
-                for row in itertools.islice(rows, IN_FLIGHT - len(running)):
+                while len(running) < IN_FLIGHT and (next_one := next(pending, None)):
+                    number, line = next_one
                     try:
+                        row = parse_row(number, line)
                         request = make_request(row)
                         backend.submit([request], outbox)
-                    except InvalidRequest as error:
-                        refuse(row.number, error)
+                    except (BadRow, InvalidRequest) as error:
+                        refuse(number, error)
                     else:
                         running[request.id] = Running(row)
                 if not running:
@@ -125,10 +128,10 @@ def run_file(
                     del running[output.request_id]
                     if output.finish_reason == "error":
                         refuse(job.row.number, output.error)
-                    else:
-                        out.write(result_line(job, output))
-                        out.flush()
-                        tally.answered += 1
+                        continue
+                    out.write(result_line(job, output))
+                    out.flush()
+                    tally.answered += 1
                     advance(job.tokens)
         finally:
             backend.abort(list(running))

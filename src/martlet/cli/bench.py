@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ def run_cpu(options: CpuOptions) -> int:
     with download_bar() as progress:
         path = str(hub.resolve(options.model, progress=progress).path)
     jobs = [EngineJob(name, options.model, path, DTYPES[options.dtype], options.device) for name in wanted]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that servers under test are stopped too
     results = offline.measure_all(jobs, options.workloads, options.runs, pythons, tell)
     return finish(Console(), report, results, options.output)
 
@@ -97,6 +99,7 @@ def run_http(options: HttpOptions) -> int:
     for name in options.workloads:
         workload = workloads.load(name)
         result = offline.Result(options.url, options.model, name)
+        http.warm_up(endpoint, workload)
         for _ in range(options.runs):
             timelines = http.measure(endpoint, workload)
             result.runs.append(figures(timelines))

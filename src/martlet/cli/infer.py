@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from uuid import uuid4
 
 from martlet.cli import repl, swift_flags
 from martlet.cli.flags import Command, flag
-from martlet.cli.options import EngineFlags, Loaded, ModelFlags, SamplingFlags, load
+from martlet.cli.options import EngineFlags, Loaded, ModelFlags, SamplingFlags, check_sampling, load
 from martlet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class InferOptions(SamplingFlags, EngineFlags, ModelFlags):
 
 def run(options: InferOptions) -> int:
     """Check what can be checked without a model, load it, and do what was asked."""
+    check_sampling(options)
     if options.val_dataset is not None:
         return run_dataset(options)
     if options.result_path is not None:
@@ -49,7 +51,6 @@ def run(options: InferOptions) -> int:
             return run_chat(loaded, options)
         for piece in answer(loaded, options, conversation(options.system, prompt)):
             repl.show(piece)
-        print(flush=True)
     return 0
 
 
@@ -65,6 +66,7 @@ def run_dataset(options: InferOptions) -> int:
     from martlet.cli.progress import row_bar
 
     source, result = dataset_paths(options)
+    done = batch.already_done(source, result)
     loaded = load(options, options)
     with closing(loaded.backend):
 
@@ -77,7 +79,7 @@ def run_dataset(options: InferOptions) -> int:
                 ids = loaded.prompt_ids(messages if own_system else conversation(options.system) + messages)
             return loaded.request(str(row.number), ids, options, turn=messages is not None)
 
-        tally = batch.run_file(loaded.backend, source, result, make_request, row_bar)
+        tally = batch.run_file(loaded.backend, source, result, done, make_request, row_bar)
     print(f"{tally}; results in {result}", file=sys.stderr)
     return 1 if tally.bad else 0
 
@@ -104,18 +106,25 @@ def conversation(system: str | None, prompt: str | None = None) -> list[dict[str
 
 
 def answer(loaded: Loaded, options: InferOptions, messages: list[dict[str, Any]]) -> Iterator[str]:
-    """The answer to `messages`, in pieces as they come (or whole). Leaving the iterator stops the model."""
+    """The answer to `messages`, in pieces as they come (or whole), and then a line end.
+
+    Leaving the iterator stops the model.
+    """
     ids = loaded.prompt_ids(messages)
     request = loaded.request(uuid4().hex, ids, options, turn=True, stream=options.stream)
-    pace = repl.Pace()
+    began, first, tokens = time.perf_counter(), None, 0
     with closing(loaded.backend.generate([request])) as outputs:
         for output in outputs:
-            pace.count(len(output.token_ids))
             if output.error is not None:
                 raise output.error
+            first = first or time.perf_counter()
+            tokens += len(output.token_ids)
             yield output.text
-    if options.verbose:
-        print(f"\n[{len(ids)} prompt tokens; {pace}]", end="", file=sys.stderr)
+    yield "\n"
+    if options.verbose and first is not None:
+        pace = (tokens - 1) / max(time.perf_counter() - first, 1e-9)
+        told = f"{len(ids)} prompt tokens; {tokens} tokens, first after {first - began:.2f} s, then {pace:.1f} tok/s"
+        print(f"[{told}]", file=sys.stderr)
 
 
 COMMAND = Command(

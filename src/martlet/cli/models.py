@@ -41,19 +41,13 @@ def list_models(options: ListOptions) -> int:
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "family"):
-        table.add_column(heading, no_wrap=True, min_width=max((len(row[heading]) for row in rows), default=0))
-    table.add_column("size", no_wrap=True, justify="right", min_width=8)
-    table.add_column("here", no_wrap=True, min_width=4)
-    table.add_column("about", no_wrap=True, overflow="ellipsis")
+    cells = [("name", "family", "size", "here", "about")]
     for row in rows:
         size = f"{row['size'] / 1e6:,.0f} MB" if row["size"] else ""
-        table.add_row(row["name"], row["family"], size, "yes" if row["cached"] else "", row["description"])
-    Console().print(table)
+        cells.append((row["name"], row["family"], size, "yes" if row["cached"] else "", row["description"]))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, family, size, here, about in cells:
+        print(f"{name:{widths[0]}}  {family:{widths[1]}}  {size:>{widths[2]}}  {here:{widths[3]}}  {about}")
     return 0
 
 

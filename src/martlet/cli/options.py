@@ -190,6 +190,15 @@ def sampling_settings(flags: SamplingFlags, own: Mapping[str, Any]) -> dict[str,
     return settings
 
 
+def check_sampling(flags: SamplingFlags) -> None:
+    """Raise for values that no model would take, before one is loaded for nothing."""
+    from martlet.sampling_params import SamplingParams
+
+    if flags.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens must be at least 1, got {flags.max_new_tokens}", param="max_new_tokens")
+    SamplingParams(**sampling_settings(flags, {"temperature": 0.0}), stop=flags.stop_words, seed=flags.seed)
+
+
 def load(model: ModelFlags, engine: EngineFlags) -> Loaded:
     """Find the model, fetching it when it is not here yet, and load it."""
     from martlet import backends, chat

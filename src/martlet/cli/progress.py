@@ -23,15 +23,19 @@ def download_bar() -> Iterator[Callable[[str, int, int | None], None]]:
     """A function (what, bytes done, bytes in all or None) that draws a bar for each `what`."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        tasks = {}
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    tasks = {}
 
-        def advance(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+    def advance(what: str, done: int, total: int | None) -> None:
+        bar.start()  # only now: most models are here already, and then the terminal is left alone
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
 
+    try:
         yield advance
+    finally:
+        bar.stop()
 
 
 @contextmanager

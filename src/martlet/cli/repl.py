@@ -7,7 +7,6 @@ import importlib
 import json
 import select
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ class Conversation:
 
 
 def chat(answer: Answer, system: str | None = None) -> int:
-    """Talk until the input ends. `answer` streams the text that follows a list of messages."""
+    """Talk until the input ends. `answer` streams the text that follows a list of messages, and a line end."""
     conversation = Conversation(system)
     if sys.stdin.isatty():
         print("Type a message, /help for commands, Ctrl-D to leave.", file=sys.stderr)
@@ -111,7 +110,6 @@ def reply(conversation: Conversation, text: str, answer: Answer) -> None:
         for piece in answer(conversation.messages):
             said += piece
             show(piece)
-        print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
     except MartletError as error:
@@ -121,7 +119,7 @@ def reply(conversation: Conversation, text: str, answer: Answer) -> None:
         )
         conversation.turns.pop()
         return
-    conversation.turns.append({"role": "assistant", "content": said})
+    conversation.turns.append({"role": "assistant", "content": said.removesuffix("\n")})
 
 
 def show(piece: str) -> None:
@@ -130,24 +128,3 @@ def show(piece: str) -> None:
         piece = "".join(c for c in piece if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-class Pace:
-    """Counts the tokens of an answer against the clock, for --verbose."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.first: float | None = None
-        self.tokens = 0
-
-    def count(self, tokens: int) -> None:
-        if tokens and self.first is None:
-            self.first = time.perf_counter()
-        self.tokens += tokens
-
-    def __str__(self) -> str:
-        now = time.perf_counter()
-        if self.first is None:
-            return f"no token in {now - self.start:.2f} s"
-        rate = (self.tokens - 1) / (now - self.first) if self.tokens > 1 else 0.0
-        return f"{self.tokens} tokens, first after {self.first - self.start:.2f} s, then {rate:.1f} tok/s"
