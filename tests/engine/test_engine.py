@@ -180,3 +180,32 @@ def test_an_id_in_use_is_refused():
     engine.add(ask("a"))
     with pytest.raises(InvalidRequest, match="'a' is running"):
         engine.add(ask("a"))
+
+
+class Guessed(Scripted):
+    """Verifies guesses against its script."""
+
+    max_drafts, steps = 8, 0
+
+    def launch(self, batch):
+        self.steps += 1
+        if batch.drafts is None:
+            return super().launch(batch)
+        first = int(batch.start[0]) + 1 - self.prompt_len
+        script = np.array((self.script + [EOS] * 9)[first : first + 1 + batch.drafts.shape[1]], np.int32)
+        right = np.cumprod(script[:-1] == batch.drafts[0])
+        return Done(StepResult(np.where(np.append(True, right), script, -1)[None]))
+
+
+def test_right_guesses_save_steps_and_change_nothing():
+    engine = Engine(Guessed("abcdabcdabcdabcdabcdabce", 3), ByteTokenizer(), EngineOptions(speculative_tokens=4))
+    (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(max_tokens=50))])
+    assert output.text == "abcdabcdabcdabcdabcdabce" and output.finish_reason == "stop"
+    assert engine.runner.steps < 15 and engine.stats().generated_tokens == 25
+
+
+def test_a_stop_string_among_right_guesses_ends_the_answer_there():
+    engine = Engine(Guessed("ab ab ab ab. no more", 3), ByteTokenizer(), EngineOptions(speculative_tokens=4))
+    (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(stop=["b. "], max_tokens=50))])
+    assert output.text == "ab ab ab a" and bytes(output.token_ids) == b"ab ab ab ab. "
+    assert output.stop_reason == "b. "

@@ -27,6 +27,7 @@ class FakeRunner:
 
     def __init__(self, memory: MemoryPlan, *, lag: int = 0, max_step_tokens: int = 64):
         self.memory, self.lag, self.max_step_tokens = memory, lag, max_step_tokens
+        self.max_drafts = 0 if lag else 8
         self.kv = np.full((memory.num_blocks, memory.block_size), -1, np.int32)
         self.tokens = np.full((memory.max_rows, memory.max_model_len + 1), -1, np.int32)
         self.tables = np.full((memory.max_rows, -(-memory.max_model_len // memory.block_size)), -1, np.int32)
@@ -50,6 +51,11 @@ class FakeRunner:
         self.tables[batch.block_rows, batch.block_slots] = batch.block_ids
         if len(batch.copies):
             self.kv[batch.copies[:, 1]] = self.kv[batch.copies[:, 0]]
+        width = 0 if batch.drafts is None else batch.drafts.shape[1]
+        guessed = np.zeros(len(batch.rows), int) if batch.drafts is None else (batch.drafts >= 0).sum(1)
+        for b in np.flatnonzero(guessed):
+            end = batch.start[b] + batch.count[b]
+            self.tokens[batch.rows[b], end - guessed[b] : end] = batch.drafts[b, : guessed[b]]
         contexts = []
         for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):
             positions = np.arange(start, start + count)
@@ -61,12 +67,16 @@ class FakeRunner:
             positions = np.arange(start + count)
             size = self.memory.block_size
             contexts.append(self.kv[self.tables[row, positions // size], positions % size])
-        sampled = np.full(len(batch.rows), -1, np.int32)
+        sampled = np.full((len(batch.rows), 1 + width), -1, np.int32)
         for b in np.flatnonzero(batch.sample):
-            row, length = batch.rows[b], len(contexts[b])
-            sampled[b] = next_token(contexts[b], self.seeds[row])
-            self.tokens[row, length] = sampled[b]
-        return _Result(self, StepResult(sampled))
+            row, known = batch.rows[b], len(contexts[b]) - guessed[b]
+            for i in range(guessed[b] + 1):
+                token = next_token(contexts[b][: known + i], self.seeds[row])
+                right = i < guessed[b] and token == batch.drafts[b, i]
+                sampled[b, i] = self.tokens[row, known + i] = token
+                if not right:
+                    break
+        return _Result(self, StepResult(sampled if width else sampled[:, 0]))
 
     def close(self) -> None:
         self.kv = None

@@ -18,7 +18,7 @@ from martlet.engine.scheduler import Plan, Scheduler
 from martlet.engine.sequence import Sequence
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.hub.tokenizer import Tokenizer
-from martlet.runners.base import Runner, Step, StepResult
+from martlet.runners.base import Runner, Step, StepResult, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
@@ -43,6 +43,7 @@ class Engine:
             memory,
             options.max_num_batched_tokens or runner.max_step_tokens,
             prefix_caching=options.enable_prefix_caching,
+            speculative_tokens=min(options.speculative_tokens, runner.max_drafts),
         )
         self._random = random.Random(options.seed)
         self._requests: dict[str, list[Sequence]] = {}  # sequences of each request that have not ended
@@ -165,31 +166,39 @@ class Engine:
             return
         self._failed_in_a_row, self._error = 0, None
         table, batch = self.scheduler.table, plan.batch
+        before = table.arrived[batch.rows]
         live, ended = self.scheduler.complete(plan, result.tokens)
-        self._generated_tokens += int((live & batch.sample).sum())
+        sampled = live & batch.sample
+        arrived = table.arrived[batch.rows]
+        self._generated_tokens += int((arrived - before)[sampled].sum())
         if self._forks:
             self._release_forks(plan, live)
-        attention = live & batch.sample & (ended | table.watched[batch.rows])
+        attention = sampled & (ended | table.watched[batch.rows])
         for b in result.prompt_logprobs:
             if live[b]:
                 self._keep_prompt_logprobs(table.sequences[batch.rows[b]], result, plan, b)
         for b in np.flatnonzero(attention).tolist():
-            self._advance(table.sequences[batch.rows[b]], int(result.tokens[b]), bool(ended[b]), result.logprobs.get(b))
+            row = batch.rows[b]
+            tokens = table.tokens[row, before[b] : arrived[b]].tolist()
+            self._advance(table.sequences[row], tokens, bool(ended[b]), result.logprobs.get(b))
 
-    def _advance(self, seq: Sequence, token: int, ended: bool, logprobs) -> None:
-        """A token came for a sequence that somebody watches, or that ends with it."""
+    def _advance(self, seq: Sequence, tokens: list[int], ended: bool, logprobs: TokenLogprobs | None) -> None:
+        """Tokens came for a sequence that somebody watches, or that ends with the last of them."""
         if logprobs is not None:
             seq.logprobs.append(logprobs)
         request, detokenizer = seq.request, seq.detokenizer
-        by_token = ended and token in seq.end_ids
+        by_token = ended and tokens[-1] in seq.end_ids
         stop = None
         if detokenizer is not None and (request.stream or request.params.stop):
-            # The text of the token that ends the answer is not part of it.
-            stop = detokenizer.feed([] if by_token else [token])
+            for number, token in enumerate(tokens[:-1] if by_token else tokens, 1):  # the end token's text is no text
+                stop = detokenizer.feed([token])
+                if stop is not None:
+                    self.scheduler.table.arrived[seq.row] -= len(tokens) - number
+                    break
         if stop is not None:
             self._end(seq, "stop", stop)
         elif by_token:
-            self._end(seq, "stop", token if token in request.params.stop_token_ids else None)
+            self._end(seq, "stop", tokens[-1] if tokens[-1] in request.params.stop_token_ids else None)
         elif ended:
             self._end(seq, "length")
         elif request.stream:

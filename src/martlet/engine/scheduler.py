@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from martlet.engine.block_pool import BlockPool
+from martlet.engine.ngram import propose
 from martlet.engine.sequence import RowTable, Sequence
 from martlet.runners.base import Batch, MemoryPlan, NewRow
+
+GUESSED_STEP_TOKENS = 16  # about where a step on a CPU turns from bound by memory to bound by arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,10 @@ class Scheduler:
     Between `plan` and `complete` of a step further steps may be planned: a token that is being sampled counts as known.
     """
 
-    def __init__(self, memory: MemoryPlan, max_step_tokens: int, *, prefix_caching: bool = True):
+    def __init__(
+        self, memory: MemoryPlan, max_step_tokens: int, *, prefix_caching: bool = True, speculative_tokens: int = 0
+    ):
+        self.speculative_tokens = speculative_tokens
         self.block_size = memory.block_size
         self.max_step_tokens = max_step_tokens
         self.prefix_caching = prefix_caching
@@ -76,19 +82,25 @@ class Scheduler:
         share = np.clip(budget - (np.cumsum(queued) - queued), 0, queued)
         count = np.where(is_decode, 1, share)
         budget -= int(share.sum())
+        drafts = self._guess(rows, is_decode)
+        if drafts is not None:
+            count += (drafts >= 0).sum(1)
 
         if self._make_room(rows, table.computed[rows] + count):
             count[[table.sequences[row] is None for row in rows]] = 0  # some were preempted
         else:
             admitted, counts = self._admit(budget)
             rows, count = np.append(rows, admitted), np.append(count, counts)
+            if drafts is not None:
+                drafts = np.pad(drafts, ((0, len(admitted)), (0, 0)), constant_values=-1)
 
-        rows, count = rows[count > 0].astype(np.int32), count[count > 0].astype(np.int32)
+        chosen = count > 0
+        rows, count = rows[chosen].astype(np.int32), count[chosen].astype(np.int32)
         if not len(rows):
             return None
         start = table.computed[rows]
         after = start + count
-        sample = after == table.known[rows]
+        sample = after >= table.known[rows]
         table.computed[rows] = after
         table.known[rows] += sample
         updates = np.array(self._updates, np.int32).reshape(-1, 3)
@@ -97,6 +109,7 @@ class Scheduler:
             start=start,
             count=count,
             sample=sample,
+            drafts=None if drafts is None else drafts[chosen],
             new_rows=self._new_rows,
             block_rows=updates[:, 0],
             block_slots=updates[:, 1],
@@ -107,23 +120,32 @@ class Scheduler:
         return Plan(batch, table.epoch[rows])
 
     def complete(self, plan: Plan, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take in a step's sampled tokens (int32 [B], -1 for none).
+        """Take in a step's sampled tokens (int32 [B] or, with guesses, [B, 1 + D]; -1 for none).
 
         Returns (live, ended), bool [B]: batch entries whose sequence is still there, and those that reached an end
         token or their limit. The caller removes the ended ones.
         """
         table, batch = self.table, plan.batch
         live = table.epoch[batch.rows] == plan.epochs
-        after = batch.start + batch.count
+        ended = np.zeros(len(batch.rows), bool)
+        position = batch.start + batch.count  # of the next token to arrive
+        if batch.drafts is not None:
+            position -= (batch.drafts >= 0).sum(1).astype(np.int32)
+        for column in tokens.reshape(len(batch.rows), -1).T:
+            got = live & batch.sample & (column >= 0) & ~ended
+            rows, token = batch.rows[got], column[got]
+            table.tokens[rows, position[got]] = token
+            position[got] += 1
+            table.arrived[rows] = position[got]
+            ended[got] = (position[got] >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
+        if batch.drafts is not None:  # wrong guesses were computed for nothing
+            rows = batch.rows[live & batch.sample]
+            table.known[rows] = table.arrived[rows]
+            table.computed[rows] = table.arrived[rows] - 1
         if self.prefix_caching:
+            after = batch.start + batch.count if batch.drafts is None else table.computed[batch.rows]
             for b in np.flatnonzero(live & (after // self.block_size > batch.start // self.block_size)):
                 self._register(table.sequences[batch.rows[b]], int(after[b]))
-        got = live & batch.sample
-        rows, token, position = batch.rows[got], tokens[got], after[got]
-        table.tokens[rows, position] = token
-        table.arrived[rows] = position + 1
-        ended = np.zeros(len(batch.rows), bool)
-        ended[got] = (position + 1 >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
         return live, ended
 
     def check(self) -> None:
@@ -185,6 +207,25 @@ class Scheduler:
         self.pool.release(seq.blocks)
         seq.blocks = []
 
+    def _guess(self, rows: np.ndarray, is_decode: np.ndarray) -> np.ndarray | None:
+        """Guesses for the next tokens of decoding rows, int32 [len(rows), D], padded with -1; None when there are none.
+
+        Verifying them is nearly free while a step is bound by reading the weights, so only small batches get any.
+        """
+        width = self.speculative_tokens
+        if not width or int(is_decode.sum()) * (1 + width) > GUESSED_STEP_TOKENS:
+            return None
+        if self.pool.num_free < len(rows) + self._watermark:  # nobody is to be preempted for a guess
+            return None
+        table, drafts = self.table, np.full((len(rows), width), -1, np.int32)
+        for i in np.flatnonzero(is_decode & table.guessable[rows]).tolist():
+            row = rows[i]
+            room = min(width, int(table.limit[row] - table.known[row]) - 1)
+            if room > 0:
+                guess = propose(table.tokens[row, : table.known[row]], room)
+                drafts[i, : len(guess)] = guess
+        return drafts if (drafts >= 0).any() else None
+
     # Admission
 
     def _admit(self, budget: int) -> tuple[list[int], list[int]]:
@@ -240,15 +281,13 @@ class Scheduler:
         self.pool.share(blocks)
         seq.blocks = list(blocks)
         seq.registered = len(blocks)
-        request = seq.request
-        watched = request.stream or bool(request.params.stop) or request.params.logprobs is not None
-        row = self.table.enter(seq, computed, watched)
+        row = self.table.enter(seq, computed)
         if seq.cached_tokens < 0:
             seq.cached_tokens = computed
             self.prefix_queries += seq.prompt_len
             self.prefix_hits += computed
         self._updates += [(row, slot, block) for slot, block in enumerate(blocks)]
-        self._new_rows.append(NewRow(row, seq.tokens, seq.prompt_len, request.params, seq.seed, seq.end_ids))
+        self._new_rows.append(NewRow(row, seq.tokens, seq.prompt_len, seq.request.params, seq.seed, seq.end_ids))
 
     def _register(self, seq: Sequence, computed: int) -> None:
         """Make the full blocks among the first `computed` tokens findable."""

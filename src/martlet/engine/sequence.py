@@ -72,6 +72,7 @@ class RowTable:
         self.limit = np.zeros(max_rows, np.int32)
         self.capacity = np.zeros(max_rows, np.int32)  # tokens that fit in the blocks held
         self.watched = np.zeros(max_rows, bool)  # Python wants to see every token: streaming, stop strings, logprobs
+        self.guessable = np.zeros(max_rows, bool)  # its next tokens may be guessed and verified together
         self.end_ids = np.full((max_rows, 4), -1, np.int32)  # tokens that end the sequence, padded with -1
         self.epoch = np.zeros(max_rows, np.int64)
         self.sequences: list[Sequence | None] = [None] * max_rows
@@ -81,14 +82,16 @@ class RowTable:
     def has_free_row(self) -> bool:
         return bool(self._free)
 
-    def enter(self, seq: Sequence, computed: int, watched: bool) -> int:
+    def enter(self, seq: Sequence, computed: int) -> int:
         row = self._free.pop()
         length = len(seq.tokens)
         self.tokens[row, :length] = seq.tokens
         self.computed[row] = computed
         self.known[row] = self.arrived[row] = length
         self.limit[row] = seq.limit
-        self.watched[row] = watched
+        params = seq.request.params
+        self.watched[row] = seq.request.stream or bool(params.stop) or params.logprobs is not None
+        self.guessable[row] = not (params.has_penalties or params.logprobs is not None or params.min_tokens)
         if len(seq.end_ids) > self.end_ids.shape[1]:
             more = len(seq.end_ids) - self.end_ids.shape[1]
             self.end_ids = np.pad(self.end_ids, ((0, 0), (0, more)), constant_values=-1)

@@ -78,12 +78,19 @@ class Batch:
     (source, target), all reads before all writes; then the forward pass; then sampling for the sequences with
     sample[b], whose last computed token is the newest one the row holds. The sampled token becomes the row's token
     number start[b] + count[b].
+
+    With d guesses for sequence b, the row's tokens start[b] + count[b] - d ... are those guesses, for now, and a token
+    is sampled after each of the last d + 1 tokens, by the same rule as ever. The guesses up to the first that differs
+    from the token sampled in its place were right; with the one sampled after the last right guess, they are the row's
+    new tokens, just those that d + 1 steps would have given. Only rows without penalties, log-probabilities or a
+    minimum length get guesses, and only from runners whose max_drafts allows them.
     """
 
     rows: np.ndarray  # int32 [B]
     start: np.ndarray  # int32 [B], tokens computed before this step (their KV is in the blocks)
     count: np.ndarray  # int32 [B], tokens to compute now, >= 1
     sample: np.ndarray  # bool [B]
+    drafts: np.ndarray | None = None  # int32 [B, D], guesses of the tokens to come, padded with -1
     new_rows: list[NewRow] = field(default_factory=list)
     block_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
     block_slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
@@ -111,7 +118,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave. tokens: int32 [B], -1 where nothing was sampled.
+    """What a step gave. tokens: int32 [B], -1 where nothing was sampled; with guesses int32 [B, 1 + D], padded with -1.
 
     logprobs[b]: of the sampled token, for sequences whose params ask. prompt_logprobs[b]: one entry for each position
     p in start[b] ... start[b] + count[b] - 1 with p + 1 < prompt_len, telling of token p + 1 given tokens 0 ... p.
@@ -136,12 +143,14 @@ class Runner(Protocol):
     lag: how many steps may be in flight before the engine must ask for the oldest one's result. 0: `launch` computes
     at once (CPU); 1: the engine launches step n + 1 before it reads step n (CUDA).
     max_step_tokens: most tokens of a step that this machine should compute, so that a mixed step stays short.
+    max_drafts: most guesses a sequence may get in a step; 0 where `Batch.drafts` is not understood, or lag is not 0.
     """
 
     memory: MemoryPlan
     vocab_size: int
     lag: int
     max_step_tokens: int
+    max_drafts: int
 
     def launch(self, batch: Batch) -> Step: ...
 
