@@ -1,0 +1,41 @@
+// The C interface; its Python side is martlet/kernels/cpu/library.py.
+#include <cstring>
+
+#include "pack.hpp"
+#include "step.hpp"
+
+using namespace martlet;
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// Changes with every change of a struct or signature: Python refuses a library of another version.
+API int martlet_abi() { return 1; }
+
+API int martlet_widest_isa() { return widest_isa(); }
+
+// null when this processor cannot run `isa`.
+API Executor* martlet_open(int threads, int spins, int isa) {
+  if (isa < 0 || isa > widest_isa() || !kernels_for(Isa(isa))) return nullptr;
+  return new Executor(threads, spins, Isa(isa));
+}
+
+API void martlet_close(Executor* executor) { delete executor; }
+
+API int64_t martlet_panel_bytes(int format, int64_t k) { return panel_bytes(Format(format), k); }
+
+API int64_t martlet_source_row_bytes(int source, int64_t k) { return source_row_bytes(source, k); }
+
+// rows: 32 * panels addresses of rows, null for zeros.
+API void martlet_pack(Executor* executor, int source, int target, const uint8_t* const* rows, int64_t panels, int64_t k,
+                      uint8_t* out) {
+  executor->team().run([&](Worker& worker) {
+    worker.each((int)panels, 1, [&](int begin, int end) {
+      for (int p = begin; p < end; ++p)
+        pack_panel(source, Format(target), rows + int64_t(p) * kPanel, k, out + p * panel_bytes(Format(target), k));
+    });
+  });
+}
+
+API void martlet_run(Executor* executor, const Op* ops, int n_ops, const Batch* batch) {
+  executor->run(ops, n_ops, *batch);
+}

@@ -1,0 +1,178 @@
+// Causal attention of a group of queries that share a kv head, over one chunk of the context.
+//
+// The context is cut at fixed positions (multiples of kChunk); each chunk gives its own softmax, and chunks are merged
+// in order. A query's result is therefore the same bits alone, in a prefill, in any batch and on any number of threads.
+#pragma once
+
+#include "attention_plan.hpp"
+#include "program.hpp"
+#include "simd.hpp"
+
+namespace martlet {
+namespace MARTLET_ISA {
+
+constexpr int kQueryRows = L == 16 ? 6 : L == 8 ? 2 : 1;  // query rows that a tile of attention keeps in registers
+
+template <bool kBF16>
+struct CacheType {
+  static constexpr int kPack = kBF16 ? 2 : 1;
+  static constexpr int kBytes = 4 / kPack;
+  // acc += a * b, summed over the pack.
+  static INLINE F mad(F acc, U a, U b) { return kBF16 ? dot2(acc, a, b) : fma((F)a, (F)b, acc); }
+};
+
+// scores[r][16] of kRows queries against one tile of 16 keys.
+template <bool kBF16, int kRows>
+INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* scores) {
+  using C = CacheType<kBF16>;
+  constexpr int kVectors = 16 / L;
+  F acc[kRows][kVectors] = {};
+  const int steps = dim / C::kPack;
+  for (int d = 0; d < steps; ++d)
+    for (int v = 0; v < kVectors; ++v) {
+      const U key = load<U>(k_tile + d * 64 + v * 4 * L);
+      for (int r = 0; r < kRows; ++r)
+        acc[r][v] = C::mad(acc[r][v], key, splat(scalar<uint32_t>(q + ((int64_t)r * steps + d) * 4)));
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(scores + r * kChunk + v * L, acc[r][v]);
+}
+
+// out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
+template <bool kBF16, int kRows, int kVectors>
+INLINE void value_tile(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, int column,
+                       float* out) {
+  using C = CacheType<kBF16>;
+  F acc[kRows][kVectors] = {};
+  constexpr int kSteps = 16 / C::kPack;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (!v_tiles[tile]) continue;
+    for (int s = 0; s < kSteps; ++s) {
+      U value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = load<U>(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
+      for (int r = 0; r < kRows; ++r) {
+        const U p = splat(scalar<uint32_t>(weights + (int64_t)r * kChunk * C::kBytes + (tile * kSteps + s) * 4));
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = C::mad(acc[r][v], p, value[v]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(out + (int64_t)r * dim + column + v * L, acc[r][v]);
+}
+
+template <bool kBF16, int kRows>
+INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
+  constexpr int kMost = 4;
+  int column = 0;
+  for (; column + kMost * L <= dim; column += kMost * L)
+    value_tile<kBF16, kRows, kMost>(weights, v_tiles, tiles, dim, column, out);
+  for (; column < dim; column += L) value_tile<kBF16, kRows, 1>(weights, v_tiles, tiles, dim, column, out);
+}
+
+// Softmax over positions lo ... hi - 1 of a chunk (relative), in place; the weights of all others become 0.
+template <bool kBF16>
+INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, float* peak, float* total) {
+  const I lane = [] {
+    I v;
+    for (int i = 0; i < L; ++i) v[i] = i;
+    return v;
+  }();
+  const F lowest = splat(-__builtin_inff());
+  F best = lowest;
+  for (int i = lo / L * L; i < hi; i += L) {
+    const I at = lane + i;
+    F s = load<F>(scores + i);
+    s = (at >= lo) & (at < hi) ? s : lowest;
+    store(scores + i, s);
+    best = max(best, s);
+  }
+  *peak = highest(best);
+  F all = {};
+  for (int i = 0; i < tiles * 16; i += L) {
+    F p = {};
+    if (i + L > lo && i < hi) p = exp(load<F>(scores + i) - *peak);
+    all += p;
+    if (kBF16) store(weights + 2 * i, to_bf16(p));
+    else store(weights + 4 * i, p);
+  }
+  *total = sum(all);
+}
+
+template <bool kBF16, int M>
+INLINE void scores_of(const uint8_t* q, int rows, const uint8_t* k_tile, int dim, float* scores) {
+  using C = CacheType<kBF16>;
+  for (; rows >= M; rows -= M, q += (int64_t)M * dim * C::kBytes, scores += M * kChunk)
+    score_tile<kBF16, M>(q, k_tile, dim, scores);
+  if constexpr (M > 1)
+    if (rows) scores_of<kBF16, M - 1>(q, rows, k_tile, dim, scores);
+}
+
+template <bool kBF16, int M>
+INLINE void values_of(const uint8_t* weights, int rows, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
+  using C = CacheType<kBF16>;
+  for (; rows >= M; rows -= M, weights += M * kChunk * C::kBytes, out += (int64_t)M * dim)
+    value_rows<kBF16, M>(weights, v_tiles, tiles, dim, out);
+  if constexpr (M > 1)
+    if (rows) values_of<kBF16, M - 1>(weights, rows, v_tiles, tiles, dim, out);
+}
+
+template <bool kBF16>
+void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
+  using C = CacheType<kBF16>;
+  const int group = op.heads / op.kv_heads, rows = task.tokens * group, begin = chunk * kChunk;
+  const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
+  const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
+  const int64_t tile_bytes = 16 * (int64_t)op.dim * C::kBytes, per_block = task.block_size / 16;
+  float* scores = scratch;
+  uint8_t* weights = (uint8_t*)(scratch + (int64_t)rows * kChunk);
+  const uint8_t* v_tiles[kChunk / 16];
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    v_tiles[tile] = nullptr;
+    if (tile * 16 + 16 <= seen_from) continue;
+    const int64_t at = (begin + tile * 16) / 16;
+    const int64_t index = ((int64_t)task.blocks[at / per_block] * op.kv_heads + task.kv_head) * per_block + at % per_block;
+    v_tiles[tile] = (const uint8_t*)op.v_cache + index * tile_bytes;
+    scores_of<kBF16, kQueryRows>((const uint8_t*)task.q, rows, (const uint8_t*)op.k_cache + index * tile_bytes, op.dim,
+                                 scores + tile * 16);
+  }
+  for (int r = 0; r < rows; ++r) {
+    const int position = task.position + r / group - begin;
+    const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
+    softmax<kBF16>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes, part.peak + r,
+                   part.total + r);
+  }
+  values_of<kBF16, kQueryRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
+}
+
+// The softmax of a task's queries over one chunk. scratch: attention_scratch floats.
+void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
+  if (op.bf16) chunk_of<true>(op, task, chunk, scratch, part);
+  else chunk_of<false>(op, task, chunk, scratch, part);
+}
+
+// state = state merged with the next chunk's part.
+void merge_chunk(int rows, int dim, Softmax state, Softmax part) {
+  for (int r = 0; r < rows; ++r) {
+    if (!(part.peak[r] > -__builtin_inff())) continue;  // the chunk lies outside this query's window
+    const float peak = most(state.peak[r], part.peak[r]);
+    const float keep = exp(splat(state.peak[r] - peak))[0], add = exp(splat(part.peak[r] - peak))[0];
+    state.peak[r] = peak;
+    state.total[r] = state.total[r] * keep + part.total[r] * add;
+    float *out = state.values + (int64_t)r * dim, *in = part.values + (int64_t)r * dim;
+    for (int i = 0; i < dim; i += L) store(out + i, fma(load<F>(out + i), splat(keep), load<F>(in + i) * add));
+  }
+}
+
+// Writes the finished state of a task's queries to the operation's output.
+void finish_attention(const AttentionOp& op, const AttentionTask& task, Softmax state) {
+  const int group = op.heads / op.kv_heads;
+  for (int r = 0; r < task.tokens * group; ++r) {
+    float* y = op.y + (int64_t)(task.token + r / group) * op.y_stride + (int64_t)(task.kv_head * group + r % group) * op.dim;
+    const float inverse = 1.0f / state.total[r];
+    for (int i = 0; i < op.dim; i += L) store(y + i, load<F>(state.values + (int64_t)r * op.dim + i) * inverse);
+  }
+}
+
+}  // namespace MARTLET_ISA
+}  // namespace martlet

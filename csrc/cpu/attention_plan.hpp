@@ -1,0 +1,31 @@
+// How attention is cut into tasks: (sequence, kv head, some query tokens), each walking chunks of the context.
+#pragma once
+
+#include <cstdint>
+
+namespace martlet {
+
+constexpr int kChunk = 128;     // context tokens of a chunk, a multiple of every vector and of 16
+constexpr int kTileRows = 48;   // query rows (tokens times heads of the group) that a task takes at most
+
+struct AttentionTask {
+  const void* q;          // [tokens][group][dim] in the cache's type
+  const int32_t* blocks;  // the sequence's block table
+  int32_t block_size;
+  int32_t kv_head;
+  int32_t token;     // first query token in the flat batch
+  int32_t tokens;    // how many
+  int32_t position;  // of the first
+};
+
+// An unfinished softmax of some query rows: largest score, sum of weights, weighted sum of values [rows][dim].
+struct Softmax {
+  float *peak, *total, *values;
+};
+
+constexpr int64_t softmax_floats(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+constexpr int64_t attention_scratch(int64_t rows) { return 2 * rows * kChunk; }
+
+inline Softmax softmax_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
+
+}  // namespace martlet

@@ -1,0 +1,280 @@
+// y[row][32 outputs] = rows of activations times one panel of weights, for every format.
+//
+// Each output is one chain of sums over the inputs in their order, whatever the number of rows: a token's result does
+// not depend on its batch. Integer formats add exactly within a block and then once in float, so they give the same
+// bits on every instruction set.
+#pragma once
+
+#include "formats.hpp"
+#include "simd.hpp"
+
+namespace martlet {
+namespace MARTLET_ISA {
+
+constexpr int kStep = 4 * kPanel;             // bytes of one step of a panel
+constexpr int kWide = L >= 8 ? 2 : 4;         // vectors of outputs that a tile keeps in registers
+constexpr int kDenseRows = L == 16 ? 12 : L == 8 ? 4 : 1;  // rows that a tile keeps in registers: f32, bf16
+constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 2 : 1;    // int8
+constexpr int kSplitRows = L == 16 ? 4 : L == 8 ? 2 : 1;   // block formats
+
+// ---- Readers of block formats. `v` counts vectors of L outputs, `j` steps of 4 inputs within a block. ----
+
+INLINE const uint8_t* block_at(Format f, const uint8_t* panel, int b) {
+  const Layout& at = kLayouts[f];
+  return panel + (int64_t)(b / at.super + 1) * at.header + (int64_t)b * at.block;
+}
+INLINE const uint8_t* header_at(Format f, const uint8_t* panel, int b) {
+  const Layout& at = kLayouts[f];
+  return panel + (int64_t)(b / at.super) * (at.header + (int64_t)at.super * at.block);
+}
+INLINE U step_at(const uint8_t* quants, int j, int v) { return load<U>(quants + j * kStep + v * 4 * L); }
+INLINE U nibble_at(const uint8_t* quants, int j, int v) {
+  return (step_at(quants, j & 3, v) >> (j & 4)) & 0x0f0f0f0fu;
+}
+
+struct Plain {  // no minimum, one scale a block, 8 steps
+  static constexpr bool kMin = false, kSixBit = true;
+  static constexpr int kParts = 1, kOffset = 0, kSteps = 8;
+  static constexpr ActKind kActs = kActSplit32;
+};
+
+template <Format f>
+struct Reader;
+
+template <>
+struct Reader<kInt8> : Plain {
+  static constexpr bool kSixBit = false;
+  static constexpr int kOffset = 7, kSteps = 16;  // weights are stored plus 2^kOffset
+  static constexpr ActKind kActs = kActByte64;
+  const uint8_t* at;
+  INLINE Reader(const uint8_t* panel, int b) : at(panel + (int64_t)b * kLayouts[kInt8].block) {}
+  INLINE U quants(int j, int v) const { return step_at(at, j, v); }
+  INLINE F scale(int, int) const { return splat(1.0f); }
+  INLINE F minimum(int) const { return F{}; }
+};
+
+template <Format f, int kBits, bool kWithMin>
+struct SimpleReader : Plain {
+  static constexpr bool kMin = kWithMin, kSixBit = kBits < 8;
+  static constexpr int kOffset = kWithMin ? 0 : kBits - 1;
+  const uint8_t *at, *q;
+  INLINE SimpleReader(const uint8_t* panel, int b) : at(block_at(f, panel, b)), q(at + (kWithMin ? 128 : 64)) {}
+  INLINE U quants(int j, int v) const {
+    if (kBits == 8) return step_at(q, j, v);
+    const U low = nibble_at(q, j, v);
+    return kBits == 4 ? low : low | ((step_at(q, 4, v) >> j) & 0x01010101u) << 4;
+  }
+  INLINE F scale(int v, int) const { return load_half(at + v * 2 * L); }
+  INLINE F minimum(int v) const { return kWithMin ? load_half(at + 64 + v * 2 * L) : F{}; }
+};
+template <>
+struct Reader<kQ4_0> : SimpleReader<kQ4_0, 4, false> { using SimpleReader::SimpleReader; };
+template <>
+struct Reader<kQ4_1> : SimpleReader<kQ4_1, 4, true> { using SimpleReader::SimpleReader; };
+template <>
+struct Reader<kQ5_0> : SimpleReader<kQ5_0, 5, false> { using SimpleReader::SimpleReader; };
+template <>
+struct Reader<kQ5_1> : SimpleReader<kQ5_1, 5, true> { using SimpleReader::SimpleReader; };
+template <>
+struct Reader<kQ8_0> : SimpleReader<kQ8_0, 8, false> { using SimpleReader::SimpleReader; };
+
+template <Format f, int kBits>
+struct SuperReader : Plain {  // q4_K, q5_K: d * scale * q - dmin * minimum
+  static constexpr bool kMin = true;
+  const uint8_t *head, *at, *q;
+  INLINE SuperReader(const uint8_t* panel, int b) : head(header_at(f, panel, b)), at(block_at(f, panel, b)), q(at + 64) {}
+  INLINE U quants(int j, int v) const {
+    const U low = nibble_at(q, j, v);
+    return kBits == 4 ? low : low | ((step_at(q, 4, v) >> j) & 0x01010101u) << 4;
+  }
+  INLINE F scale(int v, int) const { return load_half(head + v * 2 * L) * load_bytes(at + v * L); }
+  INLINE F minimum(int v) const { return -(load_half(head + 64 + v * 2 * L) * load_bytes(at + 32 + v * L)); }
+};
+template <>
+struct Reader<kQ4_K> : SuperReader<kQ4_K, 4> { using SuperReader::SuperReader; };
+template <>
+struct Reader<kQ5_K> : SuperReader<kQ5_K, 5> { using SuperReader::SuperReader; };
+
+template <>
+struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half block
+  static constexpr int kParts = 2, kOffset = 5;
+  const uint8_t *head, *at, *q;
+  INLINE Reader(const uint8_t* panel, int b) : head(header_at(kQ6_K, panel, b)), at(block_at(kQ6_K, panel, b)), q(at + 64) {}
+  INLINE U quants(int j, int v) const {
+    return nibble_at(q, j, v) | ((step_at(q, 4 + j / 4, v) >> (2 * (j & 3))) & 0x03030303u) << 4;
+  }
+  INLINE F scale(int v, int part) const {
+    return load_half(head + v * 2 * L) * load_bytes((const int8_t*)at + part * 32 + v * L);
+  }
+  INLINE F minimum(int) const { return F{}; }
+};
+
+// A block whose quants were widened to bytes and scales to floats, once for many rows: [parts + min][32] f32, 8 steps.
+template <Format f>
+struct Widened : Plain {
+  using Source = Reader<f>;
+  static constexpr bool kMin = Source::kMin, kSixBit = Source::kSixBit;
+  static constexpr int kParts = Source::kParts, kOffset = Source::kOffset;
+  static constexpr int kScales = kParts + kMin, kBytes = kScales * kStep + 8 * kStep;
+  const uint8_t* at;
+  INLINE Widened(const uint8_t* scratch, int b) : at(scratch + (int64_t)b * kBytes) {}
+  INLINE U quants(int j, int v) const { return step_at(at + kScales * kStep, j, v); }
+  INLINE F scale(int v, int part) const { return load<F>(at + part * kStep + v * 4 * L); }
+  INLINE F minimum(int v) const { return kMin ? load<F>(at + kParts * kStep + v * 4 * L) : F{}; }
+
+  static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
+    for (int b = 0; b < blocks; ++b) {
+      const Source from(panel, b);
+      for (int v = 0; v < kPanel / L; ++v, out += 4 * L) {
+        for (int part = 0; part < kParts; ++part) store(out + part * kStep, from.scale(v, part));
+        if (kMin) store(out + kParts * kStep, from.minimum(v));
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) store(out + (kScales + j) * kStep, from.quants(j, v));
+      }
+      out += kBytes - kStep;
+    }
+  }
+};
+
+// ---- Tiles: M rows by kWide vectors of outputs, accumulators in registers. ----
+
+template <class R, int M>
+INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
+                       const float* channel_scale) {
+  constexpr int kInts = R::kActs == kActSplit32 ? 2 : 1;  // integers an activation is made of
+  constexpr int kBlock = 4 * R::kSteps, kPartSteps = R::kSteps / R::kParts;
+  const uint8_t* groups = acts + groups_at(R::kActs, k);
+  F acc[M][kWide] = {};
+  for (int b = 0; b * kBlock < k; ++b) {
+    const R block(panel, b);
+    const uint8_t* a = acts + (int64_t)b * kBlock * kInts;
+    const uint8_t* g = groups + (int64_t)b * sizeof(Group);
+#pragma GCC unroll 2
+    for (int part = 0; part < R::kParts; ++part) {
+      const size_t sum_at = R::kParts == 1 ? offsetof(Group, minus_sum) : offsetof(Group, minus_half) + 4 * part;
+      I sum[M][kWide], high[M][kWide] = {};
+      for (int m = 0; m < M; ++m)
+        for (int w = 0; w < kWide; ++w)
+          sum[m][w] = R::kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << R::kOffset : I{};
+#pragma GCC unroll 16
+      for (int j = part * kPartSteps; j < (part + 1) * kPartSteps; ++j) {
+        U q[kWide];
+        for (int w = 0; w < kWide; ++w) q[w] = block.quants(j, v0 + w);
+        for (int m = 0; m < M; ++m) {
+          const uint8_t* x = a + m * stride + 4 * kInts * j;
+          if (kInts == 2)
+            for (int w = 0; w < kWide; ++w) high[m][w] = dot4<R::kSixBit>(high[m][w], q[w], splat(scalar<uint32_t>(x)));
+          for (int w = 0; w < kWide; ++w)
+            sum[m][w] = dot4<R::kSixBit>(sum[m][w], q[w], splat(scalar<uint32_t>(x + 4 * (kInts - 1))));
+        }
+      }
+      for (int w = 0; w < kWide; ++w) {
+        const F d = block.scale(v0 + w, part);
+        for (int m = 0; m < M; ++m) {
+          const I total = kInts == 2 ? sum[m][w] + (high[m][w] << 7) : sum[m][w];
+          acc[m][w] = fma(d * scalar<float>(g + m * stride), to_float(total), acc[m][w]);
+        }
+      }
+    }
+    if (R::kMin)
+      for (int w = 0; w < kWide; ++w) {
+        const F low = block.minimum(v0 + w);
+        for (int m = 0; m < M; ++m)
+          acc[m][w] = fma(low, splat(scalar<float>(g + m * stride + offsetof(Group, scaled_sum))), acc[m][w]);
+      }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int w = 0; w < kWide; ++w) {
+      if (channel_scale) acc[m][w] *= load<F>(channel_scale + (v0 + w) * L);
+      store(out + m * kPanel + (v0 + w) * L, acc[m][w]);
+    }
+}
+
+template <bool kPairs, int M>
+INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out) {
+  F acc[M][kWide] = {};
+  const int steps = kPairs ? (k + 1) / 2 : k;
+#pragma GCC unroll 2
+  for (int j = 0; j < steps; ++j) {
+    F w[kWide];
+    for (int i = 0; i < kWide; ++i) w[i] = load<F>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
+    for (int m = 0; m < M; ++m) {
+      const F x = splat(scalar<float>(acts + m * stride + 4 * (int64_t)j));
+      for (int i = 0; i < kWide; ++i) acc[m][i] = kPairs ? dot2(acc[m][i], (U)w[i], (U)x) : fma(w[i], x, acc[m][i]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < kWide; ++i) store(out + m * kPanel + (v0 + i) * L, acc[m][i]);
+}
+
+// ---- All rows: tiles of at most kMost rows. ----
+
+template <int M, class Tile>
+void rows_of(const Tile& tile, const uint8_t* acts, int64_t stride, int rows, float* out) {
+  for (; rows >= M; rows -= M, acts += M * stride, out += M * kPanel)
+    for (int v0 = 0; v0 < kPanel / L; v0 += kWide) tile.template run<M>(v0, acts, out);
+  if constexpr (M > 1)
+    if (rows) rows_of<(M > 6 ? 6 : M - 1)>(tile, acts, stride, rows, out);
+}
+
+template <class R>
+struct BlockTile {
+  const uint8_t* panel;
+  int64_t stride;
+  int k;
+  const float* channel_scale;
+  template <int M>
+  INLINE void run(int v0, const uint8_t* acts, float* out) const {
+    block_tile<R, M>(panel, v0, acts, stride, k, out, channel_scale);
+  }
+};
+
+template <bool kPairs>
+struct DenseTile {
+  const uint8_t* panel;
+  int64_t stride;
+  int k;
+  template <int M>
+  INLINE void run(int v0, const uint8_t* acts, float* out) const {
+    dense_tile<kPairs, M>(panel, v0, acts, stride, k, out);
+  }
+};
+
+template <Format f>
+void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
+                 float* out) {
+  const int padded = (int)padded_inputs(f, k);
+  if (f != kQ8_0 && rows > 2 * kSplitRows) {
+    Widened<f>::widen(panel, padded / 32, scratch);
+    rows_of<kSplitRows>(BlockTile<Widened<f>>{scratch, stride, padded, nullptr}, acts, stride, rows, out);
+  } else {
+    rows_of<kSplitRows>(BlockTile<Reader<f>>{panel, stride, padded, nullptr}, acts, stride, rows, out);
+  }
+}
+
+// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart. scratch: room for a
+// widened panel (scratch_bytes).
+void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
+                   uint8_t* scratch, float* out) {
+  switch (f) {
+    case kF32: return rows_of<kDenseRows>(DenseTile<false>{panel, stride, k}, acts, stride, rows, out);
+    case kBF16: return rows_of<kDenseRows>(DenseTile<true>{panel, stride, k}, acts, stride, rows, out);
+    case kInt8: {
+      const int padded = (int)padded_inputs(f, k);
+      const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);
+      return rows_of<kByteRows>(BlockTile<Reader<kInt8>>{panel, stride, padded, scale}, acts, stride, rows, out);
+    }
+    case kQ4_0: return block_panel<kQ4_0>(panel, k, acts, stride, rows, scratch, out);
+    case kQ4_1: return block_panel<kQ4_1>(panel, k, acts, stride, rows, scratch, out);
+    case kQ5_0: return block_panel<kQ5_0>(panel, k, acts, stride, rows, scratch, out);
+    case kQ5_1: return block_panel<kQ5_1>(panel, k, acts, stride, rows, scratch, out);
+    case kQ8_0: return block_panel<kQ8_0>(panel, k, acts, stride, rows, scratch, out);
+    case kQ4_K: return block_panel<kQ4_K>(panel, k, acts, stride, rows, scratch, out);
+    case kQ5_K: return block_panel<kQ5_K>(panel, k, acts, stride, rows, scratch, out);
+    case kQ6_K: return block_panel<kQ6_K>(panel, k, acts, stride, rows, scratch, out);
+    default: __builtin_trap();
+  }
+}
+
+}  // namespace MARTLET_ISA
+}  // namespace martlet

@@ -1,0 +1,43 @@
+// Which instruction sets this processor runs. Uses cpuid and the operating system's mask of saved registers.
+#include "kernels.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace martlet {
+
+Isa widest_isa() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return kGeneric;
+  const bool fma = c >> 12 & 1, saves = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  if (!fma || !saves || !avx || !f16c) return kGeneric;
+  unsigned mask, high;
+  __asm__("xgetbv" : "=a"(mask), "=d"(high) : "c"(0));
+  if ((mask & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kGeneric;
+  const unsigned most_leaf = a;
+  if (!(b >> 5 & 1)) return kGeneric;
+  // F, DQ, BW, VL and VNNI, with the wide registers saved on a context switch
+  const bool avx512 = (mask & 0xe0) == 0xe0 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);
+  if (!avx512) return kAvx2;
+  if (most_leaf < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return kAvx512Vnni;
+  return a >> 5 & 1 ? kAvx512BF16 : kAvx512Vnni;
+#else
+  return kGeneric;
+#endif
+}
+
+const Kernels* kernels_for(Isa isa) {
+  switch (isa) {
+    case kGeneric: return &kernels_generic;
+#if defined(__x86_64__)
+    case kAvx2: return &kernels_avx2;
+    case kAvx512Vnni: return &kernels_avx512_vnni;
+    case kAvx512BF16: return &kernels_avx512_bf16;
+#endif
+    default: return nullptr;
+  }
+}
+
+}  // namespace martlet

@@ -1,0 +1,43 @@
+// Compiled once for each instruction set, with MARTLET_ISA naming it (see martlet/kernels/cpu/build.py).
+#include "kernels.hpp"
+
+#include "attention.hpp"
+#include "gemm.hpp"
+#include "rows.hpp"
+#include "sampler.hpp"
+
+#define NAME_(isa) kernels_##isa
+#define NAME(isa) NAME_(isa)
+
+namespace martlet {
+namespace MARTLET_ISA {
+
+struct SamplerScratch {
+  int32_t* seen;
+  float* x;
+  Candidate* candidates;
+  SamplerScratch(void* memory, int n)
+      : seen((int32_t*)memory), x((float*)(seen + n)), candidates((Candidate*)(x + n)) {}
+};
+
+int sample_with(const Sampling& s, const int32_t* tokens, int known, const float* logits, int n, void* memory) {
+  const SamplerScratch at(memory, n);
+  return sample(s, tokens, known, logits, n, at.x, at.candidates, at.seen);
+}
+
+void describe_with(const float* logits, int n, int token, int k, void* memory, Answer* answer, int32_t* top_ids,
+                   float* top_logprobs) {
+  describe(logits, n, token, k, SamplerScratch(memory, n).candidates, answer, top_ids, top_logprobs);
+}
+
+}  // namespace MARTLET_ISA
+
+extern const Kernels NAME(MARTLET_SET);
+const Kernels NAME(MARTLET_SET) = {
+    MARTLET_ISA::prepare,      MARTLET_ISA::panel_product, MARTLET_ISA::finish,
+    MARTLET_ISA::rotate_and_store, MARTLET_ISA::attend_chunk,  MARTLET_ISA::merge_chunk,
+    MARTLET_ISA::finish_attention, MARTLET_ISA::take_best,     MARTLET_ISA::sample_with,
+    MARTLET_ISA::describe_with,
+};
+
+}  // namespace martlet

@@ -1,0 +1,39 @@
+// The kernels of one instruction set as a table. kernels.cpp is compiled once for each set and defines one table.
+#pragma once
+
+#include "attention_plan.hpp"
+#include "program.hpp"
+
+namespace martlet {
+
+struct Kernels {
+  void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);
+  void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
+                        uint8_t* scratch, float* out);
+  void (*finish)(const LinearOp&, int panel, const float* products, int row0, int rows);
+  void (*rotate_and_store)(const AttentionOp&, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile,
+                           void* q);
+  void (*attend_chunk)(const AttentionOp&, const AttentionTask&, int chunk, float* scratch, Softmax part);
+  void (*merge_chunk)(int rows, int dim, Softmax state, Softmax part);
+  void (*finish_attention)(const AttentionOp&, const AttentionTask&, Softmax state);
+  void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
+  // scratch: sampler_bytes(n), zero at first and left to the sampler.
+  int (*sample)(const Sampling&, const int32_t* tokens, int known, const float* logits, int n, void* scratch);
+  void (*describe)(const float* logits, int n, int token, int k, void* scratch, Answer*, int32_t* top_ids,
+                   float* top_logprobs);
+};
+
+constexpr int64_t sampler_bytes(int64_t n) { return n * (4 + 4 + 12); }
+
+// Sets that the build could not compile are null. Ordered from plain to wide.
+enum Isa : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512BF16, kIsas };
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512_vnni, kernels_avx512_bf16;
+#endif
+
+Isa widest_isa();  // that this processor and its operating system run
+const Kernels* kernels_for(Isa);
+
+}  // namespace martlet

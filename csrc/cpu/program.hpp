@@ -1,0 +1,140 @@
+// What Python hands to C++: a decoder as a flat list of operations, and one step's batch. Plain C structs; their
+// Python mirrors are in martlet/kernels/cpu/program.py, in the same order. All memory belongs to the caller.
+//
+// T is the number of tokens of the step, in sequence order; activations between operations are f32 rows.
+#pragma once
+
+#include <cstdint>
+
+#include "formats.hpp"
+
+namespace martlet {
+
+// A packed matrix [n, k]: ceil(n / 32) panels one after another.
+struct Matrix {
+  const uint8_t* panels;
+  int32_t format;
+  int32_t n, k;
+  int32_t reserved;
+};
+
+enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead };
+
+// y[t] = row tokens[t] of the table.
+struct EmbedOp {
+  Matrix table;
+  float* y;
+  int64_t y_stride;  // in elements, as all strides of activations
+};
+
+// cosines[t][i], sines[t][i] of position(t) * frequency[i].
+struct AnglesOp {
+  const double* frequencies;
+  float *cosines, *sines;  // [T][half]
+  int32_t half;
+  int32_t reserved;
+};
+
+enum Activation : int32_t { kSilu, kGeluTanh, kGelu };
+
+// What becomes of a product p. kGated: a panel is 16 gates and 16 ups, and gives 16 outputs.
+enum Epilogue : int32_t {
+  kStore,     // y = p
+  kAdd,       // y += p
+  kActivate,  // y = act(p)
+  kMultiply,  // y *= p
+  kGated,     // y = act(gate) * up
+};
+
+// y = epilogue(w * rmsnorm(x) + bias); no norm when `norm` is null, no bias when `bias` is null.
+struct LinearOp {
+  Matrix w;
+  const float* x;
+  const float* norm;  // [k]
+  const float* bias;  // [panels * 32], in panel order
+  float* y;
+  int64_t x_stride, y_stride;
+  float eps;
+  int32_t epilogue, activation;
+  int32_t n_out;  // columns of y: n, or the gated half of it
+};
+
+// Rotates q and k (after an optional norm of each head), writes k and v into the cache, attends causally.
+// Cache: [block][kv_head][block_size / 16] tiles of 16 tokens, a tile being [dim / pack][16][pack] for k and
+// [16 / pack][dim][pack] for v, pack 2 for bf16 and 1 for f32.
+struct AttentionOp {
+  const float* qkv;  // [T][heads + 2 * kv_heads][dim]
+  float* y;          // [T][heads][dim]
+  void *k_cache, *v_cache;
+  const float *cosines, *sines;    // [T][rotary / 2]
+  const float *q_norm, *k_norm;    // [dim] or null
+  int64_t qkv_stride, y_stride;
+  int32_t heads, kv_heads, dim;
+  int32_t rotary;       // elements of a head that rotate
+  int32_t interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary / 2)
+  int32_t window;       // tokens seen, itself included; 0: all
+  int32_t bf16;         // cache of bf16, else f32
+  float scale, eps;
+  int32_t reserved;
+};
+
+// Logits of the queries' tokens, and what is asked of them.
+struct HeadOp {
+  Matrix w;
+  const float* x;
+  const float* norm;
+  int64_t x_stride;
+  float eps;
+  int32_t reserved;
+};
+
+struct Op {
+  int64_t kind;
+  const void* op;
+};
+
+// How a row chooses its tokens; see SamplingParams for the meaning of each field.
+struct Sampling {
+  uint64_t seed;
+  const int32_t* bias_ids;
+  const float* biases;
+  const int32_t* allowed_ids;
+  const int32_t* end_ids;  // not before min_tokens
+  int32_t n_bias, n_allowed, n_end;
+  int32_t prompt_len, min_tokens, top_k;
+  float temperature, top_p, min_p, presence, frequency, repetition;
+};
+
+// One row of logits. target < 0: sample the token after `token` for `row`, else tell of token `target`.
+// top < 0: no log-probability is asked; else the `top` most likely tokens too.
+struct Query {
+  int32_t token;   // index in the flat batch, 0 ... T - 1
+  int32_t row;
+  int32_t target;
+  int32_t top;
+};
+
+struct Answer {
+  int32_t token;
+  int32_t rank;
+  float logprob;
+  int32_t reserved;
+};
+
+struct Batch {
+  int32_t n_seqs, n_queries;
+  const int32_t *rows, *start, *count;  // [n_seqs]
+  int32_t* tokens;                      // [rows][tokens_stride]; sampled tokens are written back
+  int64_t tokens_stride;
+  const int32_t* blocks;  // block tables [rows][blocks_stride]
+  int64_t blocks_stride;
+  int32_t block_size;  // a multiple of 16
+  int32_t top_stride;
+  const Query* queries;
+  const Sampling* sampling;  // [rows]
+  Answer* answers;           // [n_queries]
+  int32_t* top_ids;          // [n_queries][top_stride]
+  float* top_logprobs;
+};
+
+}  // namespace martlet

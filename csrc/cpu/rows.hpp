@@ -1,0 +1,201 @@
+// Work on single rows of activations: norm, conversion to what a format multiplies with, epilogues, rotation.
+#pragma once
+
+#include "program.hpp"
+#include "simd.hpp"
+
+namespace martlet {
+namespace MARTLET_ISA {
+
+INLINE float rms_factor(const float* x, int n, float eps) {
+  F squares = {};
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    const F v = load<F>(x + i);
+    squares = fma(v, v, squares);
+  }
+  float total = sum(squares);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return 1.0f / __builtin_sqrtf(total / (float)n + eps);
+}
+
+// `count` <= L values of the normed row from element i on; the others are 0.
+INLINE F normed(const float* x, const float* norm, float factor, int i, int count) {
+  F v = {}, w = {};
+  if (count == L) {
+    v = load<F>(x + i);
+    if (norm) w = load<F>(norm + i);
+  } else {
+    for (int lane = 0; lane < count; ++lane) {
+      v[lane] = x[i + lane];
+      if (norm) w[lane] = norm[i + lane];
+    }
+  }
+  return norm ? v * factor * w : v;
+}
+
+template <ActKind kKind>
+INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
+  constexpr int kGroup = kKind == kActSplit32 ? 32 : 64, kVectors = kGroup / L;
+  constexpr float kMost = kKind == kActSplit32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
+  uint8_t* groups = out + groups_at(kKind, k);
+  for (int g = 0; g * kGroup < k; ++g) {
+    F v[kVectors], peak = {};
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = g * kGroup + i * L;
+      v[i] = normed(x, norm, factor, at, most(0, least(L, k - at)));
+      peak = max(peak, abs(v[i]));
+    }
+    const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
+    I halves[2] = {};
+    for (int i = 0; i < kVectors; ++i) {
+      const I q = round_to_int(v[i] * inverse);
+      halves[i * 2 / kVectors] += q;
+      if (kKind == kActByte64) {
+        store(out + g * kGroup + i * L, __builtin_convertvector(q, Bytes));
+      } else {
+        const I high = (q + 64) >> 7;
+        const Bytes parts[2] = {__builtin_convertvector(high, Bytes), __builtin_convertvector(q - (high << 7), Bytes)};
+        for (int j = 0; j < L / 4; ++j)
+          for (int part = 0; part < 2; ++part)
+            std::memcpy(out + 2 * (g * kGroup + i * L + 4 * j) + 4 * part, (const char*)&parts[part] + 4 * j, 4);
+      }
+    }
+    Group group;
+    for (int h = 0; h < 2; ++h) group.minus_half[h] = -sum(halves[h]);
+    group.scale = largest / kMost;
+    group.minus_sum = group.minus_half[0] + group.minus_half[1];
+    group.scaled_sum = -group.scale * (float)group.minus_sum;
+    std::memcpy(groups + g * sizeof(Group), &group, sizeof group);
+  }
+}
+
+// One row x[k], normed when `norm` is given, as activations of a kind.
+void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, uint8_t* out) {
+  const float factor = norm ? rms_factor(x, k, eps) : 1.0f;
+  switch (kind) {
+    case kActSplit32: return quantise<kActSplit32>(x, norm, factor, k, out);
+    case kActByte64: return quantise<kActByte64>(x, norm, factor, k, out);
+    case kActBF16:
+      for (int i = 0; i < k; i += L) {
+        const Halves v = to_bf16(normed(x, norm, factor, i, least(L, k - i)));
+        if (i + L <= k) store(out + 2 * i, v);
+        else std::memcpy(out + 2 * i, &v, 2 * (size_t)round_up(k - i, 2));
+      }
+      return;
+    case kActF32:
+      for (int i = 0; i < k; i += L) {
+        const F v = normed(x, norm, factor, i, least(L, k - i));
+        std::memcpy(out + 4 * i, &v, 4 * (size_t)least(L, k - i));
+      }
+  }
+}
+
+// e^-x overflows to a large finite number, so that both ends come out right: x and 0.
+INLINE F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }
+
+INLINE F erf(F x) {  // Abramowitz & Stegun 7.1.26, error below 1.5e-7
+  const F a = abs(x), t = 1.0f / (1.0f + 0.3275911f * a);
+  F p = splat(1.061405429f);
+  p = fma(p, t, splat(-1.453152027f));
+  p = fma(p, t, splat(1.421413741f));
+  p = fma(p, t, splat(-0.284496736f));
+  p = fma(p, t, splat(0.254829592f));
+  const F y = 1.0f - p * t * exp(-a * a);
+  return x < 0.0f ? -y : y;
+}
+
+INLINE F activate(int activation, F x) {
+  switch (activation) {
+    case kSilu: return x * sigmoid(x);
+    case kGeluTanh: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // tanh(u) = 2 sigmoid(2u) - 1
+    default: return 0.5f * x * (1.0f + erf(x * 0.70710678f));
+  }
+}
+
+// Takes the products of one panel, [rows][32], into columns of y.
+void finish(const LinearOp& op, int panel, const float* products, int row0, int rows) {
+  const bool gated = op.epilogue == kGated;
+  const int width = gated ? kPanel / 2 : kPanel, column = panel * width;
+  const int columns = least(width, op.n_out - column);
+  for (int r = 0; r < rows; ++r) {
+    float* y = op.y + (int64_t)(row0 + r) * op.y_stride + column;
+    const float* p = products + r * kPanel;
+    for (int i = 0; i < columns; i += L) {
+      const int lanes = least(L, columns - i);
+      F v = load<F>(p + i), old = {};
+      if (op.bias) v += load<F>(op.bias + panel * kPanel + i);
+      if (op.epilogue == kAdd || op.epilogue == kMultiply) std::memcpy(&old, y + i, 4 * (size_t)lanes);
+      switch (op.epilogue) {
+        case kAdd: v += old; break;
+        case kMultiply: v *= old; break;
+        case kActivate: v = activate(op.activation, v); break;
+        case kGated: {
+          F up = load<F>(p + width + i);
+          if (op.bias) up += load<F>(op.bias + panel * kPanel + width + i);
+          v = activate(op.activation, v) * up;
+        }
+      }
+      if (lanes == L) store(y + i, v);
+      else std::memcpy(y + i, &v, 4 * (size_t)lanes);
+    }
+  }
+}
+
+// out = head x, normed when `norm` is given, rotated, times scale.
+INLINE void rotate_head(const AttentionOp& op, const float* x, const float* norm, const float* cosines,
+                        const float* sines, float scale, float* out) {
+  const float factor = norm ? rms_factor(x, op.dim, op.eps) : 1.0f;
+  for (int i = 0; i < op.dim; i += L) store(out + i, normed(x, norm, factor, i, L));
+  const int half = op.rotary / 2, step = op.interleaved ? 2 : 1, partner = op.interleaved ? 1 : half;
+  for (int i = 0; i < half; ++i) {
+    float *a = out + i * step, *b = a + partner;
+    const float first = *a, second = *b;
+    *a = first * cosines[i] - second * sines[i];
+    *b = second * cosines[i] + first * sines[i];
+  }
+  if (scale != 1.0f)
+    for (int i = 0; i < op.dim; ++i) out[i] *= scale;
+}
+
+INLINE void put(bool bf16, void* base, int64_t index, float value) {
+  if (bf16) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    ((uint16_t*)base)[index] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  } else {
+    ((float*)base)[index] = value;
+  }
+}
+
+constexpr int kMaxHeadDim = 512;
+
+// Zeroes the slots of a tile of v behind `slot`: attention reads them with weight zero, and zero times NaN is NaN.
+INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
+  const int pack = op.bf16 ? 2 : 1, first = slot / pack + 1, bytes = op.dim * 4;
+  std::memset((uint8_t*)v_tile + (int64_t)first * bytes, 0, (size_t)(16 / pack - first) * bytes);
+  if (slot % pack == 0 && pack == 2)
+    for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
+}
+
+// Prepares token t for one kv head: its queries, [group][dim] in the cache's type, into q; its key and value into
+// `slot` of the tiles at k_tile and v_tile. last: the sequence holds nothing behind this token.
+void rotate_and_store(const AttentionOp& op, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile,
+                      void* q) {
+  const int group = op.heads / op.kv_heads, dim = op.dim, pack = op.bf16 ? 2 : 1;
+  const float* x = op.qkv + t * op.qkv_stride;
+  const float *cosines = op.cosines + t * (op.rotary / 2), *sines = op.sines + t * (op.rotary / 2);
+  float head[kMaxHeadDim];
+  for (int h = 0; h < group; ++h) {
+    rotate_head(op, x + (kv_head * group + h) * dim, op.q_norm, cosines, sines, op.scale, head);
+    for (int i = 0; i < dim; ++i) put(op.bf16, q, h * dim + i, head[i]);
+  }
+  rotate_head(op, x + (op.heads + kv_head) * dim, op.k_norm, cosines, sines, 1.0f, head);
+  for (int i = 0; i < dim; ++i) put(op.bf16, k_tile, (i / pack * 16 + slot) * pack + i % pack, head[i]);
+  const float* v = x + (op.heads + op.kv_heads + kv_head) * dim;
+  for (int i = 0; i < dim; ++i) put(op.bf16, v_tile, (slot / pack * dim + i) * pack + slot % pack, v[i]);
+  if (last) clear_behind(op, slot, v_tile);
+}
+
+}  // namespace MARTLET_ISA
+}  // namespace martlet

@@ -1,0 +1,218 @@
+// Vectors of the widest kind the compiler was told to use, written once for every instruction set.
+//
+// This header is compiled several times with different -m flags; everything in it lives in a namespace of its own
+// (MARTLET_ISA) so that the linker never merges an AVX-512 body into the AVX2 build. For the same reason the files
+// that include it use no templates of the standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef MARTLET_ISA
+#define MARTLET_ISA isa_generic
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace martlet {
+namespace MARTLET_ISA {
+
+#if defined(__AVX512F__)
+constexpr int L = 16;
+#elif defined(__AVX2__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+
+typedef float F __attribute__((vector_size(4 * L)));
+typedef int32_t I __attribute__((vector_size(4 * L)));
+typedef uint32_t U __attribute__((vector_size(4 * L)));
+typedef int8_t Bytes __attribute__((vector_size(L)));
+typedef uint16_t Halves __attribute__((vector_size(2 * L)));
+
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+INLINE void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+INLINE T scalar(const void* p) {
+  T t;
+  std::memcpy(&t, p, sizeof t);
+  return t;
+}
+
+INLINE F splat(float x) { return x - F{}; }
+INLINE I splat(int32_t x) { return x - I{}; }
+INLINE U splat(uint32_t x) { return x - U{}; }
+INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
+INLINE F max(F a, F b) { return a > b ? a : b; }
+INLINE F min(F a, F b) { return a < b ? a : b; }
+INLINE F abs(F a) { return (F)((U)a & 0x7fffffffu); }
+template <class T>
+INLINE T least(T a, T b) { return a < b ? a : b; }
+template <class T>
+INLINE T most(T a, T b) { return a > b ? a : b; }
+
+INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sums in a fixed order, so that equal inputs give equal bits wherever they stand in a batch.
+INLINE float sum(F v) {
+  float lane[L];
+  store(lane, v);
+  for (int width = L / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+INLINE int32_t sum(I v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < L; ++i) total += v[i];
+  return total;
+#endif
+}
+INLINE float highest(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float best = v[0];
+  for (int i = 1; i < L; ++i) best = most(best, (float)v[i]);
+  return best;
+#endif
+}
+INLINE bool any(I mask) {  // of a comparison
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t all = 0;
+  for (int i = 0; i < L; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+// acc[i] += sum of four u8 * s8 products, exactly. Six-bit weights take a shorter way on AVX2.
+template <bool kSixBit>
+INLINE I dot4(I acc, U weights, U acts) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, (__m512i)acts);
+#elif defined(__AVX512F__)
+#error "the AVX-512 build needs VNNI"
+#elif defined(__AVX2__)
+  const __m256i w = (__m256i)weights, a = (__m256i)acts, ones = _mm256_set1_epi16(1);
+  if (kSixBit) return acc + (I)_mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones);
+  // u8 * s8 pairs would saturate 16 bits: split w = 128 + signed part, both of which fit.
+  const __m256i high = _mm256_set1_epi8((char)0x80), part = _mm256_xor_si256(w, high);
+  const __m256i low = _mm256_maddubs_epi16(_mm256_abs_epi8(part), _mm256_sign_epi8(a, part));
+  return acc + (I)_mm256_madd_epi16(low, ones) + (I)_mm256_madd_epi16(_mm256_maddubs_epi16(high, a), ones);
+#else
+  for (int shift = 0; shift < 32; shift += 8)
+    acc += (I)((weights >> shift) & 255u) * ((I)(acts << (24 - shift)) >> 24);
+  return acc;
+#endif
+}
+
+// acc[i] += a pair of bf16 products; each 32-bit lane holds two bf16.
+INLINE F dot2(F acc, U a, U b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+  acc = fma((F)(a << 16), (F)(b << 16), acc);
+  return fma((F)(a & 0xffff0000u), (F)(b & 0xffff0000u), acc);
+#endif
+}
+
+INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  uint32_t bits = (magnitude << 13) + (112u << 23);
+  if (magnitude >= 0x7c00) bits += 112u << 23;  // infinity and NaN keep the top exponent
+  float f;
+  if (magnitude < 0x0400) {  // subnormal: the fraction times 2^-24
+    f = (float)magnitude * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// L halves at p as floats.
+INLINE F load_half(const void* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  F out;
+  for (int i = 0; i < L; ++i) out[i] = half_to_float(scalar<uint16_t>((const char*)p + 2 * i));
+  return out;
+#endif
+}
+
+template <class Byte>
+INLINE F load_bytes(const Byte* p) {  // L bytes, signed or not, as floats
+  typedef Byte V __attribute__((vector_size(L)));
+  return __builtin_convertvector(load<V>(p), F);
+}
+
+// bf16 with round to nearest even, as 16-bit values. NaN stays NaN.
+INLINE Halves to_bf16(F v) {
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
+}
+INLINE F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); }
+
+// Nearest integer, ties to even, for |v| < 2^22.
+INLINE I round_to_int(F v) {
+  const F magic = splat(12582912.0f);
+  return (I)(v + magic) - (I)magic;
+}
+
+// e^x to about 1 ulp; 0 below the normal range. Cephes' reduction and polynomial.
+INLINE F exp(F x) {
+  const F clamped = min(max(x, splat(-87.3f)), splat(88.3f));
+  const I n = round_to_int(clamped * 1.44269504f);
+  const F k = to_float(n);
+  F r = fma(k, splat(-0.693359375f), clamped);
+  r = fma(k, splat(2.12194440e-4f), r);
+  F p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  const F scaled = (F)((I)p + (n << 23));
+  return x < -87.3f ? F{} : scaled;
+}
+
+}  // namespace MARTLET_ISA
+}  // namespace martlet

@@ -1,0 +1,312 @@
+#include "step.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <climits>
+
+#include "pack.hpp"
+
+namespace martlet {
+namespace {
+
+// Up to here every thread prepares its own copy of a linear's input, which is cheaper than meeting at a barrier.
+constexpr int kOwnRows = 4;
+constexpr int kHeadRows = 64;  // rows of logits computed together
+
+int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
+
+// Pieces of a loop: small enough to share well, large enough that dealing them out costs nothing.
+int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
+
+}  // namespace
+
+void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
+  lay_out(ops, n_ops, batch);
+  team_.run([&](Worker& worker) {
+    for (int i = 0; i < n_ops; ++i) switch (ops[i].kind) {
+        case kEmbed: embed(worker, *(const EmbedOp*)ops[i].op); break;
+        case kAngles: angles(worker, *(const AnglesOp*)ops[i].op); break;
+        case kLinear: linear(worker, *(const LinearOp*)ops[i].op); break;
+        case kAttention: attention(worker, *(const AttentionOp*)ops[i].op); break;
+        case kHead: head(worker, *(const HeadOp*)ops[i].op); break;
+      }
+  });
+}
+
+// Everything that depends on the batch alone, and all memory the step will need.
+void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
+  batch_ = &batch;
+  tokens_.clear();
+  for (int s = 0; s < batch.n_seqs; ++s)
+    for (int i = 0; i < batch.count[s]; ++i) tokens_.push_back({s, batch.start[s] + i});
+  const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
+  plans_.clear();
+  int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
+  const auto reserve_linear = [&](const Matrix& w) {
+    const int64_t row = act_bytes(kLayouts[w.format].act, w.k);
+    acts = std::max(acts, rows * row);
+    for (Own& own : own_) {
+      own.acts.reserve(kOwnRows * row);
+      own.panel.reserve(widened_bytes(w.k));
+      own.products.reserve(rows * kPanel * 4);
+    }
+  };
+  for (int i = 0; i < n_ops; ++i) {
+    if (ops[i].kind == kLinear) reserve_linear(((const LinearOp*)ops[i].op)->w);
+    if (ops[i].kind == kAttention) {
+      const AttentionOp& op = *(const AttentionOp*)ops[i].op;
+      const Plan& plan = plan_of(op);
+      const int64_t group = op.heads / op.kv_heads, tile = std::max<int64_t>(kTileRows, group);
+      queries = std::max(queries, n * op.heads * op.dim * 4);
+      parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
+      counters = std::max<int64_t>(counters, plan.counters);
+      for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile) + 2 * softmax_floats(tile, op.dim)));
+    }
+    if (ops[i].kind == kHead) {
+      const Matrix& w = ((const HeadOp*)ops[i].op)->w;
+      reserve_linear(w);
+      int slots = 0;
+      query_tokens_.resize(batch.n_queries);
+      logit_slot_.resize(batch.n_queries);
+      for (int q = 0; q < batch.n_queries; ++q) {
+        if (q % kHeadRows == 0) slots = 0;
+        const int token = query_tokens_[q] = batch.queries[q].token;
+        logit_slot_[q] = needs_logits(batch.queries[q], tokens_[token].position + 1) ? slots++ : -1;
+        logits = std::max<int64_t>(logits, slots);
+      }
+      logits_.reserve(logits * w.n * 4);
+      for (Own& own : own_) {
+        own.best.reserve(8 * std::max(1, batch.n_queries));
+        own.sampler.reserve(sampler_bytes(w.n));
+      }
+    }
+  }
+  acts_.reserve(acts);
+  queries_.reserve(queries);
+  parts_.reserve(parts);
+  if (counters > done_size_) {
+    done_.reset(new std::atomic<int>[counters]());
+    done_size_ = counters;
+  }
+}
+
+Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
+                                 float eps, const int32_t* index, int rows) {
+  const ActKind kind = kLayouts[w.format].act;
+  const int64_t bytes = act_bytes(kind, w.k);
+  uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
+  const auto work = [&](int begin, int end) {
+    for (int r = begin; r < end; ++r)
+      kernels_.prepare(kind, x + (index ? index[r] : r) * stride, norm, eps, w.k, acts + r * bytes);
+  };
+  if (rows <= kOwnRows) work(0, rows);
+  else worker.each(rows, grain_of(rows, team_.size()), work);
+  return {acts, bytes};
+}
+
+void Executor::embed(Worker& worker, const EmbedOp& op) {
+  const Format format = Format(op.table.format);
+  worker.each((int)tokens_.size(), 1, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const int token = batch_->tokens[batch_->rows[tokens_[t].seq] * batch_->tokens_stride + tokens_[t].position];
+      const uint8_t* panel = op.table.panels + token / kPanel * panel_bytes(format, op.table.k);
+      unpack_row(format, panel, token % kPanel, op.table.k, op.y + t * op.y_stride);
+    }
+  });
+}
+
+void Executor::angles(Worker& worker, const AnglesOp& op) {
+  const int n = (int)tokens_.size();
+  worker.each(n, grain_of(n, team_.size()), [&](int begin, int end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int i = 0; i < op.half; ++i) {
+        const double angle = tokens_[t].position * op.frequencies[i];
+        op.cosines[t * op.half + i] = (float)std::cos(angle);
+        op.sines[t * op.half + i] = (float)std::sin(angle);
+      }
+  });
+}
+
+void Executor::linear(Worker& worker, const LinearOp& op) {
+  const int n = (int)tokens_.size(), panels = panels_of(op.w);
+  const Format format = Format(op.w.format);
+  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
+  const int64_t bytes = panel_bytes(format, op.w.k);
+  uint8_t* scratch = own_[worker.rank].panel.reserve(0);
+  float* products = (float*)own_[worker.rank].products.reserve(0);
+  worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
+    for (int p = begin; p < end; ++p) {
+      kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
+      kernels_.finish(op, p, products, 0, n);
+    }
+  });
+}
+
+// ---- Attention ----
+
+const Executor::Plan& Executor::plan_of(const AttentionOp& op) const {
+  const int group = op.heads / op.kv_heads;
+  for (const Plan& plan : plans_)
+    if (plan.group == group && plan.kv_heads == op.kv_heads && plan.window == op.window) return plan;
+  auto& plans = const_cast<std::vector<Plan>&>(plans_);
+  plans.push_back(plan(op));
+  return plans.back();
+}
+
+Executor::Plan Executor::plan(const AttentionOp& op) const {
+  const int group = op.heads / op.kv_heads, most = std::max(1, kTileRows / group);
+  Plan plan{group, op.kv_heads, op.window, {}, {}, 0, 0};
+  for (int s = 0, token = 0; s < batch_->n_seqs; token += batch_->count[s++])
+    for (int i = 0; i < batch_->count[s]; i += most) {
+      Tile tile{s, token + i, std::min(most, batch_->count[s] - i), batch_->start[s] + i};
+      tile.first_chunk = op.window ? std::max(0, tile.position + 1 - op.window) / kChunk : 0;
+      tile.chunks = (tile.position + tile.tokens - 1) / kChunk + 1 - tile.first_chunk;
+      tile.split = batch_->count[s] == 1 && tile.chunks > 1;
+      if (tile.split) {
+        tile.part = plan.parts;
+        tile.counter = plan.counters;
+        plan.parts += (int64_t)tile.chunks * op.kv_heads;
+        plan.counters += op.kv_heads;
+      }
+      plan.tiles.push_back(tile);
+    }
+  for (int t = (int)plan.tiles.size() - 1; t >= 0; --t)  // the late, long ones first
+    for (int h = 0; h < op.kv_heads; ++h) {
+      const int pieces = plan.tiles[t].split ? plan.tiles[t].chunks : 1;
+      for (int c = 0; c < pieces; ++c) plan.tasks.push_back({t, h, c});
+    }
+  return plan;
+}
+
+uint8_t* Executor::kv_tile(void* cache, const AttentionOp& op, const int32_t* blocks, int position, int kv_head) const {
+  const int size = batch_->block_size;
+  const int64_t tile = ((int64_t)blocks[position / size] * op.kv_heads + kv_head) * (size / 16) + position % size / 16;
+  return (uint8_t*)cache + tile * 16 * op.dim * (op.bf16 ? 2 : 4);
+}
+
+void Executor::attention(Worker& worker, const AttentionOp& op) {
+  const int n = (int)tokens_.size(), group = op.heads / op.kv_heads;
+  const int64_t query_bytes = (int64_t)group * op.dim * (op.bf16 ? 2 : 4);
+  uint8_t* queries = queries_.reserve(0);
+  const auto table = [&](int seq) { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; };
+
+  worker.each(n * op.kv_heads, grain_of(n * op.kv_heads, team_.size()), [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const int t = i / op.kv_heads, h = i % op.kv_heads;
+      const Token at = tokens_[t];
+      const bool last = at.position + 1 == batch_->start[at.seq] + batch_->count[at.seq];
+      kernels_.rotate_and_store(op, t, h, at.position % 16, last, kv_tile(op.k_cache, op, table(at.seq), at.position, h),
+                                kv_tile(op.v_cache, op, table(at.seq), at.position, h),
+                                queries + ((int64_t)h * n + t) * query_bytes);
+    }
+  });
+
+  const Plan& plan = plan_of(op);
+  float* own = (float*)own_[worker.rank].attention.reserve(0);
+  float* parts = (float*)parts_.reserve(0);
+  worker.each((int)plan.tasks.size(), 1, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const Task& task = plan.tasks[i];
+      const Tile& tile = plan.tiles[task.tile];
+      const int rows = tile.tokens * group;
+      const int64_t floats = softmax_floats(rows, op.dim);
+      const AttentionTask what{queries + ((int64_t)task.kv_head * n + tile.token) * query_bytes, table(tile.seq),
+                               batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
+      const Softmax state = softmax_at(own, rows), part = softmax_at(own + floats, rows);
+      float* scratch = own + 2 * floats;
+      const auto split_part = [&](int chunk) {
+        return softmax_at(parts + (tile.part + (int64_t)task.kv_head * tile.chunks + chunk) * floats, rows);
+      };
+      if (tile.split) {
+        kernels_.attend_chunk(op, what, tile.first_chunk + task.chunk, scratch, split_part(task.chunk));
+        std::atomic<int>& done = done_[tile.counter + task.kv_head];
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.chunks) continue;
+        done.store(0, std::memory_order_relaxed);
+      }
+      std::fill(state.peak, state.peak + rows, -INFINITY);
+      std::fill(state.total, state.total + rows * (op.dim + 1), 0.0f);
+      for (int c = 0; c < tile.chunks; ++c) {
+        if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk + c, scratch, part);
+        kernels_.merge_chunk(rows, op.dim, state, tile.split ? split_part(c) : part);
+      }
+      kernels_.finish_attention(op, what, state);
+    }
+  });
+}
+
+// ---- Head and sampling ----
+
+bool Executor::needs_logits(const Query& query, int known) const {
+  const Sampling& s = batch_->sampling[query.row];
+  return query.target >= 0 || query.top >= 0 || s.temperature >= 1e-5f || s.n_bias || s.n_allowed ||
+         (s.n_end && known - s.prompt_len < s.min_tokens) || s.presence != 0 || s.frequency != 0 || s.repetition != 1;
+}
+
+void Executor::head(Worker& worker, const HeadOp& op) {
+  struct Best {
+    float value;
+    int32_t token;
+  };
+  const int panels = panels_of(op.w), vocab = op.w.n;
+  const Format format = Format(op.w.format);
+  const int64_t bytes = panel_bytes(format, op.w.k);
+  float* logits = (float*)logits_.reserve(0);
+  Own& own = own_[worker.rank];
+  uint8_t* scratch = own.panel.reserve(0);
+  float* products = (float*)own.products.reserve(0);
+  Best* best = (Best*)own.best.reserve(0);
+  for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
+    const int n = std::min(kHeadRows, batch_->n_queries - first);
+    const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n);
+    std::fill(best + first, best + first + n, Best{-INFINITY, INT_MAX});
+    worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
+      for (int p = begin; p < end; ++p) {
+        const int columns = std::min(kPanel, vocab - p * kPanel);
+        kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
+        for (int r = 0; r < n; ++r) {
+          const float* row = products + r * kPanel;
+          const int slot = logit_slot_[first + r];
+          if (slot < 0) kernels_.take_best(row, p * kPanel, columns, &best[first + r].value, &best[first + r].token);
+          else std::copy(row, row + columns, logits + (int64_t)slot * vocab + p * kPanel);
+        }
+      }
+    });
+    worker.each(n, 1, [&](int begin, int end) {
+      for (int q = first + begin; q < first + end; ++q) {
+        if (logit_slot_[q] >= 0) {
+          answer(worker, q, vocab);
+          continue;
+        }
+        Best all{-INFINITY, INT_MAX};
+        for (Own& other : own_) {
+          const Best& theirs = ((Best*)other.best.reserve(0))[q];
+          if (theirs.value > all.value || (theirs.value == all.value && theirs.token < all.token)) all = theirs;
+        }
+        batch_->answers[q] = {all.token == INT_MAX ? 0 : all.token, 0, 0.0f, 0};
+      }
+    });
+  }
+  if (worker.rank == 0)
+    for (int q = 0; q < batch_->n_queries; ++q) {
+      const Query& query = batch_->queries[q];
+      if (query.target < 0)
+        batch_->tokens[query.row * batch_->tokens_stride + tokens_[query.token].position + 1] = batch_->answers[q].token;
+    }
+}
+
+void Executor::answer(Worker& worker, int q, int vocab) {
+  const Query& query = batch_->queries[q];
+  const float* logits = (const float*)logits_.reserve(0) + (int64_t)logit_slot_[q] * vocab;
+  void* scratch = own_[worker.rank].sampler.reserve(0);
+  Answer& answer = batch_->answers[q];
+  answer = {query.target, 0, 0.0f, 0};
+  if (query.target < 0)
+    answer.token = kernels_.sample(batch_->sampling[query.row], batch_->tokens + query.row * batch_->tokens_stride,
+                                   tokens_[query.token].position + 1, logits, vocab, scratch);
+  if (query.top >= 0)
+    kernels_.describe(logits, vocab, answer.token, query.top, scratch, &answer,
+                      batch_->top_ids + (int64_t)q * batch_->top_stride,
+                      batch_->top_logprobs + (int64_t)q * batch_->top_stride);
+}
+
+}  // namespace martlet

@@ -1,0 +1,96 @@
+// Runs a program for one step's batch on a team of threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "kernels.hpp"
+#include "thread_pool.hpp"
+
+namespace martlet {
+
+// Memory that only grows, aligned to cache lines. Contents do not survive a reserve.
+class Scratch {
+ public:
+  uint8_t* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(new uint8_t[bytes + 64]());
+      size_ = bytes;
+    }
+    return memory_.get() + (64 - (uintptr_t)memory_.get() % 64) % 64;
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> memory_;
+  int64_t size_ = 0;
+};
+
+class Executor {
+ public:
+  Executor(int threads, int spins, Isa isa) : team_(threads, spins), kernels_(*kernels_for(isa)), own_(size_t(threads < 1 ? 1 : threads)) {}
+
+  Team& team() { return team_; }
+  void run(const Op* ops, int n_ops, const Batch& batch);
+
+ private:
+  struct Token {
+    int32_t seq, position;
+  };
+  // Query tokens of one sequence that attend together; `split`: their chunks are tasks of their own.
+  struct Tile {
+    int32_t seq, token, tokens, position, first_chunk, chunks;
+    int64_t part;  // number of the first unfinished softmax of a split tile
+    int32_t counter;
+    bool split;
+  };
+  struct Task {
+    int32_t tile, kv_head, chunk;
+  };
+  // How attention of one shape is cut for this batch; layers of the same shape share it.
+  struct Plan {
+    int32_t group, kv_heads, window;
+    std::vector<Tile> tiles;
+    std::vector<Task> tasks;
+    int64_t parts;
+    int32_t counters;
+  };
+  // A thread's own memory.
+  struct Own {
+    Scratch acts, panel, products, attention, sampler, best;
+  };
+  struct Rows {
+    const uint8_t* acts;
+    int64_t stride;
+  };
+
+  void lay_out(const Op* ops, int n_ops, const Batch& batch);
+  Plan plan(const AttentionOp& op) const;
+  const Plan& plan_of(const AttentionOp& op) const;
+
+  void embed(Worker&, const EmbedOp&);
+  void angles(Worker&, const AnglesOp&);
+  void linear(Worker&, const LinearOp&);
+  void attention(Worker&, const AttentionOp&);
+  void head(Worker&, const HeadOp&);
+  Rows prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
+               const int32_t* index, int rows);
+  uint8_t* kv_tile(void* cache, const AttentionOp&, const int32_t* blocks, int position, int kv_head) const;
+  bool needs_logits(const Query&, int known) const;
+  void answer(Worker&, int query, int vocab);
+
+  Team team_;
+  const Kernels& kernels_;
+  std::vector<Own> own_;
+
+  // Of the step that runs.
+  const Batch* batch_ = nullptr;
+  std::vector<Token> tokens_;
+  std::vector<Plan> plans_;
+  std::vector<int32_t> query_tokens_, logit_slot_;
+  Scratch acts_, queries_, parts_, logits_;
+  std::unique_ptr<std::atomic<int>[]> done_;  // finished chunks of each split (tile, kv head)
+  int64_t done_size_ = 0;
+};
+
+}  // namespace martlet

@@ -1,0 +1,93 @@
+"""The native library: found, built when need be, opened with ctypes. ctypes lets go of the GIL for every call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_int, c_int64, c_void_p
+
+import numpy as np
+
+from martlet.errors import BackendUnavailable
+from martlet.kernels.cpu import build
+from martlet.kernels.cpu.program import PANEL, Batch, Format, Op, Program
+
+ISAS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
+SPINS = 4000  # polls before a waiting thread sleeps: 50-200 us, more than the gaps within a step
+
+_SIGNATURES = {
+    "martlet_widest_isa": (c_int, []),
+    "martlet_open": (c_void_p, [c_int, c_int, c_int]),
+    "martlet_close": (None, [c_void_p]),
+    "martlet_panel_bytes": (c_int64, [c_int, c_int64]),
+    "martlet_source_row_bytes": (c_int64, [c_int, c_int64]),
+    "martlet_pack": (None, [c_void_p, c_int, c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    "martlet_run": (None, [c_void_p, POINTER(Op), c_int, POINTER(Batch)]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The opened library. Raises BackendUnavailable when it is not built and cannot be."""
+    try:
+        handle = ctypes.CDLL(str(build.ensure()))
+    except (build.BuildError, OSError) as error:
+        raise BackendUnavailable(f"the native CPU kernels are not available: {error}") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(handle, name)
+        function.restype, function.argtypes = result, arguments
+    return handle
+
+
+def widest_isa() -> str:
+    """The widest instruction set that this processor runs and the library holds, one of ISAS."""
+    return ISAS[library().martlet_widest_isa()]
+
+
+def panel_bytes(target: Format, inputs: int) -> int:
+    """Bytes of one packed panel: 32 outputs of `inputs` inputs each."""
+    return library().martlet_panel_bytes(target, inputs)
+
+
+def source_row_bytes(source: Format, inputs: int) -> int:
+    """Bytes of one row of `inputs` weights as a file holds it."""
+    return library().martlet_source_row_bytes(source, inputs)
+
+
+class Executor:
+    """A team of threads that runs programs. One call at a time; close it when done.
+
+    isa: one of ISAS, None for the widest. Raises BackendUnavailable when this processor cannot run it.
+    """
+
+    def __init__(self, threads: int, *, cores: int | None = None, isa: str | None = None):
+        self.threads = threads
+        self.isa = isa or widest_isa()
+        spins = SPINS if threads <= (cores or threads) else 0  # a spinning thread would keep another from its core
+        self._handle = library().martlet_open(threads, spins, ISAS.index(self.isa))
+        if not self._handle:
+            raise BackendUnavailable(f"this processor runs {widest_isa()} at most, not {self.isa}")
+
+    def pack(self, source: Format, target: Format, rows: np.ndarray, inputs: int, out: np.ndarray) -> None:
+        """Pack rows of `inputs` weights into panels.
+
+        rows: uint64 [32 * panels], addresses of rows in the layout of `source`, 0 for a row of zeros. out: uint8
+        [panels * panel_bytes(target, inputs)].
+        """
+        panels, odd = divmod(len(rows), PANEL)
+        if odd or len(out) != panels * panel_bytes(target, inputs):
+            raise ValueError(f"{len(rows)} rows and {len(out)} bytes are no whole panels of {target.name}")
+        library().martlet_pack(self._handle, source, target, rows.ctypes.data, panels, inputs, out.ctypes.data)
+
+    def run(self, program: Program, batch: Batch) -> None:
+        """Run every operation of the program for the batch; returns when all threads are done."""
+        library().martlet_run(self._handle, program.array, len(program), batch)
+
+    def close(self) -> None:
+        """Stop the threads. Idempotent."""
+        if self._handle:
+            library().martlet_close(self._handle)
+            self._handle = None
+
+    def __del__(self):
+        self.close()

@@ -1,0 +1,248 @@
+"""The runner on the C++ library. One launch is one C call: numpy prepares flat arrays, C++ does everything else.
+
+What it computes for a token depends on its own sequence alone, bit for bit: not on the batch, the chunk or the threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from martlet.errors import BackendUnavailable, UsageError
+from martlet.hub.card import ModelCard
+from martlet.hub.checkpoint import Tensor, open_checkpoint
+from martlet.hub.dummy import DummyCheckpoint
+from martlet.kernels.cpu import program as c
+from martlet.kernels.cpu.library import Executor
+from martlet.model import weights
+from martlet.model.spec import DecoderSpec
+from martlet.runners import machine
+from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
+from martlet.runners.cpu_runner.decoder import Decoder, check
+from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
+from martlet.runners.sizing import plan_memory
+
+log = logging.getLogger("martlet")
+
+DEFAULT_ROWS = 32
+STEP_SECONDS = 0.06  # a mixed step should stay under 80 ms; this leaves room for attention over long contexts
+STEP_TOKENS = (32, 512)  # least and most tokens of a step
+PROBE_TOKENS = 32
+
+
+class CpuRunner:
+    """Runs one model on this machine's cores. Computes at once, so its lag is 0. Contract: martlet.runners.base.Runner."""
+
+    lag = 0
+
+    def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
+        """Load `card`. progress(done, total) is called for each parameter.
+
+        Raises BackendUnavailable when the library or this model cannot run here (torch_runner may), and any other of
+        martlet.errors.
+        """
+        precision = choose_precision(options)
+        began = time.perf_counter()
+        self.spec = spec = weights.read_spec(card)
+        check(spec, options.block_size)
+        cores = machine.usable_cores()
+        self.executor = Executor(cores, cores=cores)
+        checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
+        try:
+            stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
+            self.decoder = Decoder(spec, stream, self.executor, precision)
+        finally:
+            checkpoint.close()
+        self.memory = plan_memory(
+            spec,
+            options,
+            free=machine.free_memory(),
+            weights=self.decoder.weight_bytes,
+            element_size=2 if precision.kv_bf16 else 4,
+            default_rows=DEFAULT_ROWS,
+        )
+        self.vocab_size = spec.vocab_size
+        self.caches = self.decoder.caches(self.memory.num_blocks, self.memory.block_size)
+        rows, longest = self.memory.max_rows, self.memory.max_model_len
+        self.tokens = np.zeros((rows, longest + 1), np.int32)
+        self.blocks = np.zeros((rows, -(-longest // self.memory.block_size)), np.int32)
+        self.sampling = np.zeros(rows, c.SAMPLING)
+        self.logprobs, self.prompt_logprobs = np.full(rows, -1, np.int32), np.full(rows, -1, np.int32)
+        self._lists: dict[int, tuple[np.ndarray, ...]] = {}  # keeps alive what `sampling` points at
+        self._capacity = 0
+        self.max_step_tokens = self._probe()
+        log.info(
+            "loaded %s in %.2f s: %.1f M parameters, C++ (%s), %d threads, %s; up to %d tokens a step",
+            card.name,
+            time.perf_counter() - began,
+            weights.num_parameters(spec) / 1e6,
+            self.executor.isa,
+            cores,
+            _describe(self.decoder),
+            self.max_step_tokens,
+        )
+
+    def launch(self, batch: Batch) -> Done:
+        for new in batch.new_rows:
+            self._enter(new)
+        self.blocks[batch.block_rows, batch.block_slots] = batch.block_ids
+        if len(batch.copies):
+            source, target = batch.copies.T
+            for cache in self.caches:
+                cache.keys[target] = cache.keys[source]
+                cache.values[target] = cache.values[source]
+        if not len(batch.rows):
+            return Done(StepResult(np.empty(0, np.int32)))
+        return Done(self._run(batch))
+
+    def _enter(self, new: NewRow) -> None:
+        row, params = new.row, new.params
+        self.tokens[row, : len(new.tokens)] = new.tokens
+        ends = np.array(new.end_ids if params.min_tokens else (), np.int32)
+        allowed = np.array(params.allowed_token_ids or (), np.int32)
+        bias_ids = np.array(list(params.logit_bias), np.int32)
+        biases = np.array(list(params.logit_bias.values()), np.float32)
+        self._lists[row] = (bias_ids, biases, allowed, ends)
+        self.sampling[row] = (
+            new.seed,
+            *(array.ctypes.data for array in self._lists[row]),
+            len(bias_ids),
+            len(allowed),
+            len(ends),
+            new.prompt_len,
+            params.min_tokens,
+            params.top_k if 0 < params.top_k < self.vocab_size else 0,
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.prompt_logprobs[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+
+    def _run(self, batch: Batch) -> StepResult:
+        rows, start, count = (np.ascontiguousarray(a, np.int32) for a in (batch.rows, batch.start, batch.count))
+        ends = np.cumsum(count, dtype=np.int32)
+        if ends[-1] > self._capacity:
+            self._capacity = int(ends[-1])
+            self.program = self.decoder.program(self._capacity, self.caches)
+        sampled = np.flatnonzero(batch.sample)
+        queries = np.empty(len(sampled), c.QUERY)
+        queries["token"], queries["row"] = ends[sampled] - 1, rows[sampled]
+        queries["target"], queries["top"] = -1, self.logprobs[rows[sampled]]
+        owners = sampled
+        if (self.prompt_logprobs[rows] >= 0).any():
+            prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
+            queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
+
+        answers = np.zeros(len(queries), c.ANSWER)
+        most = max(0, int(queries["top"].max(initial=0)))
+        top_ids, top_logprobs = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
+        self.executor.run(
+            self.program,
+            c.Batch(
+                len(rows),
+                len(queries),
+                rows.ctypes.data,
+                start.ctypes.data,
+                count.ctypes.data,
+                self.tokens.ctypes.data,
+                self.tokens.shape[1],
+                self.blocks.ctypes.data,
+                self.blocks.shape[1],
+                self.memory.block_size,
+                most,
+                queries.ctypes.data,
+                self.sampling.ctypes.data,
+                answers.ctypes.data,
+                top_ids.ctypes.data,
+                top_logprobs.ctypes.data,
+            ),
+        )
+        tokens = np.full(len(rows), -1, np.int32)
+        tokens[sampled] = answers["token"][: len(sampled)]
+        result = StepResult(tokens)
+        for i in np.flatnonzero(queries["top"] >= 0).tolist():
+            token, rank, logprob, _ = answers[i].item()
+            k = min(int(queries["top"][i]), self.vocab_size)
+            entry = TokenLogprobs(token, logprob, rank, top_ids[i, :k], top_logprobs[i, :k])
+            if i < len(sampled):
+                result.logprobs[int(owners[i])] = entry
+            else:
+                result.prompt_logprobs.setdefault(int(owners[i]), []).append(entry)
+        return result
+
+    def _prompt_queries(
+        self, rows: np.ndarray, start: np.ndarray, count: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A query for each token of the step that predicts a prompt token whose logprobs are asked for; owners too."""
+        stop = np.minimum(start + count, self.sampling["prompt_len"][rows] - 1)
+        length = np.where(self.prompt_logprobs[rows] >= 0, np.maximum(stop - start, 0), 0)
+        owner = np.repeat(np.arange(len(rows)), length)
+        offset = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
+        queries = np.empty(len(owner), c.QUERY)
+        queries["token"], queries["row"] = (ends - count)[owner] + offset, rows[owner]
+        queries["target"] = self.tokens[rows[owner], start[owner] + offset + 1]
+        queries["top"] = self.prompt_logprobs[rows[owner]]
+        return queries, owner
+
+    def _probe(self) -> int:
+        """Tokens that this machine computes in STEP_SECONDS, from a timed step over KV memory nobody uses yet."""
+        tokens = min(PROBE_TOKENS, self.memory.max_model_len, self.memory.num_blocks * self.memory.block_size)
+        size = self.memory.block_size
+        self.blocks[0, : -(-tokens // size)] = np.arange(-(-tokens // size))
+        one = np.zeros(1, np.int32)
+        batch = Batch(one, one, one + tokens, np.zeros(1, bool))
+        best = min(_timed(lambda: self._run(batch)) for _ in range(2))
+        self.blocks[:] = 0
+        least, most = STEP_TOKENS
+        return int(np.clip(STEP_SECONDS / best * tokens // 16 * 16, least, most))
+
+    def close(self) -> None:
+        """Stop the threads and free weights and cache. The runner cannot be used afterwards."""
+        self.executor.close()
+        self.caches.clear()
+        self.program = None
+
+
+def choose_precision(options: LoadOptions) -> Precision:
+    """What to run in: quant, else dtype. None keeps what the checkpoint holds, "auto" is int8 unless it is quantised."""
+    if options.device not in ("auto", "cpu"):
+        raise BackendUnavailable(f"the native CPU kernels do not run on device {options.device!r}")
+    if options.quant is None:
+        by_dtype = {"auto": "stored", "float32": "float32", "bfloat16": "bf16"}
+        if options.dtype not in by_dtype:
+            raise BackendUnavailable(f"the native CPU kernels compute in float32 or bfloat16, not {options.dtype}")
+        return PRECISIONS[by_dtype[options.dtype]]
+    if options.quant not in PRECISIONS:
+        raise UsageError(f"quant {options.quant!r} is none of {', '.join(PRECISIONS)}", param="quant")
+    return PRECISIONS[options.quant]
+
+
+def _describe(decoder: Decoder) -> str:
+    """Which formats the matrices run in: 'q4_1 weights, q8_0 head, bfloat16 KV'."""
+    linears = [one for block in decoder.blocks for one in (*block.qkv, block.o, *block.up, block.down)]
+    formats = dict.fromkeys(c.Format(one.matrix.format).name.lower() for one in linears)
+    head = c.Format(decoder.head.format).name.lower()
+    return f"{'/'.join(formats)} weights, {head} head, {'bf16' if decoder.precision.kv_bf16 else 'f32'} KV"
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _counted(
+    stream: Iterator[tuple[str, Tensor]], spec: DecoderSpec, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    total = sum(1 for _ in weights.parameters(spec))
+    for done, item in enumerate(stream, 1):
+        yield item
+        if progress is not None:
+            progress(done, total)

@@ -1,0 +1,60 @@
+"""Linears of every weight format against dequantise-then-multiply, on odd shapes and every instruction set."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from cpu_oracle import BLOCK_TYPES, HERE, as_prepared, bf16, random_blocks, run_linear
+
+from martlet.kernels.cpu.library import Executor
+from martlet.kernels.cpu.program import Format
+from martlet.runners.cpu_runner.packing import Packer
+
+ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 16, 41, 300)
+
+
+@functools.cache
+def executor(isa: str) -> Executor:
+    return Executor(2, isa=isa)
+
+
+def weights(rng, form: Format, n: int, k: int):
+    """(tensor to pack, the values it stands for as float32)."""
+    if form in BLOCK_TYPES:
+        blocks = random_blocks(rng, form, n, k)
+        return blocks, blocks.dequantise()
+    w = rng.normal(0, 0.05, (n, k)).astype(np.float32)
+    if form == Format.BF16:
+        return w, bf16(w)
+    if form == Format.INT8:
+        scale = np.abs(w).max(1, keepdims=True) / np.float32(127)
+        return w, np.rint(w / scale) * scale
+    return w, w
+
+
+def close(found: np.ndarray, wanted: np.ndarray, *, scale: float = 1.0) -> None:
+    # one of the 15-bit activations may round either way
+    assert np.abs(found - wanted).max() <= 2e-5 * scale * max(1.0, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("form", [f for f in Format if f != Format.F16], ids=lambda f: f.name)
+def test_product(isa, form):
+    rng = np.random.default_rng(form)
+    run = executor(isa)
+    super_blocks = form in (Format.Q4_K, Format.Q5_K, Format.Q6_K)
+    for n, k in ((32, 256), (70, 768)) if super_blocks else ((32, 64), (70, 160), (33, 576)):
+        if form in (Format.F32, Format.BF16, Format.INT8) and n == 70:
+            k = 151  # no multiple of any pack
+        tensor, values = weights(rng, form, n, k)
+        matrix = Packer(run).stack([tensor], form)
+        x = rng.normal(0, 1, (300, k)).astype(np.float32)
+        wanted = as_prepared(x, form).astype(np.float64) @ values.astype(np.float64).T
+        whole = run_linear(run, matrix, x, n)
+        size = np.abs(values).max() * k**0.5
+        close(whole, wanted, scale=max(1.0, size))
+        for m in ROWS:
+            part = run_linear(run, matrix, x[:m], n)
+            np.testing.assert_array_equal(part, whole[:m], err_msg=f"{form.name} {m} rows differ from 300")
