@@ -32,6 +32,7 @@ class CountingRunner:
     """A runner without a network that records the pool at every step."""
 
     lag = 0
+    max_drafts = 0
     vocab_size = 1 << 16
     max_step_tokens = 1 << 20  # whole prompts in one step, so that all sequences run together
 

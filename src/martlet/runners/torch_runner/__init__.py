@@ -36,6 +36,7 @@ class TorchRunner:
     """Runs one model with torch. Computes at once, so its lag is 0. Contract: martlet.runners.base.Runner."""
 
     lag = 0
+    max_drafts = 0
 
     def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
         """Load `card`. progress(done, total) is called for each parameter. Raises any of martlet.errors."""
