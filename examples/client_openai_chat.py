@@ -17,7 +17,8 @@ print(f"model_type: {model_type}")
 
 query = "浙江的省会在哪里?"
 messages = [{"role": "user", "content": query}]
-resp = client.chat.completions.create(model=model_type, messages=messages, seed=42)
+# max_tokens: a small model does not always find an end.
+resp = client.chat.completions.create(model=model_type, messages=messages, seed=42, max_tokens=256)
 response = resp.choices[0].message.content
 print(f"query: {query}")
 print(f"response: {response}")
@@ -26,7 +27,7 @@ print(f"response: {response}")
 messages.append({"role": "assistant", "content": response})
 query = "这有什么好吃的?"
 messages.append({"role": "user", "content": query})
-stream_resp = client.chat.completions.create(model=model_type, messages=messages, stream=True, seed=42)
+stream_resp = client.chat.completions.create(model=model_type, messages=messages, stream=True, seed=42, max_tokens=256)
 
 print(f"query: {query}")
 print("response: ", end="")

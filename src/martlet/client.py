@@ -219,8 +219,8 @@ class Client(_Connection):
             with self._http.stream("POST", self._url(path), json={**body, "stream": True}) as response:
                 if response.is_error:
                     _payload(response, response.read())
-                for line in response.iter_lines():
-                    for data in events.feed(line):
+                for piece in response.iter_bytes():
+                    for data in events.feed(piece):
                         yield _read(kind, data)
                     if events.done:
                         return
@@ -277,8 +277,8 @@ class AsyncClient(_Connection):
             async with self._http.stream("POST", self._url(path), json={**body, "stream": True}) as response:
                 if response.is_error:
                     _payload(response, await response.aread())
-                async for line in response.aiter_lines():
-                    for data in events.feed(line):
+                async for piece in response.aiter_bytes():
+                    for data in events.feed(piece):
                         yield _read(kind, data)
                     if events.done:
                         return
@@ -288,26 +288,31 @@ class AsyncClient(_Connection):
 
 
 class _Events:
-    """Server-sent events, one line at a time; older SWIFT servers leave out the space after `data:`."""
+    """Server-sent events out of pieces of bytes. A line ends at a newline alone: JSON may hold U+2028 and the like.
+
+    Older SWIFT servers leave out the space after `data:`, and some servers the closing [DONE].
+    """
 
     def __init__(self) -> None:
         self.done = False
         self._finished = False
+        self._rest = b""
 
-    def feed(self, line: str) -> Iterator[dict[str, Any]]:
-        if not line.startswith("data:"):
-            return
-        text = line[len("data:") :].strip()
-        if text == "[DONE]":
-            self.done = True
-        elif text:
-            data = _parse(text)
-            _raise_error(data, 500)
-            self._finished |= any(choice.get("finish_reason") for choice in data.get("choices") or ())
-            yield data
+    def feed(self, piece: bytes) -> Iterator[dict[str, Any]]:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            data = line[len(b"data:") :].strip() if line.startswith(b"data:") else b""
+            if data == b"[DONE]":
+                self.done = True
+                return
+            if data:
+                event = _parse(data)
+                _raise_error(event, 500)
+                self._finished |= any(choice.get("finish_reason") for choice in event.get("choices") or ())
+                yield event
 
     def end(self) -> None:
-        """The connection has ended. Some servers send no [DONE], but none may stop in mid-answer."""
+        """The connection has ended: that may not be in mid-answer."""
         if not self.done and not self._finished:
             raise MartletError("the server broke off in the middle of its answer")
 
@@ -327,7 +332,7 @@ def _payload(response: httpx.Response, content: bytes) -> Any:
     raise _error(response.status_code, f"the server answered {response.status_code}: {text}", None)
 
 
-def _parse(text: str | bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except ValueError as error:
