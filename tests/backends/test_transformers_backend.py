@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import time
 
@@ -195,6 +196,13 @@ def test_dummy_weights_are_ours_name_by_name(card):
     ours = torch.from_numpy(DummyCheckpoint(3).random("layers.1.down", (32, 48)).astype("float32"))
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, ours)
     assert torch.equal(model.model.norm.weight, torch.ones(32))
+
+
+def test_options_without_a_use_are_named(card, caplog):
+    load = LoadOptions(device="cpu", kv_cache_tokens=64, max_num_seqs=2)
+    with caplog.at_level(logging.WARNING, "martlet"):
+        load_transformers(card, ByteTokenizer(), load, EngineOptions(max_num_batched_tokens=8)).close()
+    assert "the transformers backend has no use for kv_cache_tokens, max_num_batched_tokens" in caplog.messages
 
 
 def test_what_cannot_be_loaded(card, tmp_path):

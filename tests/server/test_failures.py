@@ -94,6 +94,7 @@ def test_a_failing_step_is_a_500_with_an_id_and_no_detail(backend, url, caplog):
     request_id = answers["poison"].headers["x-request-id"]
     assert request_id in error["message"] and "secret" not in answers["poison"].text
     assert any(request_id in r.message and r.exc_info and "secret" in str(r.exc_info[1]) for r in caplog.records)
+    assert any(r.message.startswith(request_id) and "finish=error" in r.message for r in caplog.records)
     assert answers["healthy"].json()["choices"][0]["message"]["content"] == "healthy"
 
 

@@ -1,22 +1,24 @@
 """One protocol for whatever generates: our engine, transformers, vLLM. Everything above this line is backend-blind.
 
-A backend takes requests from any thread and gives outputs to a sink; waiting for them, synchronously or in asyncio, is
-written once, here.
+A backend takes requests from any thread and gives outputs to a sink. `generate` waits for them on the caller's thread;
+the server brings a sink for its event loop (martlet.server.dispatch).
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import logging
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import fields
+from typing import Any, Protocol
 
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import InvalidRequest
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
+
+log = logging.getLogger("martlet")
 
 
 class Sink(Protocol):
@@ -75,21 +77,6 @@ class Backend(ABC):
             if open_ids:
                 self.abort(open_ids)
 
-    async def stream(self, request: Request) -> AsyncIterator[Output]:
-        """Run one request in asyncio. Cancelling or closing the iterator aborts it."""
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Output] = asyncio.Queue()
-        finished = False
-        self.submit([request], _LoopSink(loop, inbox))
-        try:
-            while not finished:
-                output = await inbox.get()
-                finished = output.last
-                yield output
-        finally:
-            if not finished:
-                self.abort([request.id])
-
 
 def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
     """What every backend without an engine of ours asks of a request. Raises InvalidRequest."""
@@ -108,16 +95,13 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
         raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
 
 
-class _LoopSink:
-    """Carries outputs from the backend's thread into an event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Output]):
-        self.loop, self.inbox = loop, inbox
-
-    def put(self, outputs: list[Output]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self.loop.call_soon_threadsafe(self._deliver, outputs)
-
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            self.inbox.put_nowait(output)
+def warn_of_unused(backend: str, honoured: Collection[str], *options: Any) -> None:
+    """Name the load and engine options that were set and that `backend` has no use for."""
+    names = [
+        field.name
+        for group in options
+        for field in fields(group)
+        if field.name not in honoured and getattr(group, field.name) != field.default
+    ]
+    if names:
+        log.warning("the %s backend has no use for %s", backend, ", ".join(names))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from martlet.backends.base import Backend, Sink, check_request
+from martlet.backends.base import Backend, Sink, check_request, warn_of_unused
 from martlet.backends.transformers_model import load_model
 from martlet.backends.transformers_sampler import RowSampler, SampledRow
 from martlet.engine.detokenizer import Detokenizer
@@ -31,6 +31,7 @@ from martlet.runners.base import LoadOptions, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
+_HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "max_num_queued", "seed")
 MAX_ROWS = 32  # sequences in a batch, unless max_num_seqs says otherwise
 
 
@@ -294,4 +295,5 @@ def _last(request: Request, reason: FinishReason) -> Output:
 def load_transformers(
     card: ModelCard, tokenizer: Tokenizer, load: LoadOptions, engine: EngineOptions
 ) -> TransformersBackend:
+    warn_of_unused("transformers", _HONOURED, load, engine)
     return TransformersBackend(card, tokenizer, load_model(card, load), load, engine)

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from martlet.backends.base import Backend, Sink, check_request
+from martlet.backends.base import Backend, Sink, check_request, warn_of_unused
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import BackendUnavailable, InvalidRequest, MartletError, Overloaded, UsageError
@@ -26,6 +26,8 @@ from martlet.sampling_params import SamplingParams
 
 log = logging.getLogger("martlet")
 
+_HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "kv_cache_tokens", "memory_utilization")
+_HONOURED += ("block_size", "max_num_batched_tokens", "enable_prefix_caching", "max_num_queued", "seed")
 _SAME_NAME = (
     "n",
     "temperature",
@@ -241,6 +243,7 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
 
 
 def load_vllm(card: ModelCard, tokenizer: Tokenizer, load: LoadOptions, engine: EngineOptions) -> VllmBackend:
+    warn_of_unused("vllm", _HONOURED, load, engine)
     return VllmBackend(card, tokenizer, engine_args(card, load, engine), engine)
 
 

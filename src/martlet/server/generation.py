@@ -188,6 +188,9 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
             pass
     except ClientGone:
         return Response(status_code=499)  # nginx's word for it; nobody reads it, the log has it
+    except Exception:
+        record.finish = "error"
+        raise
     finally:
         running.close()
     body = _head(job, job.shape.object) | {
