@@ -89,7 +89,9 @@ def test_a_preempted_sequence_goes_on_as_before(runner):
     new = NewRow(0, tokens, len(PROMPTS[4]), params, 3)
     one = np.array([0], np.int32)
     count = np.array([len(tokens)], np.int32)
-    step = Batch(one, one, count, np.array([True]), [new], **blocks, block_ids=np.arange(9, 13, dtype=np.int32))
+    step = Batch(
+        one, one, count, np.array([True]), new_rows=[new], **blocks, block_ids=np.arange(9, 13, dtype=np.int32)
+    )
     assert runner.launch(step).result().tokens.tolist() == [whole[5]]
 
 
@@ -116,7 +118,7 @@ def test_logprobs_only_where_asked(runner):
         NewRow(1, np.array([1, 2, 3], np.int32), 3, params, 0),
     ]
     update = {"block_rows": rows, "block_slots": np.zeros(2, np.int32), "block_ids": np.array([5, 6], np.int32)}
-    step = Batch(rows, np.zeros(2, np.int32), count, np.ones(2, bool), new, **update)
+    step = Batch(rows, np.zeros(2, np.int32), count, np.ones(2, bool), new_rows=new, **update)
     result = runner.launch(step).result()
     assert set(result.logprobs) == set(result.prompt_logprobs) == {1}
     entry = result.logprobs[1]
@@ -143,7 +145,7 @@ def test_bfloat16_stays_close(runner):
     one = np.zeros(1, np.int32)
     blocks = {"block_rows": np.zeros(2, np.int32), "block_slots": np.arange(2, dtype=np.int32)}
     new = [NewRow(0, np.arange(20, 45, dtype=np.int32), 25, params, 0)]
-    step = Batch(one, one, count, np.ones(1, bool), new, **blocks, block_ids=np.array([3, 1], np.int32))
+    step = Batch(one, one, count, np.ones(1, bool), new_rows=new, **blocks, block_ids=np.array([3, 1], np.int32))
     found, want = (r.launch(step).result().logprobs[0] for r in (half, runner))
     dense = [entry.top_logprobs[np.argsort(entry.top_ids)] for entry in (found, want)]
     np.testing.assert_allclose(*dense, atol=0.05)
