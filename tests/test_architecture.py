@@ -32,7 +32,16 @@ ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are 
     **{name: set() for name in COMMON},
 }
 CONTRACTS = {"chat": ("martlet.hub.card.", "martlet.hub.tokenizer.")}  # types a room may name of one beside it
-TORCH_ROOMS = ("kernels/reference", "kernels/cuda", "runners/torch_runner", "train/", "export/", "vision/", "image/")
+TORCH_ROOMS = (
+    "kernels/reference",
+    "kernels/cuda",
+    "runners/torch_runner",
+    "runners/cuda_runner",
+    "train/",
+    "export/",
+    "vision/",
+    "image/",
+)
 TORCH_ROOMS += ("backends/transformers", "backends/vllm")
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -27,10 +27,10 @@ def test_a_flag_is_either_honoured_or_refused(command, not_yet):
 
 def test_every_load_option_can_be_set():
     words = ["--device", "cpu", "--dtype", "bf16", "--max_model_len", "64", "--max_num_seqs", "3"]
-    words += ["--kv_cache_tokens", "128", "--gpu_memory_utilization", "0.5"]
+    words += ["--kv_cache_tokens", "128", "--gpu_memory_utilization", "0.5", "--quant", "q"]
     flags = parse(infer.InferOptions, words)
     wanted = LoadOptions(
-        "cpu", "bfloat16", max_model_len=64, max_num_seqs=3, kv_cache_tokens=128, memory_utilization=0.5
+        "cpu", "bfloat16", "q", max_model_len=64, max_num_seqs=3, kv_cache_tokens=128, memory_utilization=0.5
     )
     assert options.load_options(flags, flags) == wanted
 

@@ -19,11 +19,17 @@ from martlet.sampling_params import SamplingParams
 class BackendEngine:
     def __init__(self, job: EngineJob):
         options = LoadOptions(
-            device=job.device, dtype=job.dtype, max_model_len=job.max_model_len, max_num_seqs=job.concurrency
+            device=job.device,
+            dtype=job.dtype,
+            quant=job.native_quant,
+            max_model_len=job.max_model_len,
+            max_num_seqs=job.concurrency,
         )
         self.backend = backends.load(job.model, backend=job.engine, load=options)
         version = __version__ if job.engine == "native" else library_version(job.engine)
         self.about = {"version": str(version), "dtype": job.dtype, "weights": self.backend.card.format}
+        if job.native_quant is not None:
+            self.about["quant"] = job.native_quant
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, salt: str) -> list[Timeline]:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)

@@ -19,17 +19,23 @@ BACKENDS = NAMES[:3]  # those behind martlet.backends; the others are adapters i
 class EngineJob:
     """What to load. path: where the model lies (peers read files). concurrency: sequences that may run at once.
 
-    share_prefixes: for peers whose prefix cache has no salt, so that it is off where runs would hit each other's.
+    quant: of the native engine; others run what their file holds, or `dtype`. share_prefixes: for peers whose prefix
+    cache has no salt, so that it is off where runs would hit each other's.
     """
 
     engine: str
     model: str
     path: str
     dtype: str = "auto"
+    quant: str | None = None
     device: str = "auto"
     max_model_len: int = 2048
     concurrency: int = 16
     share_prefixes: bool = False
+
+    @property
+    def native_quant(self) -> str | None:
+        return self.quant if self.engine == "native" else None
 
 
 class OfflineEngine(Protocol):

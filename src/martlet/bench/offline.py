@@ -85,6 +85,7 @@ def measure_http(job: EngineJob, workload: Workload, runs: int) -> Result:
     ours = [sys.executable, "-m", "martlet", "deploy", "--model", job.model, "--infer_backend", job.engine]
     ours += ["--dtype", job.dtype, "--device", job.device, "--max_model_len", str(job.max_model_len)]
     ours += ["--max_num_seqs", str(job.concurrency), "--served_model_name", "bench", "--port", "{port}"]
+    ours += ["--quant", job.native_quant] if job.native_quant else []
     try:
         with serving(ours if job.engine in BACKENDS else llama) as server:
             extra: Mapping[str, Any] = {"ignore_eos": True}

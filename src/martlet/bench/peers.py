@@ -103,6 +103,7 @@ class OpenVINO:
     """OpenVINO GenAI's continuous batching over a GGUF file."""
 
     def __init__(self, job: EngineJob):
+        path = gguf(job)
         import openvino
         import openvino_genai
 
@@ -112,7 +113,7 @@ class OpenVINO:
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = job.share_prefixes
         scheduler.cache_size = 1  # GiB
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(gguf(job), scheduler, "CPU")
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(path, scheduler, "CPU")
         self._next_id = 0
         self.about = {"version": f"openvino_genai {library_version('openvino_genai')}", "weights": "gguf"}
 

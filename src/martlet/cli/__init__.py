@@ -5,10 +5,11 @@ Nothing heavy is imported before the flags are known to be right, so --help and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from martlet._version import __version__
 from martlet.cli.flags import Command, CommandGroup, HelpAsked, parse, usage
@@ -68,9 +69,8 @@ def _dispatch(words: list[str]) -> int:
     except HelpAsked:
         print(usage(path, command.summary, command.options))
         return 0
-    if command.startup_log:
-        _log_to_stderr()
-    return command.run(options)
+    with _log_on_stderr() if command.startup_log else contextlib.nullcontext():
+        return command.run(options)
 
 
 def _known(word: str, commands: dict[str, str], path: str) -> str:
@@ -88,12 +88,21 @@ def _overview(path: str, summary: str, commands: dict[str, str]) -> str:
     return "\n".join([*lines, "", f"`{path} COMMAND --help` shows a command's flags."])
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the rooms below say while they start, in plain lines."""
     import logging
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("martlet")
+    before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]

@@ -29,6 +29,7 @@ class CpuOptions:
     )
     runs: int = flag("how often; figures are medians", 5)
     dtype: str = flag("number type of weights and activations of our backends", "auto", choices=DTYPES)
+    quant: str | None = flag("smaller weights for the native engine", None, metavar="NAME")
     device: str = flag("where our backends run", "cpu", choices=("auto", "cpu", "cuda"))
     python: tuple[str, ...] = flag("ENGINE=PATH: the Python that has this engine, when it is another one", ())
     output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
@@ -80,7 +81,10 @@ def run_cpu(options: CpuOptions) -> int:
         raise UsageError("none of these engines is installed", param="engines")
     with download_bar() as progress:
         path = str(hub.resolve(options.model, progress=progress).path)
-    jobs = [EngineJob(name, options.model, path, DTYPES[options.dtype], options.device) for name in wanted]
+    dtype = DTYPES[options.dtype]
+    jobs = [
+        EngineJob(name, options.model, path, dtype=dtype, quant=options.quant, device=options.device) for name in wanted
+    ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that servers under test are stopped too
     results = offline.measure_all(jobs, options.workloads, options.runs, pythons, tell)
     return finish(Console(), report, results, options.output)

@@ -48,6 +48,9 @@ class ModelFlags:
     )
     device: str = flag("where to run", "auto", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("number type of weights and activations", "auto", choices=DTYPES)
+    quant: str | None = flag(
+        "smaller weights, made when the model is loaded, where the runner can", None, metavar="NAME"
+    )
     max_model_len: int | None = flag("longest sequence, prompt and answer together (default: the model's)", None)
 
 
@@ -118,6 +121,7 @@ def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
     return LoadOptions(
         device=model.device,
         dtype=DTYPES[model.dtype],
+        quant=model.quant,
         max_model_len=model.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_tokens=engine.kv_cache_tokens,
