@@ -12,22 +12,15 @@
 namespace martlet {
 namespace MARTLET_ISA {
 
-struct SamplerScratch {
-  int32_t* seen;
-  float* x;
-  Candidate* candidates;
-  SamplerScratch(void* memory, int n)
-      : seen((int32_t*)memory), x((float*)(seen + n)), candidates((Candidate*)(x + n)) {}
-};
-
-int sample_with(const Sampling& s, const int32_t* tokens, int known, const float* logits, int n, void* memory) {
-  const SamplerScratch at(memory, n);
-  return sample(s, tokens, known, logits, n, at.x, at.candidates, at.seen);
+int sample_with(const Sampling& s, const int32_t* tokens, int known, const float* logits, int n, void* scratch,
+                int32_t* seen) {
+  float* x = (float*)scratch;
+  return sample(s, tokens, known, logits, n, x, (Candidate*)(x + n), seen);
 }
 
-void describe_with(const float* logits, int n, int token, int k, void* memory, Answer* answer, int32_t* top_ids,
+void describe_with(const float* logits, int n, int token, int k, void* scratch, Answer* answer, int32_t* top_ids,
                    float* top_logprobs) {
-  describe(logits, n, token, k, SamplerScratch(memory, n).candidates, answer, top_ids, top_logprobs);
+  describe(logits, n, token, k, (Candidate*)scratch, answer, top_ids, top_logprobs);
 }
 
 }  // namespace MARTLET_ISA

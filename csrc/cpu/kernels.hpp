@@ -17,13 +17,14 @@ struct Kernels {
   void (*merge_chunk)(int rows, int dim, Softmax state, Softmax part);
   void (*finish_attention)(const AttentionOp&, const AttentionTask&, Softmax state);
   void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
-  // scratch: sampler_bytes(n), zero at first and left to the sampler.
-  int (*sample)(const Sampling&, const int32_t* tokens, int known, const float* logits, int n, void* scratch);
+  // scratch: sampler_bytes(n). seen: n zeros, left as zeros.
+  int (*sample)(const Sampling&, const int32_t* tokens, int known, const float* logits, int n, void* scratch,
+                int32_t* seen);
   void (*describe)(const float* logits, int n, int token, int k, void* scratch, Answer*, int32_t* top_ids,
                    float* top_logprobs);
 };
 
-constexpr int64_t sampler_bytes(int64_t n) { return n * (4 + 4 + 12); }
+constexpr int64_t sampler_bytes(int64_t n) { return n * (4 + 12); }  // a float and a candidate each
 
 // Sets that the build could not compile are null. Ordered from plain to wide.
 enum Isa : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512BF16, kIsas };

@@ -78,6 +78,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       for (Own& own : own_) {
         own.best.reserve(8 * std::max(1, batch.n_queries));
         own.sampler.reserve(sampler_bytes(w.n));
+        own.seen.reserve(4 * w.n);
       }
     }
   }
@@ -302,7 +303,8 @@ void Executor::answer(Worker& worker, int q, int vocab) {
   answer = {query.target, 0, 0.0f, 0};
   if (query.target < 0)
     answer.token = kernels_.sample(batch_->sampling[query.row], batch_->tokens + query.row * batch_->tokens_stride,
-                                   tokens_[query.token].position + 1, logits, vocab, scratch);
+                                   tokens_[query.token].position + 1, logits, vocab, scratch,
+                                   (int32_t*)own_[worker.rank].seen.reserve(0));
   if (query.top >= 0)
     kernels_.describe(logits, vocab, answer.token, query.top, scratch, &answer,
                       batch_->top_ids + (int64_t)q * batch_->top_stride,

@@ -10,7 +10,7 @@
 
 namespace martlet {
 
-// Memory that only grows, aligned to cache lines. Contents do not survive a reserve.
+// Memory that only grows, aligned to cache lines; zeros at first. Contents do not survive growth.
 class Scratch {
  public:
   uint8_t* reserve(int64_t bytes) {
@@ -57,7 +57,7 @@ class Executor {
   };
   // A thread's own memory.
   struct Own {
-    Scratch acts, panel, products, attention, sampler, best;
+    Scratch acts, panel, products, attention, sampler, seen, best;
   };
   struct Rows {
     const uint8_t* acts;

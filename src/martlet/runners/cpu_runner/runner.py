@@ -31,12 +31,14 @@ DEFAULT_ROWS = 32
 STEP_SECONDS = 0.06  # a mixed step should stay under 80 ms; this leaves room for attention over long contexts
 STEP_TOKENS = (32, 512)  # least and most tokens of a step
 PROBE_TOKENS = 32
+MAX_DRAFTS = 8
 
 
 class CpuRunner:
     """Runs one model on this machine's cores. Computes at once, so its lag is 0. Contract: martlet.runners.base.Runner."""
 
     lag = 0
+    max_drafts = 0
 
     def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
         """Load `card`. progress(done, total) is called for each parameter.
@@ -131,11 +133,10 @@ class CpuRunner:
         if ends[-1] > self._capacity:
             self._capacity = int(ends[-1])
             self.program = self.decoder.program(self._capacity, self.caches)
-        sampled = np.flatnonzero(batch.sample)
-        queries = np.empty(len(sampled), c.QUERY)
-        queries["token"], queries["row"] = ends[sampled] - 1, rows[sampled]
-        queries["target"], queries["top"] = -1, self.logprobs[rows[sampled]]
-        owners = sampled
+        sequences = np.flatnonzero(batch.sample)
+        drafted = np.zeros(len(rows), np.int32) if batch.drafts is None else self._put_drafts(batch, rows)
+        queries, owners = self._sample_queries(rows, ends, sequences, drafted)
+        sampled = len(queries)
         if (self.prompt_logprobs[rows] >= 0).any():
             prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
             queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
@@ -164,18 +165,43 @@ class CpuRunner:
                 top_logprobs.ctypes.data,
             ),
         )
-        tokens = np.full(len(rows), -1, np.int32)
-        tokens[sampled] = answers["token"][: len(sampled)]
+        chosen = answers["token"][:sampled]
+        if batch.drafts is None:
+            tokens = np.full(len(rows), -1, np.int32)
+            tokens[sequences] = chosen
+        else:
+            tokens = _accepted(batch.drafts, sequences, drafted, chosen)
         result = StepResult(tokens)
         for i in np.flatnonzero(queries["top"] >= 0).tolist():
             token, rank, logprob, _ = answers[i].item()
             k = min(int(queries["top"][i]), self.vocab_size)
             entry = TokenLogprobs(token, logprob, rank, top_ids[i, :k], top_logprobs[i, :k])
-            if i < len(sampled):
+            if i < sampled:
                 result.logprobs[int(owners[i])] = entry
             else:
                 result.prompt_logprobs.setdefault(int(owners[i]), []).append(entry)
         return result
+
+    def _put_drafts(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
+        """Write the guesses into the rows' tokens; how many each sequence has, int32 [B]."""
+        assert batch.drafts is not None
+        drafted = (batch.drafts >= 0).sum(1, dtype=np.int32)
+        sequence, i = np.nonzero(batch.drafts >= 0)
+        at = (batch.start + batch.count - drafted)[sequence] + i
+        self.tokens[rows[sequence], at] = batch.drafts[sequence, i]
+        return drafted
+
+    def _sample_queries(
+        self, rows: np.ndarray, ends: np.ndarray, sequences: np.ndarray, drafted: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A query for the last token of each sequence that samples, and for those its guesses follow; owners too."""
+        wanted = drafted[sequences] + 1
+        owner = np.repeat(sequences, wanted)
+        before = np.repeat(np.cumsum(wanted), wanted) - np.arange(len(owner))  # 1 for the last token of a sequence
+        queries = np.empty(len(owner), c.QUERY)
+        queries["token"], queries["row"] = ends[owner] - before, rows[owner]
+        queries["target"], queries["top"] = -1, self.logprobs[rows[owner]]
+        return queries, owner
 
     def _prompt_queries(
         self, rows: np.ndarray, start: np.ndarray, count: np.ndarray, ends: np.ndarray
@@ -208,6 +234,19 @@ class CpuRunner:
         self.executor.close()
         self.caches.clear()
         self.program = None
+
+
+def _accepted(drafts: np.ndarray, sequences: np.ndarray, drafted: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Each sequence's tokens up to the first wrong guess, int32 [B, 1 + D]; chosen: those after each of its tokens."""
+    tokens = np.full((len(drafts), drafts.shape[1] + 1), -1, np.int32)
+    at = 0
+    for b in sequences.tolist():
+        drawn = chosen[at : at + drafted[b] + 1]
+        at += len(drawn)
+        wrong = np.flatnonzero(drawn[:-1] != drafts[b, : drafted[b]])
+        keep = int(wrong[0]) + 1 if len(wrong) else len(drawn)
+        tokens[b, :keep] = drawn[:keep]
+    return tokens
 
 
 def choose_precision(options: LoadOptions) -> Precision:
