@@ -87,7 +87,7 @@ def inference_vllm(
     batch = _batch(llm_engine, template, request_list, generation_config, lora_request, stream=False)
     for _ in _run(llm_engine, batch, use_tqdm):
         pass
-    _report(batch, template, generation_info, verbose, prompt_prefix, output_prefix)
+    _report(llm_engine, batch, generation_info, verbose, prompt_prefix, output_prefix)
     return batch.responses()
 
 
@@ -113,7 +113,7 @@ def inference_stream_vllm(
     def steps() -> Iterator[list[Response]]:
         for _ in _run(llm_engine, batch, use_tqdm):
             yield batch.responses()
-        _report(batch, template, generation_info, verbose, prompt_prefix, output_prefix)
+        _report(llm_engine, batch, generation_info, verbose, prompt_prefix, output_prefix)
 
     return steps()
 
@@ -177,8 +177,8 @@ def _with_progress(outputs: Iterator[Output], total: int) -> Iterator[Output]:
 
 
 def _report(
+    engine: VllmEngine,
     batch: _Batch,
-    template: Template,
     generation_info: dict[str, Any] | None,
     verbose: bool,
     prompt_prefix: str,
@@ -188,5 +188,5 @@ def _report(
         generation_info.update(batch.info())
     if verbose:
         for task in batch.tasks:
-            prompt = template.tokenizer.decode(task.prompt, skip_special=False)
+            prompt = engine.hf_tokenizer.decode(task.prompt, skip_special=False)
             print(f"{prompt_prefix}{prompt}{output_prefix}{task.text}")
