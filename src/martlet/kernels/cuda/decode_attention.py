@@ -1,0 +1,170 @@
+"""Paged attention for one new token a sequence: split over the context, heads that share keys together.
+
+Reading keys and values is all that this does, so the grid must keep every multiprocessor reading. A program takes one
+sequence, one kv head with all its query heads (so keys are read once), and one part of the context. The last program
+of a sequence and head to finish joins the parts; a counter tells it that it is the last, and it sets the counter back,
+so one launch does all and a CUDA graph can repeat it. The grid depends on the batch size alone, never on lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.launch import wait
+from martlet.model.spec import Attention
+
+MAX_PARTS = 64
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    q, k_cache, v_cache, block_table, rows, positions, out, partial, sums, counters,
+    scale, block_stride, cache_stride, PARTS,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head = tl.program_id(0)
+    b = tl.program_id(1)
+    part = tl.program_id(2)
+    row = tl.load(rows + b)
+    length = tl.where(row >= 0, tl.load(positions + b) + 1, 0)
+    begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(length - begin, PARTS), TILE) * TILE
+    low = begin + part * share
+    high = tl.minimum(low + share, length)
+    wait(PDL)
+    if low < high:
+        g = tl.arange(0, BLOCK_G)
+        d = tl.arange(0, BLOCK_D)
+        here = (g < GROUP)[:, None] & (d < DIM)[None, :]
+        place = b.to(tl.int64) * HEADS * DIM + (head * GROUP + g)[:, None] * DIM + d[None, :]
+        query = tl.load(q + place, mask=here, other=0.0)
+        table = block_table + row.to(tl.int64) * block_stride
+        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        t = tl.arange(0, TILE)
+        for first in tl.range(low, high, TILE, num_stages=STAGES):
+            at = first + t
+            inside = at < high
+            block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            token = block * cache_stride + head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
+            mask = inside[:, None] & (d < DIM)[None, :]
+            key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+            scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+            top = tl.maximum(best, tl.max(scores, 1))
+            weight = tl.exp2(scores - top[:, None])
+            fade = tl.exp2(best - top)
+            best = top
+            total = total * fade + tl.sum(weight, 1)
+            value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+            acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        if SPLIT:
+            # Each part leaves its sum, weighted by exp2 of its scores less their maximum, and that sum's weight.
+            slot = ((b * KV_HEADS + head) * PARTS + part).to(tl.int64) * GROUP + g
+            tl.store(partial + slot[:, None] * DIM + d[None, :], acc, mask=here)
+            tl.store(sums + slot * 2, best, mask=g < GROUP)
+            tl.store(sums + slot * 2 + 1, total, mask=g < GROUP)
+            tl.debug_barrier()  # the atomic is one thread's: it publishes what all threads have stored by now
+            working = tl.cdiv(length - begin, share)
+            done = tl.atomic_add(counters + b * KV_HEADS + head, 1, sem="acq_rel")
+            if done == working - 1:
+                tl.store(counters + b * KV_HEADS + head, 0)
+                best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_G], tl.float32)
+                acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+                start = ((b * KV_HEADS + head) * PARTS).to(tl.int64) * GROUP + g
+                for other in tl.range(0, working, num_stages=STAGES):
+                    slot = start + other * GROUP
+                    its_best = tl.load(sums + slot * 2, mask=g < GROUP, other=0.0, cache_modifier=".cg")
+                    its_total = tl.load(sums + slot * 2 + 1, mask=g < GROUP, other=0.0, cache_modifier=".cg")
+                    its = tl.load(partial + slot[:, None] * DIM + d[None, :], mask=here, other=0.0,
+                                  cache_modifier=".cg")  # fmt: skip
+                    top = tl.maximum(best, its_best)
+                    fade, weigh = tl.exp2(best - top), tl.exp2(its_best - top)
+                    acc = acc * fade[:, None] + its * weigh[:, None]
+                    total = total * fade + its_total * weigh
+                    best = top
+                tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+        else:
+            tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """tokens: context tokens a program takes at once. parts: of a sequence's context, one program each."""
+
+    tokens: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def tile_for(batch: int, spec: Attention) -> Tile:
+    """Parts so that the grid has at least 4 programs for each multiprocessor."""
+    parts = min(MAX_PARTS, max(1, triton.cdiv(4 * launch.num_sms(), batch * spec.kv_heads)))
+    return Tile(tokens=64 if batch * spec.kv_heads >= 256 else 32, parts=parts, warps=4, stages=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where parts are left, for batches of up to `batch`. partial, sums float32; counters int32, zero between steps."""
+
+    partial: torch.Tensor
+    sums: torch.Tensor
+    counters: torch.Tensor
+
+
+def scratch(batch: int, specs: list[Attention], device: torch.device) -> Scratch:
+    """Room for every layer of a decoder and every batch up to `batch`; layers use it one after another."""
+    most = {size: max(tile_for(size, spec).parts * size * spec.heads for spec in specs) for size in range(1, batch + 1)}
+    rows = max(most.values())
+    dim = max(spec.head_dim for spec in specs)
+    return Scratch(
+        partial=torch.empty(rows * dim, dtype=torch.float32, device=device),
+        sums=torch.empty(rows * 2, dtype=torch.float32, device=device),
+        counters=torch.zeros(batch * max(spec.kv_heads for spec in specs), dtype=torch.int32, device=device),
+    )
+
+
+def decode_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    spec: Attention,
+    room: Scratch,
+    *,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Attention of q [B, H, D], token positions[b] of rows[b], over the cache -> [B, H * D]. Row -1: left undefined.
+
+    cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B].
+    """
+    batch = len(q)
+    tile = tile or tile_for(batch, spec)
+    if q.dtype == torch.float32:  # for comparing with the reference; without tensor cores large tiles only spill
+        tile = replace(tile, tokens=16)
+    out = q.new_empty(batch, spec.q_size) if out is None else out
+    group = spec.heads // spec.kv_heads
+    _attend[(spec.kv_heads, batch, tile.parts)](
+        q, cache[0], cache[1], block_table, rows, positions, out, room.partial, room.sums, room.counters,
+        spec.scale * LOG2E, block_table.stride(0), cache.stride(1), tile.parts,
+        HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=triton.next_power_of_2(spec.head_dim),
+        TILE=tile.tokens, STAGES=tile.stages, SPLIT=tile.parts > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **launch.options(tile.warps, tile.stages),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,144 @@
+"""Embedding, RMSNorm and gated activation: what stands between the matrix products of a wide step."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.launch import wait
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """silu, gelu_tanh or gelu of float32 x."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh(a)) = sigmoid(2 a)
+    else:
+        tl.static_assert(ACTIVATION == "gelu")
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _embed(
+    tokens, rows, positions, changes, state, table, out, WIDTH, tokens_stride, num_tokens,
+    CHANGES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0)
+    row = tl.load(rows + t)
+    position = tl.load(positions + t)
+    wait(PDL)
+    if CHANGES:
+        at = tl.load(changes + t)
+        if at >= 0:
+            tl.store(state + at, tl.load(changes + num_tokens + t))
+    token = tl.load(tokens + row.to(tl.int64) * tokens_stride + position, mask=row >= 0, other=0)
+    token = tl.maximum(token, 0).to(tl.int64)
+    for begin in range(0, WIDTH, BLOCK):
+        k = begin + tl.arange(0, BLOCK)
+        tl.store(out + t.to(tl.int64) * WIDTH + k, tl.load(table + token * WIDTH + k, mask=k < WIDTH), mask=k < WIDTH)
+
+
+def embed(
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    changes: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embeddings [T, W] of tokens[rows[t], positions[t]]; rows -1 are padding.
+
+    tokens int32 [rows, length]; rows, positions int32 [T]; table [V, W]. changes: int32 [2, T], places in the flat
+    int32 `state` and what to write there, place -1 for nothing; the kernels behind this one see them.
+    """
+    count, width = len(rows), table.shape[1]
+    out = table.new_empty(count, width)
+    _embed[(count,)](
+        tokens, rows, positions, rows if changes is None else changes, rows if state is None else state, table, out,
+        width, tokens.stride(0), count,
+        CHANGES=changes is not None, BLOCK=min(triton.next_power_of_2(width), 2048), **launch.options(),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _scatter(state, changes, num_changes, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < num_changes
+    wait(PDL)
+    at = tl.load(changes + i, mask=mask)
+    tl.store(state + at, tl.load(changes + num_changes + i, mask=mask), mask=mask)
+
+
+def scatter(state: torch.Tensor, changes: torch.Tensor) -> None:
+    """state[changes[0]] = changes[1]; state int32 [any], changes int32 [2, n], no place twice."""
+    count = changes.shape[1]
+    _scatter[(triton.cdiv(count, 1024),)](state, changes, count, BLOCK=1024, **launch.options())
+
+
+@triton.jit
+def _norm(x, delta, gain, out, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.constexpr, BLOCK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    mask = k < WIDTH
+    g = tl.load(gain + k, mask=mask).to(tl.float32)
+    source = (tl.load(picks + t) if PICK else t).to(tl.int64)
+    wait(PDL)
+    v = tl.load(x + source * WIDTH + k, mask=mask, other=0.0)
+    if ADD:
+        v = (v.to(tl.float32) + tl.load(delta + source * WIDTH + k, mask=mask, other=0.0).to(tl.float32)).to(v.dtype)
+        if not PICK:
+            tl.store(x + source * WIDTH + k, v, mask=mask)
+    v = v.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v) / WIDTH + eps)
+    tl.store(out + t.to(tl.int64) * WIDTH + k, (v * scale * g).to(out.dtype.element_ty), mask=mask)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    gain: torch.Tensor,
+    eps: float,
+    picks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone."""
+    count, width = len(x) if picks is None else len(picks), x.shape[1]
+    out = x.new_empty(count, width)
+    if count:
+        block = triton.next_power_of_2(width)
+        _norm[(count,)](
+            x, x if delta is None else delta, gain, out, gain if picks is None else picks, width, eps,
+            ADD=delta is not None, PICK=picks is not None, BLOCK=block,
+            **launch.options(num_warps=min(max(block // 512, 1), 16)),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _activation(x, out, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = k < HIDDEN
+    wait(PDL)
+    y = activate(tl.load(x + t * HIDDEN * (2 if GATED else 1) + k, mask=mask).to(tl.float32), ACTIVATION)
+    if GATED:
+        y *= tl.load(x + t * HIDDEN * 2 + HIDDEN + k, mask=mask).to(tl.float32)
+    tl.store(out + t * HIDDEN + k, y.to(out.dtype.element_ty), mask=mask)
+
+
+def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
+    """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x)."""
+    count, hidden = x.shape[0], x.shape[1] // (2 if gated else 1)
+    out = x.new_empty(count, hidden)
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _activation[(count, triton.cdiv(hidden, block))](
+        x, out, hidden, GATED=gated, ACTIVATION=kind, BLOCK=block, **launch.options()
+    )
+    return out

@@ -1,0 +1,151 @@
+"""Paged causal attention for many new tokens a sequence: a prompt, a chunk of one, or what follows a cached prefix.
+
+A program takes one query head and a tile of one sequence's new tokens, and walks that sequence's pages from the first
+token they may see to the last of the tile. The tiles of a step are listed on the host, heaviest first, so that the
+last ones to run are short.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.decode_attention import LOG2E
+from martlet.kernels.cuda.launch import wait
+from martlet.model.spec import Attention
+
+QUERIES = 128  # tokens of a tile, in 16 bits
+FRESH = 2048  # a whole prompt of at least this many tokens goes to cuDNN, which is faster on long sequences
+FRESH_STEP = 1024
+
+
+def takes_fresh(spec: Attention) -> bool:
+    """Whether `fresh_attention` can run this (in 16 bits, on a GPU): no window, and a head size that cuDNN has."""
+    return spec.window is None and spec.head_dim % 8 == 0 and spec.head_dim <= 128
+
+
+def queries_for(dtype: torch.dtype) -> int:
+    """Tokens of a tile. float32, which is for comparing with the reference, has no tensor cores to fill."""
+    return QUERIES if dtype.itemsize == 2 else 32
+
+
+def tiles(start: np.ndarray, count: np.ndarray, queries: int) -> np.ndarray:
+    """(sequence, first token within its count) of each tile, int32 [2, tiles], those with most keys first."""
+    pieces = -(-count // queries)
+    sequence = np.repeat(np.arange(len(count)), pieces)
+    first = (np.arange(len(sequence)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * queries
+    order = np.argsort(-(start[sequence] + first), kind="stable")
+    return np.stack([sequence[order], first[order]]).astype(np.int32)
+
+
+@triton.jit
+def _attend(
+    q, k_cache, v_cache, block_table, tile_list, sequences, out,
+    scale, block_stride, cache_stride, num_tiles, num_sequences,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    head = tl.program_id(0)
+    sequence = tl.load(tile_list + tile)
+    first = tl.load(tile_list + num_tiles + tile)
+    row = tl.load(sequences + sequence)
+    start = tl.load(sequences + num_sequences + sequence)
+    count = tl.load(sequences + 2 * num_sequences + sequence)
+    offset = tl.load(sequences + 3 * num_sequences + sequence)
+    wait(PDL)
+    m = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    here = (m < count)[:, None] & (d < DIM)[None, :]
+    place = (offset + m).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
+    query = tl.load(q + place, mask=here, other=0.0)
+    position = start + m
+    begin = tl.maximum(start + first - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
+    end = start + tl.minimum(first + BLOCK_M, count)
+    table = block_table + row.to(tl.int64) * block_stride
+    kv_head = head // (HEADS // KV_HEADS)
+    best = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    t = tl.arange(0, BLOCK_N)
+    for key_first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        at = key_first + t
+        inside = at < end
+        block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        token = block * cache_stride + kv_head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
+        mask = inside[:, None] & (d < DIM)[None, :]
+        key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+        scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        seen = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen &= at[None, :] > position[:, None] - WINDOW
+        scores = tl.where(seen, scores, -1e30)
+        top = tl.maximum(best, tl.max(scores, 1))
+        weight = tl.where(seen, tl.exp2(scores - top[:, None]), 0.0) if WINDOW > 0 else tl.exp2(scores - top[:, None])
+        fade = tl.exp2(best - top)
+        best = top
+        total = total * fade + tl.sum(weight, 1)
+        value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+        acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tile_list: torch.Tensor,
+    sequences: torch.Tensor,
+    spec: Attention,
+    out: torch.Tensor,
+    *,
+    block_m: int | None = None,
+    block_n: int = 64,
+    warps: int = 8,
+    stages: int = 3,
+) -> torch.Tensor:
+    """Attention of the tokens of `sequences` over the cache, which holds their keys already; written to `out`.
+
+    q [T, H, D]; out [T, H * D]; cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; tile_list int32
+    [2, tiles] from `tiles`, cut in block_m queries; sequences int32 [4, B]: row, start, count, and where the sequence's
+    tokens begin in q.
+    """
+    block_m = block_m or queries_for(q.dtype)
+    if q.dtype == torch.float32:
+        block_n, warps = min(block_n, 32), 4
+    bytes_a_row = 2 * triton.next_power_of_2(spec.head_dim) * q.element_size()
+    while block_n * bytes_a_row * stages + block_m * bytes_a_row // 2 > 200 << 10 and block_n > 16:
+        block_n //= 2  # keys and values of all stages, and the queries, share 227 KiB
+    num_tiles = tile_list.shape[1]
+    _attend[(spec.heads, num_tiles)](
+        q, cache[0], cache[1], block_table, tile_list, sequences, out,
+        spec.scale * LOG2E, block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
+        HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(spec.head_dim), STAGES=stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **launch.options(warps, stages),
+    )  # fmt: skip
+    return out
+
+
+def fresh_attention(
+    q: torch.Tensor, cache: torch.Tensor, pages: torch.Tensor, spec: Attention, out: torch.Tensor
+) -> None:
+    """Causal attention of one whole prompt q [n, H, D] with no window, by cuDNN; written to `out` [n, H * D].
+
+    pages: int64, the blocks that hold its keys, and any others up to a multiple of `FRESH_STEP` tokens: what lies
+    behind the prompt's end is never seen, and cuDNN builds a plan for every length that it has not met.
+    """
+    count, length = len(q), len(pages) * cache.shape[3]
+    keys, values = (part.index_select(0, pages).transpose(0, 1).reshape(1, spec.kv_heads, length, -1) for part in cache)
+    queries = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, length - count)).transpose(0, 1)[None]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        result = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=spec.scale, enable_gqa=True
+        )
+    out.view(count, spec.heads, -1).copy_(result[0, :, :count].transpose(0, 1))

@@ -1,0 +1,376 @@
+"""The runner on one NVIDIA GPU: state on the device, deltas sent, decoding steps as CUDA graphs, one step ahead.
+
+What the host sends in a step is one int32 buffer: which rows, how far they are, and the places of the device's state
+that change. The device knows tokens, block tables and sampling settings by itself, so a step that only decodes is one
+copy, one graph launch (forward, head, sampling, the write of the new token) and one copy back, and the next one can be
+launched before Python has read anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
+from martlet.hub.card import ModelCard
+from martlet.kernels.cuda import decode_attention, layers, prefill_attention, sampling
+from martlet.model.spec import DecoderSpec
+from martlet.model.weights import read_spec
+from martlet.runners.base import Batch, LoadOptions, MemoryPlan, StepResult
+from martlet.runners.cuda_runner import sampler
+from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
+from martlet.runners.cuda_runner.graphs import Graphs
+from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
+from martlet.runners.cuda_runner.weights import load as load_weights
+from martlet.runners.rows import Rows
+from martlet.runners.sizing import plan_memory, size
+
+__all__ = ["CudaRunner"]
+
+log = logging.getLogger("martlet")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": torch.bfloat16}
+DEFAULT_ROWS = 512
+STEP_TOKENS = 8192
+DEFAULT_LENGTH = 32768  # longest sequence unless more is asked for: state and scratch grow with it
+
+
+class CudaRunner:
+    """Runs one model on one GPU. Contract: martlet.runners.base.Runner.
+
+    `device` "cpu" runs the same code under Triton's interpreter, for tests of everything but speed.
+    """
+
+    lag = 1
+    max_drafts = 0
+
+    def __init__(
+        self,
+        card: ModelCard,
+        options: LoadOptions,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        graphs: bool = True,
+        step_tokens: int = STEP_TOKENS,
+    ):
+        """Load `card`. progress(done, total) counts parameters. Raises any of martlet.errors."""
+        if options.quant is not None:
+            raise UsageError(f"quant {options.quant!r}: this runner has none yet", param="quant")
+        if options.dtype not in DTYPES:
+            raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
+        self.device = _device(options.device)
+        self.dtype = DTYPES[options.dtype]
+        self.max_step_tokens = step_tokens
+        self.spec = spec = read_spec(card)
+        self.vocab_size = spec.vocab_size
+        clock = _Clock()
+        with torch.inference_mode():
+            free = _free_memory(self.device)
+            loaded = load_weights(card, spec, self.device, self.dtype, seed=options.seed, progress=progress)
+            clock.lap(f"weights of {card.name}", self.device)
+            self.memory = self._plan(options, free, loaded.nbytes)
+            self.decoder = Decoder(spec, loaded, self.memory.max_model_len)
+            self.state = _state(spec, self.memory, self.device, self.dtype)
+            self.rows = Rows(self.memory, spec.vocab_size)
+            self.mailbox = Mailbox(self.device)
+            self.graphs = Graphs(self.decoder, self.state, self.memory.max_rows) if graphs and self._on_gpu else None
+            clock.lap("KV memory", self.device)
+            if self.graphs is not None:
+                self.graphs.capture_small()
+                clock.lap(f"{len(self.graphs.captured)} graphs", self.device)
+        log.info("started in %.2f s: %s", clock.total, clock)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _plan(self, options: LoadOptions, free: int, weight_bytes: int) -> MemoryPlan:
+        spec, element = self.spec, self.dtype.itemsize
+        longest = options.max_model_len or min(spec.max_positions, DEFAULT_LENGTH)
+        options = replace(options, max_model_len=longest)
+        rows = options.max_num_seqs or DEFAULT_ROWS
+        state = 4 * rows * (longest + -(-longest // options.block_size)) + 8 * rows * spec.vocab_size
+        widest = max(2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + 3 * layer.mlp.hidden for layer in spec.layers)
+        activations = self.max_step_tokens * (widest + 4 * spec.width) * element
+        left = (_free_memory(self.device) if self._on_gpu else free) - state - activations
+        return plan_memory(
+            spec, options, free=left, weights=weight_bytes, element_size=element, default_rows=DEFAULT_ROWS
+        )
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> CudaStep:
+        """Start a step. Raises OutOfMemory when its activations do not fit; the runner stays usable."""
+        try:
+            return self._launch(batch)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(
+                f"a step of {batch.num_tokens} tokens did not fit: {size(_free_memory(self.device))} are free; "
+                "a lower --memory_utilization or --max_num_batched_tokens leaves more"
+            ) from error
+
+    def _launch(self, batch: Batch) -> CudaStep:
+        self.rows.apply(batch)
+        changes = self._changes(batch)
+        total = len(batch.rows)
+        decodes = total > 0 and bool((batch.count == 1).all() and batch.sample.all())
+        kind = sampler.GREEDY
+        if total:
+            kind = sampler.kind_of(self.rows, batch.rows, batch.start + batch.count) if decodes else sampler.SPECIAL
+        replay = self.graphs is not None and decodes and not self._wants_prompt_logprobs(batch)
+        if not (replay and changes.shape[1] <= total):
+            self._apply(changes)
+            changes = changes[:, :0]
+        if len(batch.copies):
+            source, target = self.mailbox.send(batch.copies.T.reshape(-1)).view(2, -1).long()
+            for cache in self.state.caches:
+                cache.index_copy_(1, target, cache.index_select(1, source))
+        if not total:
+            return CudaStep(self.mailbox, np.empty(0, np.int64), 0, None, [], [])
+        if replay:
+            assert self.graphs is not None
+            tokens, logits = self.graphs.run(batch.rows, batch.start, changes, kind, self.mailbox)
+            order = np.arange(total)
+            reports: list[sampler.Report] = []
+            if kind == sampler.SPECIAL:
+                tokens, reports = self._sample(logits, order, batch)
+            return CudaStep(self.mailbox, order, total, tokens, reports, [])
+        return self._eager(batch)
+
+    def _changes(self, batch: Batch) -> np.ndarray:
+        """What of the device's state this step changes: (place in the flat state, value), int32 [2, n]."""
+        state = self.state
+        width, pages = state.tokens.shape[1], state.blocks.shape[1]
+        blocks_at, settings_at = state.tokens.numel(), state.tokens.numel() + state.blocks.numel()
+        places = [blocks_at + batch.block_rows * pages + batch.block_slots]
+        values = [batch.block_ids]
+        for new in batch.new_rows:
+            places.append(new.row * width + np.arange(len(new.tokens)))
+            values.append(new.tokens)
+            places.append(settings_at + new.row * sampling.SETTINGS + np.arange(sampling.SETTINGS))
+            values.append(sampler.settings(self.rows, new.row))
+        return np.stack([np.concatenate(places), np.concatenate(values)]).astype(np.int32)
+
+    def _apply(self, changes: np.ndarray) -> None:
+        if changes.shape[1]:
+            layers.scatter(self.state.flat, self.mailbox.send(changes.reshape(-1)).view(2, -1))
+
+    def _wants_prompt_logprobs(self, batch: Batch) -> bool:
+        return bool((self.rows.prompt_logprobs[batch.rows] >= 0).any())
+
+    def _eager(self, batch: Batch) -> CudaStep:
+        """Any step: prefills, chunks, decodes among them, prompt log-probabilities."""
+        order = np.argsort(batch.count > 1, kind="stable")  # sequences of one token first
+        rows, start, count = batch.rows[order], batch.start[order].astype(np.int64), batch.count[order].astype(np.int64)
+        sample = batch.sample[order]
+        decoding = int((count == 1).sum())
+        last = np.cumsum(count) - 1
+        positions = np.arange(count.sum()) + np.repeat(start - (last + 1 - count), count)
+        token_rows = np.repeat(rows, count)
+
+        fresh = self._fresh(start, count)
+        tiled = np.setdiff1d(np.arange(decoding, len(rows)), fresh)
+        offset = last + 1 - count
+        sequences = np.stack([part[tiled] for part in (rows, start, count, offset)])
+        queries = prefill_attention.queries_for(self.dtype)
+        tiles = prefill_attention.tiles(start[tiled], count[tiled], queries)
+
+        scored, targets, owner = self._scored(order, rows, start, count, offset)
+        picks = np.concatenate([last[sample], scored])
+        pages = [self._pages(int(rows[i]), int(count[i])) for i in fresh]
+        parts = [token_rows, positions, tiles, sequences, picks, rows[sample], (start + count - 1)[sample], targets]
+        sent = self.mailbox.send(np.concatenate([part.reshape(-1) for part in (*parts, *pages)]).astype(np.int32))
+        (
+            sent_rows, sent_positions, sent_tiles, sent_sequences, sent_picks, sampled_rows, sampled_at, sent_targets,
+            *sent_pages,
+        ) = sent.split([part.size for part in (*parts, *pages)])  # fmt: skip
+        step = StepTensors(
+            rows=sent_rows,
+            positions=sent_positions,
+            decoding=decoding,
+            tiles=sent_tiles.view(2, -1) if tiles.size else None,
+            sequences=sent_sequences.view(4, -1) if tiles.size else None,
+            fresh=[(int(offset[i]), int(count[i]), page.long()) for i, page in zip(fresh, sent_pages, strict=True)],
+            picks=sent_picks,
+        )
+        hidden = self.decoder.forward(step, self.state)
+        chosen = order[sample]
+        tokens, reports, prompt_reports = None, [], []
+        if len(chosen):
+            logits = self.decoder.logits(hidden[: len(chosen)])
+            tokens, reports = self._sample(logits, chosen, batch, sampled_rows, sampled_at)
+        for begin in range(0, len(scored), sampler.LOGIT_ROWS):
+            cut = slice(begin, begin + sampler.LOGIT_ROWS)
+            logits = self.decoder.logits(hidden[len(chosen) :][cut])
+            k = self.rows.prompt_logprobs[batch.rows[owner[cut]]]
+            prompt_reports.append(sampler.report(logits, sent_targets[cut], owner[cut], k))
+        return CudaStep(self.mailbox, chosen, len(batch.rows), tokens, reports, prompt_reports)
+
+    def _fresh(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Which sequences are whole long prompts that cuDNN can take."""
+        able = self._on_gpu and self.dtype != torch.float32
+        able = able and all(prefill_attention.takes_fresh(layer.mixer) for layer in self.spec.layers)
+        long = (start == 0) & (count >= prefill_attention.FRESH)
+        return np.flatnonzero(long) if able else np.empty(0, np.int64)
+
+    def _pages(self, row: int, count: int) -> np.ndarray:
+        """The blocks of a row's first `count` tokens, filled up with block 0 to what `fresh_attention` wants."""
+        step = prefill_attention.FRESH_STEP
+        pages = np.zeros(-(-count // step) * step // self.memory.block_size, np.int32)
+        used = -(-count // self.memory.block_size)
+        pages[:used] = self.rows.blocks[row, :used]
+        return pages
+
+    def _scored(
+        self, order: np.ndarray, rows: np.ndarray, start: np.ndarray, count: np.ndarray, offset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of the step that predict a prompt token whose log-probability is asked for.
+
+        (their numbers in the step, the token each predicts, the sequence's number in the batch), int64 [Q] each.
+        """
+        asked = self.rows.prompt_logprobs[rows] >= 0
+        end = np.minimum(start + count, self.rows.prompt_len[rows] - 1)
+        length = np.where(asked, np.maximum(end - start, 0), 0)
+        sequence = np.repeat(np.arange(len(rows)), length)
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        targets = self.rows.tokens[rows[sequence], start[sequence] + within + 1]
+        return offset[sequence] + within, targets.astype(np.int64), order[sequence]
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        chosen: np.ndarray,
+        batch: Batch,
+        rows: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[sampler.Report]]:
+        """Sample outside a graph for the batch's sequences `chosen` [S]; rows, positions: theirs on the device."""
+        host_rows, at = batch.rows[chosen], (batch.start + batch.count)[chosen]
+        if rows is None or positions is None:
+            rows, positions = self.mailbox.send(np.concatenate([host_rows, at - 1]).astype(np.int32)).view(2, -1)
+        kind = sampler.kind_of(self.rows, host_rows, at)
+        asked = np.flatnonzero(self.rows.logprobs[host_rows] >= 0)
+        raw = None
+        if kind == sampler.SPECIAL:
+            index = self.mailbox.send(asked.astype(np.int32)).long()
+            raw = logits[index] if len(asked) else None
+            sampler.adjust(logits, self.rows, host_rows, self.rows.sampling(host_rows, at), self.state.tokens)
+        tokens = sampling.sample(
+            logits, rows, positions, self.state.settings, self.state.tokens,
+            greedy=kind == sampler.GREEDY, cut=kind in (sampler.CUT, sampler.SPECIAL),
+        )  # fmt: skip
+        if raw is None:
+            return tokens, []
+        return tokens, [sampler.report(raw, tokens[index], chosen[asked], self.rows.logprobs[host_rows[asked]])]
+
+    def close(self) -> None:
+        """Free weights, KV and graphs. The runner cannot be used afterwards."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self.graphs = None
+        del self.decoder, self.state
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+
+class CudaStep:
+    """A step under way: its results are on their way to pinned memory."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        sequences: np.ndarray,
+        batch_size: int,
+        tokens: torch.Tensor | None,
+        reports: list[sampler.Report],
+        prompt_reports: list[sampler.Report],
+    ):
+        """tokens int32 [S or more] on the device, of the batch's `sequences` [S]."""
+        self.sequences, self.batch_size = sequences, batch_size
+        self.reports, self.prompt_reports = reports, prompt_reports
+        self.tokens = None if tokens is None else to_host(tokens)
+        self.done = None
+        if mailbox.device.type == "cuda":
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def result(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        tokens = np.full(self.batch_size, -1, np.int32)
+        if self.tokens is not None:
+            tokens[self.sequences] = self.tokens[: len(self.sequences)].numpy()
+        prompt: dict[int, list] = {}
+        for part in self.prompt_reports:
+            for owner, entry in part.entries():
+                prompt.setdefault(owner, []).append(entry)
+        return StepResult(tokens, {o: entry for part in self.reports for o, entry in part.entries()}, prompt)
+
+
+class _Clock:
+    """Times the phases of a start."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.laps: list[str] = []
+
+    def lap(self, name: str, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps.append(f"{name} {now - self.last:.2f} s")
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return self.last - self.began
+
+    def __str__(self) -> str:
+        return ", ".join(self.laps)
+
+
+def _state(spec: DecoderSpec, memory: MemoryPlan, device: torch.device, dtype: torch.dtype) -> State:
+    rows, width = memory.max_rows, memory.max_model_len + 1
+    pages = -(-memory.max_model_len // memory.block_size)
+    sizes = [rows * width, rows * pages, rows * sampling.SETTINGS]
+    flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    tokens, blocks, settings = flat.split(sizes)
+    specs = list(dict.fromkeys(layer.mixer for layer in spec.layers))
+    return State(
+        flat=flat,
+        tokens=tokens.view(rows, width),
+        blocks=blocks.view(rows, pages),
+        settings=settings.view(rows, sampling.SETTINGS),
+        caches=[
+            torch.zeros(
+                2,
+                memory.num_blocks,
+                layer.mixer.kv_heads,
+                memory.block_size,
+                layer.mixer.head_dim,
+                dtype=dtype,
+                device=device,
+            )
+            for layer in spec.layers
+        ],
+        room=decode_attention.scratch(rows, specs, device),
+    )
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cpu":
+        return torch.device("cpu")
+    if asked != "auto" and not asked.startswith("cuda"):
+        raise UsageError(f"device {asked!r}: this runner takes cuda", param="device")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("no CUDA device is here; --device cpu runs without one", param="device")
+    return torch.device("cuda" if asked == "auto" else asked)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30

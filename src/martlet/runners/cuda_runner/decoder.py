@@ -1,0 +1,146 @@
+"""The one decoder on a GPU: which kernels a step is, from token rows to logits.
+
+Two ways through a layer. A narrow step (up to `linear.MANY_ROWS` tokens) reads weights and little else: six fused
+kernels a layer. A wide one computes: cuBLAS for the products and light kernels between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
+from martlet.kernels.cuda.linear import MANY_ROWS, linear
+from martlet.model.rope import rotation_table
+from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
+from martlet.runners.cuda_runner.weights import Block, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A step on the device. T tokens of B sequences: first the `decoding` sequences of one token, then the others.
+
+    rows, positions: int32 [T]. changes: int32 [2, T] for `layers.embed`, or None. tiles, sequences: of the others, as
+    `prefill_attention` takes them. fresh: (first token, tokens, block ids int64) of others that are whole long prompts
+    and are attended one by one. picks: int32 [S], tokens whose hidden state is wanted; None for all.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    decoding: int
+    changes: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    fresh: Sequence[tuple[int, int, torch.Tensor]] = ()
+    picks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a runner keeps on the device between steps.
+
+    flat: int32, all that the host may change, one tensor so that one kernel writes any change; the next three are
+    views of it. tokens [rows, max_model_len + 1]. blocks [rows, P], the block tables. settings [rows, SETTINGS].
+    caches: [2, blocks, K, block_size, D] a layer. room: where split attention leaves its parts.
+    """
+
+    flat: torch.Tensor
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+    settings: torch.Tensor
+    caches: list[torch.Tensor]
+    room: decode_attention.Scratch
+
+
+class Decoder:
+    """A DecoderSpec with its weights on the GPU. Stateless but for them."""
+
+    def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int):
+        self.spec, self.weights = spec, weights
+        self.device = weights.embed.device
+        self.rotations = {
+            rope: self._rotation(rope, max_model_len) for rope in {layer.mixer.rope for layer in spec.layers}
+        }
+
+    def _rotation(self, rope: Rope, length: int) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(rotation_table(rope, length), axis=1)).to(self.device)
+
+    def forward(self, step: StepTensors, state: State) -> torch.Tensor:
+        """Hidden states ready for the head, [S, W]."""
+        x = layers.embed(
+            state.tokens, step.rows, step.positions, self.weights.embed, changes=step.changes, state=state.flat
+        )
+        delta = None
+        through = self._narrow if len(x) <= MANY_ROWS else self._wide
+        for layer, block, cache in zip(self.spec.layers, self.weights.blocks, state.caches, strict=True):
+            delta = through(x, delta, layer, block, cache, step, state)
+        return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, W] -> float32 [S, V]."""
+        if len(hidden) <= MANY_ROWS:
+            return linear(hidden, self.weights.head, dtype=torch.float32)
+        if hidden.dtype == torch.float32:
+            return F.linear(hidden, self.weights.head.matrix)
+        return torch.mm(hidden, self.weights.head.matrix.T, out_dtype=torch.float32)
+
+    def _narrow(
+        self,
+        x: torch.Tensor,
+        delta: None,
+        layer: Layer,
+        block: Block,
+        cache: torch.Tensor,
+        step: StepTensors,
+        state: State,
+    ) -> None:
+        """A layer in place on x [T, W]."""
+        eps, mlp = self.spec.eps, layer.mlp
+        qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
+        linear(self._attend(qkv, layer.mixer, block, cache, step, state), block.o, residual=x, out=x)
+        hidden = linear(x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated)
+        linear(hidden, block.down, residual=x, out=x)
+
+    def _wide(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        layer: Layer,
+        block: Block,
+        cache: torch.Tensor,
+        step: StepTensors,
+        state: State,
+    ) -> torch.Tensor:
+        """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
+        eps, mlp = self.spec.eps, layer.mlp
+        y = layers.add_rms_norm(x, delta, block.attn_norm, eps)
+        qkv = F.linear(y, block.qkv.matrix, block.qkv.bias)
+        y = self._attend(qkv, layer.mixer, block, cache, step, state)
+        y = layers.add_rms_norm(x, F.linear(y, block.o.matrix, block.o.bias), block.mlp_norm, eps)
+        hidden = layers.activation(F.linear(y, block.up.matrix, block.up.bias), mlp.activation, mlp.gated)
+        return F.linear(hidden, block.down.matrix, block.down.bias)
+
+    def _attend(
+        self, qkv: torch.Tensor, spec: Attention, block: Block, cache: torch.Tensor, step: StepTensors, state: State
+    ) -> torch.Tensor:
+        """qkv [T, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache."""
+        table, n = self.rotations[spec.rope], step.decoding
+        q = rotary.rotate_and_write(
+            qkv, block.qk_norms, self.spec.eps, table, step.rows, step.positions, state.blocks, cache, spec
+        )
+        out = q.new_empty(len(q), spec.q_size)
+        if n:
+            decode_attention.decode_attention(
+                q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room, out=out[:n]
+            )
+        if step.tiles is not None:
+            assert step.sequences is not None
+            prefill_attention.prefill_attention(q, cache, state.blocks, step.tiles, step.sequences, spec, out)
+        for first, count, pages in step.fresh:
+            span = slice(first, first + count)
+            prefill_attention.fresh_attention(q[span], cache, pages, spec, out[span])
+        return out

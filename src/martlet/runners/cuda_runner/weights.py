@@ -1,0 +1,179 @@
+"""Weights on the GPU: fused with their neighbours, streamed there through pinned memory as they are read.
+
+A checkpoint is a memory mapping, so a tensor is read from disk when it is copied into one of two pinned buffers; the
+GPU empties one while the other fills. A dummy checkpoint's weights repeat, so only a period of each is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from martlet.hub.card import ModelCard
+from martlet.hub.checkpoint import PackedTensor, open_checkpoint
+from martlet.hub.dummy import _POOL as PERIOD
+from martlet.hub.dummy import DummyCheckpoint
+from martlet.kernels.cuda.linear import Linear
+from martlet.model import weights
+from martlet.model.spec import DecoderSpec, Layer
+
+STAGE_BYTES = 32 << 20  # a pinned buffer; tensors go through in pieces of this size
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A layer. qkv: rows of q, k, v; up: rows of gate (if gated), up. qk_norms: float32 [H + K, D] or None."""
+
+    attn_norm: torch.Tensor
+    qkv: Linear
+    qk_norms: torch.Tensor | None
+    o: Linear
+    mlp_norm: torch.Tensor
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embed: torch.Tensor
+    blocks: list[Block]
+    norm: torch.Tensor
+    head: Linear
+    nbytes: int
+
+
+def load(
+    card: ModelCard,
+    spec: DecoderSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """All parameters of `card` on `device`. progress(done, total) counts parameters. Raises CheckpointError."""
+    places, keep = allocate(spec, device, dtype)
+    if card.format == "dummy":
+        dummy = DummyCheckpoint(seed)
+        for name, place in places.items():
+            _repeat(dummy.random(name, (min(place.numel(), PERIOD),)), place)
+    else:
+        checkpoint = open_checkpoint(card)
+        stage = Stage(device)
+        try:
+            for done, (name, tensor) in enumerate(weights.load(card, spec, checkpoint), 1):
+                array = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor
+                stage.copy(np.ascontiguousarray(array), places[name])
+                if progress is not None:
+                    progress(done, len(places))
+        finally:
+            stage.close()
+            checkpoint.close()
+    for block, layer in zip(keep.blocks, spec.layers, strict=True):
+        if block.qk_norms is not None:  # one weight a head is what the kernel reads; q and k came to the first of each
+            heads = layer.mixer.heads
+            block.qk_norms[:heads] = block.qk_norms[0].clone()
+            block.qk_norms[heads:] = block.qk_norms[heads].clone()
+    return keep
+
+
+def allocate(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Weights]:
+    """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them."""
+    places: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        nonlocal total
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        total += tensor.nbytes
+        return tensor
+
+    def vector(name: str, size: int) -> torch.Tensor:
+        places[name] = new(size)
+        return places[name]
+
+    def fused(prefix: str, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
+        rows = sum(size for _, size in parts)
+        linear = Linear(new(rows, columns), new(rows) if bias else None)
+        for part, span in weights.fused_rows(parts).items():
+            places[prefix + part] = linear.matrix[span]
+            if linear.bias is not None:
+                places[prefix + part + ".bias"] = linear.bias[span]
+        return linear
+
+    def block(number: int, layer: Layer) -> Block:
+        attention, mlp, at = layer.mixer, layer.mlp, f"layers.{number}."
+        qk_norms = None
+        if attention.qk_norm:
+            qk_norms = new(attention.heads + attention.kv_heads, attention.head_dim, dtype=torch.float32)
+            places[at + "q_norm"], places[at + "k_norm"] = qk_norms[0], qk_norms[attention.heads]
+        qkv = [("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)]
+        up = [("gate", mlp.hidden), ("up", mlp.hidden)] if mlp.gated else [("up", mlp.hidden)]
+        return Block(
+            attn_norm=vector(at + "attn_norm", spec.width),
+            qkv=fused(at, qkv, spec.width, attention.qkv_bias),
+            qk_norms=qk_norms,
+            o=fused(at, [("o", spec.width)], attention.q_size, attention.out_bias),
+            mlp_norm=vector(at + "mlp_norm", spec.width),
+            up=fused(at, up, spec.width, mlp.bias),
+            down=fused(at, [("down", spec.width)], mlp.hidden, mlp.bias),
+        )
+
+    places["embed"] = embed = new(spec.vocab_size, spec.width)
+    blocks = [block(number, layer) for number, layer in enumerate(spec.layers)]
+    norm = vector("norm", spec.width)
+    if not spec.tied:
+        places["head"] = new(spec.vocab_size, spec.width)
+    return places, Weights(embed, blocks, norm, Linear(places.get("head", embed)), total)
+
+
+class Stage:
+    """Two buffers between host arrays and the device."""
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self.buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self.free = [torch.cuda.Event() for _ in self.buffers] if on_gpu else []
+        self.turn = 0
+
+    def copy(self, source: np.ndarray, target: torch.Tensor) -> None:
+        """Start the copy of a contiguous array into `target`, converting to its dtype on the device."""
+        element = _torch_dtype(source)
+        flat, step = source.reshape(-1).view(np.uint8), STAGE_BYTES // source.itemsize * source.itemsize
+        there, begin = target.view(-1), 0
+        for piece in (flat[at : at + step] for at in range(0, len(flat), step)):
+            if self.free:
+                self.free[self.turn].synchronize()
+            staged = self.buffers[self.turn][: len(piece)]
+            np.copyto(staged.numpy(), piece)
+            values = staged.view(element)
+            there[begin : begin + len(values)].copy_(values.to(target.device, non_blocking=True))
+            begin += len(values)
+            if self.free:
+                self.free[self.turn].record()
+            self.turn ^= 1
+
+    def close(self) -> None:
+        for event in self.free:
+            event.synchronize()
+
+
+def _repeat(period: np.ndarray, target: torch.Tensor) -> None:
+    """Fill `target` with `period` over and over."""
+    once = torch.from_numpy(period.astype(np.float32)).to(target.device, target.dtype)
+    flat = target.view(-1)
+    whole = len(flat) // len(once)
+    flat[: whole * len(once)].view(whole, -1).copy_(once.expand(whole, -1))
+    flat[whole * len(once) :].copy_(once[: len(flat) - whole * len(once)])
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return {
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+        "float64": torch.float64,
+    }[array.dtype.name]

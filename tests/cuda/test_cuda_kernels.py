@@ -1,0 +1,195 @@
+"""Every Triton kernel against the reference, on odd shapes: on the GPU if there is one, else under the interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, make_case, reference_attention
+
+from martlet.kernels.cuda import decode_attention, layers, linear, prefill_attention, sampling
+from martlet.kernels.philox import gumbel
+from martlet.kernels.reference import ReferenceOps
+from martlet.model.spec import FeedForward
+
+OPS = ReferenceOps()
+DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies no bfloat16
+
+
+def randn(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(1, 72), (3, 576)])
+def test_norm_with_residual(dtype, count, width):
+    x, delta, gain = randn(count, width, dtype=dtype), randn(count, width, dtype=dtype), randn(width, dtype=dtype)
+    want, total = OPS.add_rms_norm(delta.clone(), x.clone(), gain, 1e-5)
+    picks = torch.tensor([count - 1, 0], dtype=torch.int32, device=DEVICE)
+    assert close(layers.add_rms_norm(x.clone(), delta, gain, 1e-5, picks), want[[count - 1, 0]])
+    assert close(layers.add_rms_norm(x, delta, gain, 1e-5), want)
+    assert close(x, total)
+    assert close(layers.add_rms_norm(x, None, gain, 1e-5), OPS.rms_norm(x, gain, 1e-5))
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activation(kind, gated):
+    x = randn(3, 2 * 70 if gated else 70)
+    want = OPS.activation(x.clone(), FeedForward(70, activation=kind, gated=gated))
+    assert close(layers.activation(x, kind, gated), want)
+
+
+def test_embedding_reads_the_rows_and_writes_changes():
+    tokens = torch.randint(0, 50, (4, 9), dtype=torch.int32, device=DEVICE)
+    table = randn(50, 72)
+    rows = torch.tensor([2, -1, 0], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([3, 0, 8], dtype=torch.int32, device=DEVICE)
+    state = torch.zeros(20, dtype=torch.int32, device=DEVICE)
+    changes = torch.tensor([[13, -1, 1], [4, 5, 2]], dtype=torch.int32, device=DEVICE)
+    got = layers.embed(tokens, rows, positions, table, changes=changes, state=state)
+    assert torch.equal(got[0], table[tokens[2, 3]]) and torch.equal(got[2], table[tokens[0, 8]])
+    assert state.nonzero().flatten().tolist() == [1, 13] and state[[13, 1]].tolist() == [4, 2]
+
+
+def test_scatter():
+    state = torch.zeros(5000, dtype=torch.int32, device=DEVICE)
+    places = torch.randperm(5000, device=DEVICE)[:3000].int()
+    layers.scatter(state, torch.stack([places, places + 1]))
+    assert state.sum() == (places + 1).sum() and torch.equal(state[places.long()], places + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("gated", [True, False])
+def test_linear_with_all_around_it(dtype, rows, gated):
+    k, n = 200, 37
+    x, gain, residual = randn(rows, k, dtype=dtype), randn(k, dtype=dtype), randn(rows, n, dtype=dtype)
+    matrix, bias = (
+        randn(2 * n if gated else n, k, dtype=dtype, scale=k**-0.5),
+        randn(2 * n if gated else n, dtype=dtype),
+    )
+    normed = OPS.rms_norm(x.float(), gain.float(), 1e-5)
+    want = normed @ matrix.float().T + bias.float()
+    want = OPS.activation(want, FeedForward(n, gated=gated)) + residual.float()
+    weight = linear.Linear(matrix, bias)
+    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual)
+    assert close(got, want, dtype)
+    plain = linear.linear(x, linear.Linear(matrix), dtype=torch.float32)
+    assert plain.dtype == torch.float32 and close(plain, x.float() @ matrix.float().T, dtype)
+    out = residual.clone()
+    linear.linear(x, linear.Linear(matrix[:n].contiguous()), residual=out, out=out)
+    assert close(out, residual.float() + x.float() @ matrix[:n].float().T, dtype)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_rotation_norm_and_cache_write(name):
+    case = make_case(name, start=[3, 0, 17, 5], count=[1, 6, 1, 2])
+    q, cache = case.rotate()
+    want_q, want_cache = case.reference_rotate()
+    assert close(q, want_q)
+    for row, length in zip(case.rows, case.start + case.count, strict=True):
+        assert close(case.keys_and_values(cache, row, length), case.reference_keys_and_values(want_cache, row, length))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_decode_attention(name, parts):
+    case = make_case(name, start=[0, 1, 33, 70, 15], count=[1] * 5)
+    case.fill()
+    q = randn(5, case.spec.heads, case.spec.head_dim)
+    room = decode_attention.Scratch(
+        torch.empty(parts * 5 * case.spec.q_size, device=DEVICE),
+        torch.empty(parts * 5 * case.spec.heads * 2, device=DEVICE),
+        torch.zeros(5 * case.spec.kv_heads, dtype=torch.int32, device=DEVICE),
+    )
+    tile = decode_attention.Tile(tokens=16, parts=parts, warps=4, stages=2)
+    rows, positions = case.token_rows.clone(), case.token_positions
+    rows[1] = -1  # padding
+    for _ in range(2):  # the counters are back at zero after the first
+        got = decode_attention.decode_attention(
+            q, case.cache, case.block_table, rows, positions, case.spec, room, tile=tile
+        )
+        keep = [0, 2, 3, 4]
+        assert close(got[keep], reference_attention(case, q)[keep])
+    assert not room.counters.any()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_prefill_attention(name):
+    case = make_case(name, start=[0, 40, 7], count=[21, 5, 33])
+    case.fill()
+    q = randn(int(case.count.sum()), case.spec.heads, case.spec.head_dim)
+    tiles = torch.from_numpy(prefill_attention.tiles(case.start, case.count, 16)).to(DEVICE)
+    got = torch.empty(len(q), case.spec.q_size, device=DEVICE)
+    prefill_attention.prefill_attention(
+        q, case.cache, case.block_table, tiles, case.sequences(), case.spec, got, block_m=16, block_n=16, stages=2
+    )
+    assert close(got, reference_attention(case, q))
+
+
+def settings_of(rows: list[dict]) -> torch.Tensor:
+    table = np.zeros((len(rows), sampling.SETTINGS), np.int32)
+    for line, row in zip(table, rows, strict=True):
+        floats = np.array([row.get("t", 1.0), row.get("top_p", 1.0), row.get("min_p", 0.0)], np.float32).view(np.int32)
+        line[[sampling.TEMPERATURE, sampling.TOP_P, sampling.MIN_P]] = floats
+        line[sampling.TOP_K] = row.get("top_k", 0)
+        line[sampling.SEED_LOW : sampling.SEED_HIGH + 1] = np.array([row.get("seed", 7)], np.uint64).view(np.int32)
+    return torch.from_numpy(table).to(DEVICE)
+
+
+def test_sampling_follows_the_rule_of_the_reference():
+    wants = [
+        {"t": 0.0},
+        {"t": 0.7, "seed": 2**63 + 5},
+        {"t": 1.3, "top_k": 3},
+        {"t": 1.0, "top_p": 0.4},
+        {"t": 0.9, "min_p": 0.2, "top_k": 40, "top_p": 0.8, "seed": 2**33},
+        {"t": 1.1, "top_p": 0.999},
+    ]
+    vocab, count = 5003, len(wants)
+    logits = randn(count, vocab, scale=3.0)
+    logits[:, 5::3] = float("-inf")
+    position = np.array([4, 0, 9, 3, 100, 8])
+    tokens = torch.full((count, 128), -1, dtype=torch.int32, device=DEVICE)
+    rows = torch.arange(count, dtype=torch.int32, device=DEVICE).flip(0)
+    got = sampling.sample(
+        logits, rows, torch.from_numpy(position - 1).int().to(DEVICE), settings_of(wants[::-1]), tokens
+    )
+    host = logits.cpu().numpy()
+    for i, want in enumerate(wants):
+        line, t = host[i].astype(np.float64), want["t"]
+        keep = np.isfinite(line)
+        if t:
+            rank = np.argsort(-line, kind="stable")
+            keep &= line / t >= line.max() / t + np.log(max(want.get("min_p", 0.0), 1e-30))
+            if k := want.get("top_k"):
+                keep[rank[k:]] = False
+            mass = np.where(keep, np.exp((line - line.max()) / t), 0.0)[rank]
+            keep[rank[np.cumsum(mass) - mass >= want.get("top_p", 1.0) * mass.sum()]] = False
+            line = line / t + gumbel(want.get("seed", 7), int(position[i]), np.arange(vocab))
+        assert int(got[i]) == int(np.where(keep, line, -np.inf).argmax()), want
+        assert int(tokens[count - 1 - i, position[i]]) == int(got[i])
+
+
+def test_greedy_sampling_takes_the_first_of_equals_and_skips_padding():
+    logits = torch.zeros(3, 9001, device=DEVICE)
+    logits[0, [8000, 4500]] = 2.0
+    logits[2, 77] = 1.0
+    tokens = torch.full((3, 4), -1, dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([1, -1, 0], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([2, 0, 0], dtype=torch.int32, device=DEVICE)
+    got = sampling.sample(logits, rows, positions, settings_of([{}] * 3), tokens, greedy=True)
+    assert got.tolist() == [4500, -1, 77]
+    assert tokens.tolist() == [[-1, 77, -1, -1], [-1, -1, -1, 4500], [-1] * 4]
+
+
+def test_the_tolerances_can_fail():
+    x = randn(3, 40)
+    assert not close(x * (1 + 10 * TOLERANCE[torch.float32]), x)
+    assert isinstance(make_case(next(iter(ATTENTIONS)), start=[0], count=[1]), Case)
