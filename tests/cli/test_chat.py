@@ -157,6 +157,12 @@ def test_a_piped_chat_prints_answers_only():
     assert (done.returncode, done.stdout) == (0, "one\ntwo\n")
 
 
+def test_bytes_that_are_no_text_do_not_end_the_chat():
+    command = [sys.executable, str(ECHO), "0", "infer"]
+    done = subprocess.run(command, input=b"caf\xe9\nnext\n", capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.decode()) == (0, "caf\ufffd\nnext\n")
+
+
 def test_ctrl_c_ends_a_single_answer():
     command = [sys.executable, str(ECHO), "0.05", "infer", "--prompt", "b" * 200]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -58,6 +58,15 @@ def test_flags_reach_the_request(echo, capsys):
     assert params.stop_token_ids == FakeTemplate.stop_ids
 
 
+def test_a_base_model_continues_the_text(monkeypatch, capsys):
+    backend = FakeBackend()
+    monkeypatch.setattr(infer, "load", lambda model, engine: Loaded(backend, None, {"temperature": 0.0}))
+    assert cli.main(["infer", "--prompt", "abc", "--verbose"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "abc\n"
+    assert said.err.startswith("[3 prompt tokens;")  # the bare text, no role around it
+
+
 def test_an_answer_ends_where_the_context_does(echo, capsys):
     assert cli.main(["infer", "--prompt", "abc"]) == 0
     assert echo[0].params.max_tokens == 512 - len(echo[0].prompt_token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def run(options: InferOptions) -> int:
         return run_dataset(options)
     if options.result_path is not None:
         raise UsageError("--result_path goes with --val_dataset", param="result_path")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text shall not end a conversation
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", param="prompt")
