@@ -194,6 +194,7 @@ def _with_traits(card: ModelCard, entry: Entry | None) -> ModelCard:
         licence=entry.licence or card.licence,
         model_type=entry.model_type,
         lora_target_modules=entry.lora_target_modules,
+        generation_config={**entry.generation, **card.generation_config},
     )
 
 

