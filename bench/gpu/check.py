@@ -168,7 +168,11 @@ def kernels(args) -> None:
             case = make_case(name, [0, 1, 33, 200, 15, 127], [1] * 6, dtype)
             case.fill()
             q = torch.randn(6, case.spec.heads, case.spec.head_dim, device="cuda").to(dtype)
-            room = decode_attention.scratch(6, [case.spec], torch.device("cuda"))
+            room = decode_attention.Scratch(
+                torch.empty(1 << 23, device="cuda"),
+                torch.empty(1 << 17, device="cuda"),
+                torch.zeros(1 << 12, dtype=torch.int32, device="cuda"),
+            )
             for tile in (None, decode_attention.Tile(64, 1, 4, 3), decode_attention.Tile(16, 3, 4, 2)):
                 for _ in range(2):
                     got = decode_attention.decode_attention(
@@ -261,7 +265,8 @@ def _sampling(expect) -> None:
     got = sampling.sample(logits, rows, at, torch.from_numpy(table).cuda(), tokens)
     want = ReferenceOps.sample(logits.clone(), Sampling(t, k, p, m, seed, position))
     say("kernels", sampled_rows=count, equal=int((got == want).sum()))
-    expect("greedy rows", got[torch.from_numpy(t == 0).cuda()], want[torch.from_numpy(t == 0).cuda()])
+    greedy = torch.from_numpy(np.flatnonzero(t == 0)).cuda()
+    expect("greedy rows", got[greedy].float(), want[greedy].float())
 
 
 def engine(args) -> None:

@@ -1,6 +1,6 @@
 """The engine on the CUDA runner gives what the engine on the reference gives, in float32, token for token.
 
-Where there is no GPU one small case runs under Triton's interpreter, which walks all of the code but graphs and overlap.
+Where there is no GPU one small case runs under Triton's interpreter: all of the code but graphs and overlap.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.runners.cuda_runner import CudaRunner
 from martlet.runners.torch_runner import TorchRunner
-
 
 gpu = pytest.mark.gpu
 
