@@ -8,10 +8,9 @@ using namespace martlet;
 
 #define API extern "C" __attribute__((visibility("default")))
 
-// Changes with every change of a struct or signature: Python refuses a library of another version.
-API int martlet_abi() { return 1; }
-
 API int martlet_widest_isa() { return widest_isa(); }
+
+API int martlet_fastest_isa() { return fastest_isa(); }
 
 // null when this processor cannot run `isa`.
 API Executor* martlet_open(int threads, int spins, int isa) {

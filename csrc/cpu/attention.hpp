@@ -11,48 +11,64 @@
 namespace martlet {
 namespace MARTLET_ISA {
 
-constexpr int kQueryRows = L == 16 ? 6 : L == 8 ? 2 : 1;  // query rows that a tile of attention keeps in registers
+// Query rows that a tile keeps in registers, with 16 keys each or with 4 vectors of a value.
+constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 2 : 1;
+constexpr int kValueRows = L == 16 ? 5 : L == 8 ? 2 : 1;
 
-template <bool kBF16>
-struct CacheType {
-  static constexpr int kPack = kBF16 ? 2 : 1;
-  static constexpr int kBytes = 4 / kPack;
-  // acc += a * b, summed over the pack.
-  static INLINE F mad(F acc, U a, U b) { return kBF16 ? dot2(acc, a, b) : fma((F)a, (F)b, acc); }
+// What the cache holds, and how it meets queries and weights.
+enum class Kv { kFloats, kPairs, kWidened };  // f32; bf16 times bf16 pairs; bf16 times f32
+
+template <Kv kKind>
+struct Cache {
+  static constexpr int kPack = kKind == Kv::kFloats ? 1 : 2;  // elements in a 32-bit lane of the cache
+  static constexpr int kBytes = kKind == Kv::kPairs ? 2 : 4;  // of an element of a query, or of a weight
+  static constexpr int kLane = kPack * kBytes;                // bytes of those that meet one lane
+  struct Lane {
+    F first, second;
+  };
+  static INLINE Lane unpack(const uint8_t* p) {
+    const U raw = load<U>(p);
+    return kKind == Kv::kWidened ? Lane{low_bf16(raw), high_bf16(raw)} : Lane{(F)raw, F{}};
+  }
+  // acc += lane * x, over the pack.
+  static INLINE F mad(F acc, const Lane& lane, const uint8_t* x) {
+    if (kKind == Kv::kPairs) return dot2(acc, (U)lane.first, splat(scalar<uint32_t>(x)));
+    acc = fma(lane.first, splat(scalar<float>(x)), acc);
+    return kKind == Kv::kFloats ? acc : fma(lane.second, splat(scalar<float>(x + 4)), acc);
+  }
 };
 
 // scores[r][16] of kRows queries against one tile of 16 keys.
-template <bool kBF16, int kRows>
+template <Kv kKind, int kRows>
 INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* scores) {
-  using C = CacheType<kBF16>;
+  using C = Cache<kKind>;
   constexpr int kVectors = 16 / L;
   F acc[kRows][kVectors] = {};
   const int steps = dim / C::kPack;
   for (int d = 0; d < steps; ++d)
     for (int v = 0; v < kVectors; ++v) {
-      const U key = load<U>(k_tile + d * 64 + v * 4 * L);
-      for (int r = 0; r < kRows; ++r)
-        acc[r][v] = C::mad(acc[r][v], key, splat(scalar<uint32_t>(q + ((int64_t)r * steps + d) * 4)));
+      const typename C::Lane key = C::unpack(k_tile + d * 64 + v * 4 * L);
+      for (int r = 0; r < kRows; ++r) acc[r][v] = C::mad(acc[r][v], key, q + ((int64_t)r * steps + d) * C::kLane);
     }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(scores + r * kChunk + v * L, acc[r][v]);
 }
 
 // out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
-template <bool kBF16, int kRows, int kVectors>
+template <Kv kKind, int kRows, int kVectors>
 INLINE void value_tile(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, int column,
                        float* out) {
-  using C = CacheType<kBF16>;
+  using C = Cache<kKind>;
   F acc[kRows][kVectors] = {};
   constexpr int kSteps = 16 / C::kPack;
   for (int tile = 0; tile < tiles; ++tile) {
     if (!v_tiles[tile]) continue;
     for (int s = 0; s < kSteps; ++s) {
-      U value[kVectors];
-      for (int v = 0; v < kVectors; ++v) value[v] = load<U>(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
+      typename C::Lane value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = C::unpack(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
       for (int r = 0; r < kRows; ++r) {
-        const U p = splat(scalar<uint32_t>(weights + (int64_t)r * kChunk * C::kBytes + (tile * kSteps + s) * 4));
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = C::mad(acc[r][v], p, value[v]);
+        const uint8_t* p = weights + (int64_t)r * kChunk * C::kBytes + (tile * kSteps + s) * C::kLane;
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = C::mad(acc[r][v], value[v], p);
       }
     }
   }
@@ -60,17 +76,17 @@ INLINE void value_tile(const uint8_t* weights, const uint8_t* const* v_tiles, in
     for (int v = 0; v < kVectors; ++v) store(out + (int64_t)r * dim + column + v * L, acc[r][v]);
 }
 
-template <bool kBF16, int kRows>
+template <Kv kKind, int kRows>
 INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
   constexpr int kMost = 4;
   int column = 0;
   for (; column + kMost * L <= dim; column += kMost * L)
-    value_tile<kBF16, kRows, kMost>(weights, v_tiles, tiles, dim, column, out);
-  for (; column < dim; column += L) value_tile<kBF16, kRows, 1>(weights, v_tiles, tiles, dim, column, out);
+    value_tile<kKind, kRows, kMost>(weights, v_tiles, tiles, dim, column, out);
+  for (; column < dim; column += L) value_tile<kKind, kRows, 1>(weights, v_tiles, tiles, dim, column, out);
 }
 
 // Softmax over positions lo ... hi - 1 of a chunk (relative), in place; the weights of all others become 0.
-template <bool kBF16>
+template <Kv kKind>
 INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, float* peak, float* total) {
   const I lane = [] {
     I v;
@@ -92,37 +108,37 @@ INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, 
     F p = {};
     if (i + L > lo && i < hi) p = exp(load<F>(scores + i) - *peak);
     all += p;
-    if (kBF16) store(weights + 2 * i, to_bf16(p));
+    if (kKind == Kv::kPairs) store(weights + 2 * i, to_bf16(p));
     else store(weights + 4 * i, p);
   }
   *total = sum(all);
 }
 
-template <bool kBF16, int M>
+template <Kv kKind, int M>
 INLINE void scores_of(const uint8_t* q, int rows, const uint8_t* k_tile, int dim, float* scores) {
-  using C = CacheType<kBF16>;
+  using C = Cache<kKind>;
   for (; rows >= M; rows -= M, q += (int64_t)M * dim * C::kBytes, scores += M * kChunk)
-    score_tile<kBF16, M>(q, k_tile, dim, scores);
+    score_tile<kKind, M>(q, k_tile, dim, scores);
   if constexpr (M > 1)
-    if (rows) scores_of<kBF16, M - 1>(q, rows, k_tile, dim, scores);
+    if (rows) scores_of<kKind, M - 1>(q, rows, k_tile, dim, scores);
 }
 
-template <bool kBF16, int M>
+template <Kv kKind, int M>
 INLINE void values_of(const uint8_t* weights, int rows, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
-  using C = CacheType<kBF16>;
+  using C = Cache<kKind>;
   for (; rows >= M; rows -= M, weights += M * kChunk * C::kBytes, out += (int64_t)M * dim)
-    value_rows<kBF16, M>(weights, v_tiles, tiles, dim, out);
+    value_rows<kKind, M>(weights, v_tiles, tiles, dim, out);
   if constexpr (M > 1)
-    if (rows) values_of<kBF16, M - 1>(weights, rows, v_tiles, tiles, dim, out);
+    if (rows) values_of<kKind, M - 1>(weights, rows, v_tiles, tiles, dim, out);
 }
 
-template <bool kBF16>
+template <Kv kKind>
 void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
-  using C = CacheType<kBF16>;
+  using C = Cache<kKind>;
   const int group = op.heads / op.kv_heads, rows = task.tokens * group, begin = chunk * kChunk;
   const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
   const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
-  const int64_t tile_bytes = 16 * (int64_t)op.dim * C::kBytes, per_block = task.block_size / 16;
+  const int64_t tile_bytes = 64 * (int64_t)op.dim / C::kPack, per_block = task.block_size / 16;
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + (int64_t)rows * kChunk);
   const uint8_t* v_tiles[kChunk / 16];
@@ -133,22 +149,22 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     const int64_t at = (begin + tile * 16) / 16;
     const int64_t index = ((int64_t)task.blocks[at / per_block] * op.kv_heads + task.kv_head) * per_block + at % per_block;
     v_tiles[tile] = (const uint8_t*)op.v_cache + index * tile_bytes;
-    scores_of<kBF16, kQueryRows>((const uint8_t*)task.q, rows, (const uint8_t*)op.k_cache + index * tile_bytes, op.dim,
+    scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, (const uint8_t*)op.k_cache + index * tile_bytes, op.dim,
                                  scores + tile * 16);
   }
   for (int r = 0; r < rows; ++r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
-    softmax<kBF16>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes, part.peak + r,
+    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes, part.peak + r,
                    part.total + r);
   }
-  values_of<kBF16, kQueryRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
+  values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
 }
 
 // The softmax of a task's queries over one chunk. scratch: attention_scratch floats.
 void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
-  if (op.bf16) chunk_of<true>(op, task, chunk, scratch, part);
-  else chunk_of<false>(op, task, chunk, scratch, part);
+  if (op.bf16) chunk_of<kPairDot ? Kv::kPairs : Kv::kWidened>(op, task, chunk, scratch, part);
+  else chunk_of<Kv::kFloats>(op, task, chunk, scratch, part);
 }
 
 // state = state merged with the next chunk's part.

@@ -35,6 +35,7 @@ enum Format : int32_t {
 };
 
 // What a linear's input is turned into before it meets the weights.
+//   kActBF16     rounded to bf16; as pairs, or as f32 where the processor has no product of pairs (kPairDot)
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 4 high parts, then 4 low parts, and so on
 //   kActByte64   groups of 64, value = scale * s8
 enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64 };
@@ -87,8 +88,8 @@ constexpr int64_t groups_at(ActKind kind, int64_t k) {
 }
 constexpr int64_t act_bytes(ActKind kind, int64_t k) {
   switch (kind) {
-    case kActF32: return round_up(4 * k, 64);
-    case kActBF16: return round_up(2 * k, 64);
+    case kActF32:
+    case kActBF16: return round_up(4 * round_up(k, 2), 64);
     case kActSplit32: return round_up(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)), 64);
     default: return round_up(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)), 64);
   }

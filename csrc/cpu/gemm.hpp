@@ -190,17 +190,21 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
     }
 }
 
-template <bool kPairs, int M>
+template <bool kBF16, int M>
 INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out) {
   F acc[M][kWide] = {};
-  const int steps = kPairs ? (k + 1) / 2 : k;
+  const int steps = kBF16 ? (k + 1) / 2 : k;
 #pragma GCC unroll 2
   for (int j = 0; j < steps; ++j) {
-    F w[kWide];
-    for (int i = 0; i < kWide; ++i) w[i] = load<F>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
-    for (int m = 0; m < M; ++m) {
-      const F x = splat(scalar<float>(acts + m * stride + 4 * (int64_t)j));
-      for (int i = 0; i < kWide; ++i) acc[m][i] = kPairs ? dot2(acc[m][i], (U)w[i], (U)x) : fma(w[i], x, acc[m][i]);
+    const uint8_t* x = acts + (int64_t)j * (kBF16 && !kPairDot ? 8 : 4);
+    for (int i = 0; i < kWide; ++i) {
+      const U w = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
+      for (int m = 0; m < M; ++m) {
+        const uint8_t* at = x + m * stride;
+        if (!kBF16) acc[m][i] = fma((F)w, splat(scalar<float>(at)), acc[m][i]);
+        else if (kPairDot) acc[m][i] = dot2(acc[m][i], w, splat(scalar<uint32_t>(at)));
+        else acc[m][i] = fma(high_bf16(w), splat(scalar<float>(at + 4)), fma(low_bf16(w), splat(scalar<float>(at)), acc[m][i]));
+      }
     }
   }
   for (int m = 0; m < M; ++m)
@@ -229,14 +233,14 @@ struct BlockTile {
   }
 };
 
-template <bool kPairs>
+template <bool kBF16>
 struct DenseTile {
   const uint8_t* panel;
   int64_t stride;
   int k;
   template <int M>
   INLINE void run(int v0, const uint8_t* acts, float* out) const {
-    dense_tile<kPairs, M>(panel, v0, acts, stride, k, out);
+    dense_tile<kBF16, M>(panel, v0, acts, stride, k, out);
   }
 };
 

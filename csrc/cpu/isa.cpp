@@ -28,6 +28,16 @@ Isa widest_isa() {
 #endif
 }
 
+Isa fastest_isa() {
+  const Isa widest = widest_isa();
+#if defined(__x86_64__)
+  // Intel's vdpbf16ps starts every second cycle, two FMAs every cycle: pairs cost as much as floats and round more.
+  unsigned a, b, c, d;
+  if (widest == kAvx512BF16 && __get_cpuid(0, &a, &b, &c, &d) && c == signature_INTEL_ecx) return kAvx512Vnni;
+#endif
+  return widest;
+}
+
 const Kernels* kernels_for(Isa isa) {
   switch (isa) {
     case kGeneric: return &kernels_generic;

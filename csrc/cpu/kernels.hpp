@@ -7,6 +7,7 @@
 namespace martlet {
 
 struct Kernels {
+  bool pair_dot;  // queries of a bf16 cache are bf16 too, else f32
   void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);
   void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                         uint8_t* scratch, float* out);
@@ -35,6 +36,7 @@ extern const Kernels kernels_avx2, kernels_avx512_vnni, kernels_avx512_bf16;
 #endif
 
 Isa widest_isa();  // that this processor and its operating system run
+Isa fastest_isa();  // the one to use: the widest, unless a plainer one is known to be faster here
 const Kernels* kernels_for(Isa);
 
 }  // namespace martlet

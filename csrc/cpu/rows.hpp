@@ -34,6 +34,13 @@ INLINE F normed(const float* x, const float* norm, float factor, int i, int coun
   return norm ? v * factor * w : v;
 }
 
+// The first `bytes` of v, or all of it.
+template <class V>
+INLINE void put_lanes(void* out, V v, int64_t bytes) {
+  if (bytes >= (int64_t)sizeof v) store(out, v);
+  else std::memcpy(out, &v, (size_t)bytes);
+}
+
 template <ActKind kKind>
 INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
   constexpr int kGroup = kKind == kActSplit32 ? 32 : 64, kVectors = kGroup / L;
@@ -52,13 +59,10 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
       const I q = round_to_int(v[i] * inverse);
       halves[i * 2 / kVectors] += q;
       if (kKind == kActByte64) {
-        store(out + g * kGroup + i * L, __builtin_convertvector(q, Bytes));
+        store(out + g * kGroup + i * L, to_bytes(q));
       } else {
         const I high = (q + 64) >> 7;
-        const Bytes parts[2] = {__builtin_convertvector(high, Bytes), __builtin_convertvector(q - (high << 7), Bytes)};
-        for (int j = 0; j < L / 4; ++j)
-          for (int part = 0; part < 2; ++part)
-            std::memcpy(out + 2 * (g * kGroup + i * L + 4 * j) + 4 * part, (const char*)&parts[part] + 4 * j, 4);
+        store_quads(out + 2 * (g * kGroup + i * L), to_bytes(high), to_bytes(q - (high << 7)));
       }
     }
     Group group;
@@ -79,14 +83,15 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
     case kActBF16:
       for (int i = 0; i < k; i += L) {
         const Halves v = to_bf16(normed(x, norm, factor, i, least(L, k - i)));
-        if (i + L <= k) store(out + 2 * i, v);
-        else std::memcpy(out + 2 * i, &v, 2 * (size_t)round_up(k - i, 2));
+        const int count = (int)round_up(least(L, k - i), 2);
+        if (kPairDot) put_lanes(out + 2 * i, v, 2 * count);
+        else put_lanes(out + 4 * i, from_bf16(v), 4 * count);
       }
       return;
     case kActF32:
       for (int i = 0; i < k; i += L) {
         const F v = normed(x, norm, factor, i, least(L, k - i));
-        std::memcpy(out + 4 * i, &v, 4 * (size_t)least(L, k - i));
+        put_lanes(out + 4 * i, v, 4 * (k - i));
       }
   }
 }
@@ -125,7 +130,10 @@ void finish(const LinearOp& op, int panel, const float* products, int row0, int 
       const int lanes = least(L, columns - i);
       F v = load<F>(p + i), old = {};
       if (op.bias) v += load<F>(op.bias + panel * kPanel + i);
-      if (op.epilogue == kAdd || op.epilogue == kMultiply) std::memcpy(&old, y + i, 4 * (size_t)lanes);
+      if (op.epilogue == kAdd || op.epilogue == kMultiply) {
+        if (lanes == L) old = load<F>(y + i);
+        else std::memcpy(&old, y + i, 4 * (size_t)lanes);
+      }
       switch (op.epilogue) {
         case kAdd: v += old; break;
         case kMultiply: v *= old; break;
@@ -136,8 +144,7 @@ void finish(const LinearOp& op, int panel, const float* products, int row0, int 
           v = activate(op.activation, v) * up;
         }
       }
-      if (lanes == L) store(y + i, v);
-      else std::memcpy(y + i, &v, 4 * (size_t)lanes);
+      put_lanes(y + i, v, 4 * lanes);
     }
   }
 }
@@ -158,14 +165,14 @@ INLINE void rotate_head(const AttentionOp& op, const float* x, const float* norm
     for (int i = 0; i < op.dim; ++i) out[i] *= scale;
 }
 
+INLINE uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 INLINE void put(bool bf16, void* base, int64_t index, float value) {
-  if (bf16) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    ((uint16_t*)base)[index] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  } else {
-    ((float*)base)[index] = value;
-  }
+  if (bf16) ((uint16_t*)base)[index] = bf16_bits(value);
+  else ((float*)base)[index] = value;
 }
 
 constexpr int kMaxHeadDim = 512;
@@ -178,7 +185,7 @@ INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
     for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
 }
 
-// Prepares token t for one kv head: its queries, [group][dim] in the cache's type, into q; its key and value into
+// Prepares token t for one kv head: its queries, [group][dim] in bf16 for kPairDot, else f32, into q; its key and value into
 // `slot` of the tiles at k_tile and v_tile. last: the sequence holds nothing behind this token.
 void rotate_and_store(const AttentionOp& op, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile,
                       void* q) {
@@ -188,7 +195,7 @@ void rotate_and_store(const AttentionOp& op, int64_t t, int kv_head, int slot, b
   float head[kMaxHeadDim];
   for (int h = 0; h < group; ++h) {
     rotate_head(op, x + (kv_head * group + h) * dim, op.q_norm, cosines, sines, op.scale, head);
-    for (int i = 0; i < dim; ++i) put(op.bf16, q, h * dim + i, head[i]);
+    for (int i = 0; i < dim; ++i) put(op.bf16 && kPairDot, q, h * dim + i, head[i]);
   }
   rotate_head(op, x + (op.heads + kv_head) * dim, op.k_norm, cosines, sines, 1.0f, head);
   for (int i = 0; i < dim; ++i) put(op.bf16, k_tile, (i / pack * 16 + slot) * pack + i % pack, head[i]);

@@ -138,15 +138,21 @@ INLINE I dot4(I acc, U weights, U acts) {
 #endif
 }
 
-// acc[i] += a pair of bf16 products; each 32-bit lane holds two bf16.
-INLINE F dot2(F acc, U a, U b) {
+// Two bf16 in each 32-bit lane, as two vectors of floats.
+INLINE F low_bf16(U pairs) { return (F)(pairs << 16); }
+INLINE F high_bf16(U pairs) { return (F)(pairs & 0xffff0000u); }
+
+// Whether bf16 is multiplied in pairs as it is. Where there is no instruction for that, the other factor is kept in
+// f32 and a pair costs two multiply-adds, and two more operations that many rows share.
 #if defined(__AVX512BF16__)
-  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+constexpr bool kPairDot = true;
+INLINE F dot2(F acc, U a, U b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 #else
-  acc = fma((F)(a << 16), (F)(b << 16), acc);
-  return fma((F)(a & 0xffff0000u), (F)(b & 0xffff0000u), acc);
-#endif
+constexpr bool kPairDot = false;
+INLINE F dot2(F acc, U a, U b) {
+  return fma(high_bf16(a), high_bf16(b), fma(low_bf16(a), low_bf16(b), acc));
 }
+#endif
 
 INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
@@ -175,10 +181,50 @@ INLINE F load_half(const void* p) {
 #endif
 }
 
-template <class Byte>
-INLINE F load_bytes(const Byte* p) {  // L bytes, signed or not, as floats
-  typedef Byte V __attribute__((vector_size(L)));
-  return __builtin_convertvector(load<V>(p), F);
+// L bytes at p as floats.
+INLINE F load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  F out;
+  for (int i = 0; i < L; ++i) out[i] = p[i];
+  return out;
+#endif
+}
+INLINE F load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  F out;
+  for (int i = 0; i < L; ++i) out[i] = p[i];
+  return out;
+#endif
+}
+
+// The low bytes of L integers.
+INLINE Bytes to_bytes(I v) {
+#if defined(__AVX512F__)
+  return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
+}
+
+// Writes 2 L bytes: four of a, four of b, and so on.
+INLINE void store_quads(void* out, Bytes a, Bytes b) {
+#if defined(__AVX512F__)
+  store(out, _mm_unpacklo_epi32((__m128i)a, (__m128i)b));
+  store((char*)out + 16, _mm_unpackhi_epi32((__m128i)a, (__m128i)b));
+#else
+  for (int i = 0; i < L; i += 4) {
+    std::memcpy((char*)out + 2 * i, (const char*)&a + i, 4);
+    std::memcpy((char*)out + 2 * i + 4, (const char*)&b + i, 4);
+  }
+#endif
 }
 
 // bf16 with round to nearest even, as 16-bit values. NaN stays NaN.

@@ -187,7 +187,7 @@ uint8_t* Executor::kv_tile(void* cache, const AttentionOp& op, const int32_t* bl
 
 void Executor::attention(Worker& worker, const AttentionOp& op) {
   const int n = (int)tokens_.size(), group = op.heads / op.kv_heads;
-  const int64_t query_bytes = (int64_t)group * op.dim * (op.bf16 ? 2 : 4);
+  const int64_t query_bytes = (int64_t)group * op.dim * (op.bf16 && kernels_.pair_dot ? 2 : 4);
   uint8_t* queries = queries_.reserve(0);
   const auto table = [&](int seq) { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; };
 

@@ -17,6 +17,7 @@ SPINS = 4000  # polls before a waiting thread sleeps: 50-200 us, more than the g
 
 _SIGNATURES = {
     "martlet_widest_isa": (c_int, []),
+    "martlet_fastest_isa": (c_int, []),
     "martlet_open": (c_void_p, [c_int, c_int, c_int]),
     "martlet_close": (None, [c_void_p]),
     "martlet_panel_bytes": (c_int64, [c_int, c_int64]),
@@ -57,12 +58,12 @@ def source_row_bytes(source: Format, inputs: int) -> int:
 class Executor:
     """A team of threads that runs programs. One call at a time; close it when done.
 
-    isa: one of ISAS, None for the widest. Raises BackendUnavailable when this processor cannot run it.
+    isa: one of ISAS, None for the fastest here. Raises BackendUnavailable when this processor cannot run it.
     """
 
     def __init__(self, threads: int, *, cores: int | None = None, isa: str | None = None):
         self.threads = threads
-        self.isa = isa or widest_isa()
+        self.isa = isa or ISAS[library().martlet_fastest_isa()]
         spins = SPINS if threads <= (cores or threads) else 0  # a spinning thread would keep another from its core
         self._handle = library().martlet_open(threads, spins, ISAS.index(self.isa))
         if not self._handle:
