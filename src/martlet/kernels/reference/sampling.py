@@ -2,7 +2,7 @@
 
 What top_k, min_p and top_p leave is always a prefix of the tokens ranked by (logit descending, id ascending). Nearly
 always it lies within the few likeliest, which one small topk finds, and only they are given noise. Rows whose prefix
-is longer find the logit at its end by bisection over the float32 numbers.
+is longer find the logit at its end by radix select.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from martlet.kernels.ops import Penalties, Sampling
 from martlet.kernels.reference.philox import gumbel
 
 GREEDY_BELOW = 1e-5
-CANDIDATES = (64, 1024)  # sizes of the topk to try before bisection
+CANDIDATES = (64, 1024)  # sizes of the topk to try before radix select
+DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the digits of a 32-bit number, highest first
 
 
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -121,8 +122,8 @@ def _survivors(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p:
     """Which tokens of x [R, V] the three cuts leave, exactly; bool [R, V]."""
     best = x.amax(-1, keepdim=True)
     keep = (x >= best + min_p.log()) & (x > float("-inf"))
-    everything = torch.ones_like(top_k, dtype=torch.float64) * x.shape[1]
-    keep &= _prefix(x, keep.double(), torch.where(top_k > 0, top_k.double(), everything))
+    if (top_k > 0).any():
+        keep &= _prefix(x, keep.double(), torch.where(top_k > 0, top_k, x.shape[1]).double())
     mass = (x - best).exp().double() * keep
     return keep & _prefix(x, mass, top_p.double() * mass.sum(-1, keepdim=True))
 
@@ -130,16 +131,20 @@ def _survivors(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p:
 def _prefix(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The shortest prefix of the ranked tokens whose weight reaches `target` (all, if none does); bool [R, V].
 
-    Bisects for the largest logit t such that tokens of at least t weigh enough, over the integers that order float32.
+    Radix select: the logit at its end is found digit by digit, each by one histogram of the tokens still in question.
     """
-    bits = (x + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0 in bits as well
-    key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
-    low, high = key.amin(-1, keepdim=True), key.amax(-1, keepdim=True) + 1  # all are at least low, none at least high
-    for _ in range(33):
-        middle = (low + high) // 2
-        enough = (weight * (key >= middle)).sum(-1, keepdim=True) >= target
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    above, equal = key > low, key == low
-    missing = target - (weight * above).sum(-1, keepdim=True)
-    tied = weight * equal
-    return above | (equal & (tied.cumsum(-1) - tied < missing))
+    bits = (x + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0 in bits as well
+    key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) + (1 << 31)  # ordered like x, 0 ... 2**32 - 1
+    tied = torch.ones_like(x, dtype=torch.bool)  # tokens that share the digits found so far
+    above = torch.zeros_like(target)  # weight of the tokens that rank before those
+    last = torch.zeros_like(target, dtype=torch.int64)
+    for shift, width in DIGITS:
+        digit = (key >> shift) & ((1 << width) - 1)
+        histogram = weight.new_zeros(len(x), 1 << width).scatter_add_(1, digit, weight * tied)
+        reached = histogram.flip(-1).cumsum(-1).flip(-1)  # weight of this digit and higher ones
+        found = ((above + reached >= target).sum(-1, keepdim=True) - 1).clamp(min=0)
+        above += (reached - histogram).gather(-1, found)
+        tied &= digit == found
+        last += found << shift
+    equal = weight * tied
+    return (key > last) | (tied & (equal.cumsum(-1) - equal < target - above))
