@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -58,7 +59,9 @@ class Layer:
         x = qkv.astype(np.float64).reshape(n, heads + 2 * kv, dim)
         q, k, v = x[:, :heads], x[:, heads : heads + kv], x[:, heads + kv :]
         if self.norms:
-            q, k = (t / np.sqrt((t * t).mean(-1, keepdims=True) + 1e-6) * w for t, w in zip((q, k), self.norms))
+            q, k = (
+                t / np.sqrt((t * t).mean(-1, keepdims=True) + 1e-6) * w for t, w in zip((q, k), self.norms, strict=True)
+            )
         q, k = (self._rotated(t) for t in (q, k))
         scores = np.einsum("qkgd,tkd->kgqt", q.reshape(n, kv, heads // kv, dim), k) * dim**-0.5
         seen = np.tril(np.ones((n, n), bool))
@@ -102,7 +105,7 @@ def test_steps_of_any_size_give_the_bits_of_one(isa, heads, kv_heads, dim, bf16)
     again = Layer(executor(isa), heads, kv_heads, dim, bf16=bf16)
     cuts = [0, 1, 2, 17, 60, 127, 128, 129, 131]
     parts = []
-    for i, (begin, end) in enumerate(zip(cuts, cuts[1:])):  # beside it, another sequence of the same lengths
+    for i, (begin, end) in enumerate(itertools.pairwise(cuts)):  # beside it, another sequence of the same lengths
         beside = [b[begin:end], a[begin:end]] if i % 2 else [a[begin:end], b[begin:end]]
         y = again.step(np.concatenate(beside), [1, 0] if i % 2 else [0, 1], [begin] * 2, [end - begin] * 2)
         parts.append(y[end - begin :] if i % 2 else y[: end - begin])

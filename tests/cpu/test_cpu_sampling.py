@@ -27,7 +27,7 @@ def run_head(run: Executor, logits: np.ndarray, sampling: np.ndarray, *, tokens=
 
     tokens: int32 [R, known], what the rows hold; the last one is what the step computes.
     """
-    n, vocab = logits.shape
+    n = len(logits)
     tokens = np.zeros((n, 1), np.int32) if tokens is None else np.array(tokens, np.int32)
     rows = Rows(np.pad(tokens, ((0, 0), (0, 1))), np.zeros((n, 64), np.int32), sampling)
     matrix = Packer(run).stack([np.ascontiguousarray(logits.T)], Format.F32)

@@ -62,7 +62,7 @@ class Executor:
     """
 
     def __init__(self, threads: int, *, cores: int | None = None, isa: str | None = None):
-        self.threads = threads
+        self.threads, self._handle = threads, None
         self.isa = isa or ISAS[library().martlet_fastest_isa()]
         spins = SPINS if threads <= (cores or threads) else 0  # a spinning thread would keep another from its core
         self._handle = library().martlet_open(threads, spins, ISAS.index(self.isa))

@@ -1,0 +1,235 @@
+"""The whole runner: logits of small random models against the torch reference, and what must not change a bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from martlet import hub
+from martlet.errors import BackendUnavailable, UsageError
+from martlet.hub.card import ModelCard
+from martlet.kernels.cpu import build
+from martlet.kernels.cpu import library as native
+from martlet.runners.base import Batch, LoadOptions, NewRow, StepResult
+from martlet.runners.cpu_runner import CpuRunner
+from martlet.runners.torch_runner import TorchRunner
+from martlet.sampling_params import SamplingParams
+
+VOCAB = 211  # no multiple of a panel
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 32,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+MODELS = {
+    "llama": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama-bias": {"num_attention_heads": 4, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True,
+                   "hidden_act": "gelu", "rope_scaling": LLAMA3},
+    "mistral": {"num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": 19},
+    "qwen2": {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150).astype(np.int32)
+
+
+def card(name: str) -> ModelCard:
+    family = name.split("-")[0]
+    return ModelCard(name, Path(name), "dummy", family, config=SHAPE | MODELS[name] | {"model_type": family})
+
+
+def load(name: str, **options) -> CpuRunner:
+    return CpuRunner(card(name), LoadOptions(**{"max_num_seqs": 4, "kv_cache_tokens": 1024} | options))
+
+
+class Driver:
+    """Feeds sequences to a runner as an engine would, with blocks dealt out in random order."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.free = np.random.default_rng(1).permutation(runner.memory.num_blocks).tolist()
+        self.done: dict[int, int] = {}
+        self.owned: dict[int, int] = {}
+
+    def step(self, work, enter=(), drafts=None, copies=()) -> StepResult:
+        """work: (row, tokens to compute, whether to sample). enter: (row, tokens, params)."""
+        new = [NewRow(row, tokens, len(tokens), params, seed=5) for row, tokens, params in enter]
+        for row, *_ in enter:
+            self.done[row] = self.owned[row] = 0
+        writes = []
+        for row, count, _ in work:
+            while self.owned[row] * self.runner.memory.block_size < self.done[row] + count:
+                writes.append((row, self.owned[row], self.free.pop()))
+                self.owned[row] += 1
+        rows, slots, ids = np.array(writes, np.int32).reshape(-1, 3).T
+        batch = Batch(
+            rows=np.array([w[0] for w in work], np.int32),
+            start=np.array([self.done[w[0]] for w in work], np.int32),
+            count=np.array([w[1] for w in work], np.int32),
+            sample=np.array([w[2] for w in work], bool),
+            drafts=drafts, new_rows=new, block_rows=rows, block_slots=slots, block_ids=ids,
+            copies=np.array(copies, np.int32).reshape(-1, 2),
+        )  # fmt: skip
+        for row, count, _ in work:
+            self.done[row] += count
+        return self.runner.launch(batch).result()
+
+
+def everything(runner, tokens: np.ndarray, chunks, beside: bool = False) -> np.ndarray:
+    """Log-probabilities of all tokens after each of `tokens`, float32 [T, vocab], computed in chunks of these sizes."""
+    params = SamplingParams(temperature=0, logprobs=VOCAB, prompt_logprobs=VOCAB)
+    driver, found = Driver(runner), []
+    enter = [(1, tokens, params)] + ([(0, tokens[::-1].copy(), params)] if beside else [])
+    for i, count in enumerate(chunks):
+        last = i == len(chunks) - 1
+        work = ([(0, count, False)] if beside else []) + [(1, count, last)]
+        result = driver.step(work, enter if i == 0 else ())
+        found += result.prompt_logprobs.get(int(beside), [])
+        if last:
+            found.append(result.logprobs[int(beside)])
+    dense = np.full((len(found), VOCAB), np.nan, np.float32)
+    for row, entry in zip(dense, found, strict=True):
+        row[entry.top_ids] = entry.top_logprobs
+        assert entry.logprob == row[entry.token] and entry.rank == (row > row[entry.token]).sum() + 1
+    return dense
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_reference(name):
+    runner = load(name, dtype="float32")
+    reference = TorchRunner(card(name), LoadOptions(device="cpu", dtype="float32", kv_cache_tokens=1024))
+    found, wanted = (everything(one, TOKENS, [150]) for one in (runner, reference))
+    assert np.abs(found - wanted).max() < 1e-4
+    for one in (runner, reference):
+        one.close()
+
+
+@pytest.mark.parametrize("quant", [None, "float32", "int8", "int4"])
+def test_chunks_and_neighbours_change_no_bit(quant):
+    runner = load("qwen3", quant=quant)
+    whole = everything(runner, TOKENS, [150])
+    np.testing.assert_array_equal(everything(runner, TOKENS, [1] * 150), whole)
+    np.testing.assert_array_equal(everything(runner, TOKENS, [7] * 21 + [3]), whole)
+    np.testing.assert_array_equal(everything(runner, TOKENS, [64, 64, 22], beside=True), whole)
+    runner.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_guesses_give_the_tokens_of_single_steps(temperature):
+    runner = load("llama", quant="int8")
+    params = SamplingParams(temperature=temperature)
+    driver = Driver(runner)
+    tokens = [int(driver.step([(0, 20, True)], [(0, TOKENS[:20], params)]).tokens[0])]
+    for _ in range(8):
+        tokens.append(int(driver.step([(0, 1, True)]).tokens[0]))
+
+    driver = Driver(runner)
+    driver.step([(1, 20, True), (0, 9, False)], [(1, TOKENS[:20], params), (0, TOKENS[:9], params)])
+    wrong = (tokens[3] + 1) % VOCAB
+    drafts = np.array([[*tokens[1:3], wrong, tokens[4]], [-1] * 4], np.int32)
+    result = driver.step([(1, 5, True), (0, 1, False)], drafts=drafts)
+    assert result.tokens.tolist() == [[*tokens[1:4], -1, -1], [-1] * 5]
+    driver.done[1] -= 2  # the wrong guess and the one behind it were computed for nothing
+    drafts = np.array([tokens[4:7]], np.int32)
+    assert driver.step([(1, 4, True)], drafts=drafts).tokens.tolist() == [tokens[4:8]]
+    assert driver.step([(1, 1, True)]).tokens.tolist() == [tokens[8]]
+    runner.close()
+
+
+def test_copied_blocks_continue_like_their_source():
+    runner = load("mistral")
+    params = SamplingParams(temperature=0, logprobs=5)
+    driver = Driver(runner)
+    driver.step([(0, 40, False)], [(0, TOKENS[:60], params)])
+    blocks = runner.blocks[0, :3].copy()
+    copies = [(int(block), driver.free.pop()) for block in blocks]
+    driver.done[2], driver.owned[2] = 40, 3
+    batch = Batch(
+        rows=np.array([0, 2], np.int32),
+        start=np.array([40, 40], np.int32),
+        count=np.array([20, 20], np.int32),
+        sample=np.array([True, True]),
+        new_rows=[NewRow(2, TOKENS[:60], 60, params, seed=5)],
+        copies=np.array(copies, np.int32),
+        block_rows=np.array([0, 2, 2, 2, 2], np.int32),
+        block_slots=np.array([3, 0, 1, 2, 3], np.int32),
+        block_ids=np.array([driver.free.pop(), *(target for _, target in copies), driver.free.pop()], np.int32),
+    )
+    result = runner.launch(batch).result()
+    assert result.tokens[0] == result.tokens[1] and result.logprobs[0].logprob == result.logprobs[1].logprob
+    runner.close()
+
+
+def test_what_it_cannot_run_it_says(monkeypatch, tmp_path):
+    with pytest.raises(BackendUnavailable, match="multiple of 16, not 4"):
+        load("llama", block_size=4)
+    with pytest.raises(BackendUnavailable, match="float16"):
+        load("llama", dtype="float16")
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        load("llama", device="cuda")
+    with pytest.raises(UsageError, match="int3"):
+        load("llama", quant="int3")
+    odd = card("llama")
+    with pytest.raises(BackendUnavailable, match="not 24"):
+        CpuRunner(ModelCard("odd", odd.path, "dummy", "llama", config=odd.config | {"head_dim": 24}), LoadOptions())
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "sources", lambda: build.Path(__file__).parents[2] / "csrc" / "cpu")
+    native.library.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailable, match="no C"):
+            load("llama")
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return hub.resolve("smollm2-135m-instruct")
+
+
+CHAT = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2]
+CHAT += [198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+PARIS = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # The capital of France is Paris.<|im_end|>
+
+
+@pytest.mark.parametrize("quant", [None, "float32"])
+def test_smollm2_answers(smollm2, quant):
+    runner = CpuRunner(smollm2, LoadOptions(quant=quant, max_num_seqs=2, kv_cache_tokens=256))
+    driver = Driver(runner)
+    prompt = np.array(CHAT, np.int32)
+    answer = [int(driver.step([(0, len(prompt), True)], [(0, prompt, SamplingParams(temperature=0))]).tokens[0])]
+    while len(answer) < len(PARIS):
+        answer.append(int(driver.step([(0, 1, True)]).tokens[0]))
+    assert answer == PARIS
+    runner.close()
+
+
+def test_quality_of_quantisation(smollm2):
+    """Mean change of the log-probability of 2,000 tokens of real text, against the same blocks in float32."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    tokens = np.array(hub.load_tokenizer(smollm2).encode(text)[:2001], np.int32)
+    assert len(tokens) == 2001
+    found = {}
+    for quant in ("float32", None, "int8", "int4"):
+        runner = CpuRunner(smollm2, LoadOptions(quant=quant, max_num_seqs=1, kv_cache_tokens=2048))
+        params, driver, scores = SamplingParams(temperature=0, prompt_logprobs=0), Driver(runner), []
+        for begin in range(0, 2001, 256):
+            work = [(0, min(256, 2001 - begin), False)]
+            scores += driver.step(work, [(0, tokens, params)] if begin == 0 else ()).prompt_logprobs[0]
+        found[quant] = np.array([entry.logprob for entry in scores])
+        runner.close()
+    change = {quant: np.abs(score - found["float32"]).mean() for quant, score in found.items()}
+    loss = {quant: found["float32"].mean() - score.mean() for quant, score in found.items()}
+    print({quant: f"|delta| {change[quant]:.4f}, loss {loss[quant]:+.4f}" for quant in found})
+    assert change[None] < 0.02
+    assert change["int8"] < 0.13 and loss["int8"] < 0.03
+    assert change["int4"] < 0.08 and loss["int4"] < 0.03  # the blocks of this file have four bits already
