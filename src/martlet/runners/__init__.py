@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 
 from martlet.errors import BackendUnavailable
@@ -10,18 +12,44 @@ from martlet.runners.base import LoadOptions, Runner
 
 __all__ = ["LoadOptions", "Runner", "load"]
 
+log = logging.getLogger("martlet")
 
-def load(card: ModelCard, options: LoadOptions, *, progress: Callable[[int, int], None] | None = None) -> Runner:
+Progress = Callable[[int, int], None]
+
+
+def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = None) -> Runner:
     """Load a model onto a device. progress(done, total) counts parameters.
 
+    On a GPU, the CUDA runner; on a CPU, the C++ runner, or torch where that cannot run the model.
     Raises ModelNotFound (no such family), CheckpointError, OutOfMemory, UsageError or BackendUnavailable.
     """
+    if options.device.startswith("cuda") or (options.device == "auto" and _has_cuda()):
+        from martlet.runners.cuda_runner import CudaRunner
+
+        return CudaRunner(card, options, progress)
     try:
-        from martlet.runners.torch_runner import TorchRunner
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise BackendUnavailable(
-            "this model runs on torch, which is not installed: pip install 'martlet[torch]'"
-        ) from None
+        from martlet.runners.cpu_runner import CpuRunner
+
+        return CpuRunner(card, options, progress)
+    except BackendUnavailable as error:
+        if importlib.util.find_spec("torch") is None:
+            raise BackendUnavailable(f"{error}; torch could run it: pip install 'martlet[torch]'") from None
+        log.warning("%s; torch runs the model instead, more slowly", error)
+    from martlet.runners.torch_runner import TorchRunner
+
     return TorchRunner(card, options, progress)
+
+
+def _has_cuda() -> bool:
+    """Whether torch, if installed, sees a GPU. Asks the driver before it pays for importing torch."""
+    if importlib.util.find_spec("torch") is None or not _driver_present():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _driver_present() -> bool:
+    import ctypes.util
+
+    return ctypes.util.find_library("cuda") is not None
