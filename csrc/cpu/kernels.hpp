@@ -12,8 +12,8 @@ struct Kernels {
   void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                         uint8_t* scratch, float* out);
   void (*finish)(const LinearOp&, int panel, const float* products, int row0, int rows);
-  void (*rotate_and_store)(const AttentionOp&, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile,
-                           void* q);
+  void (*rotate_queries)(const AttentionOp&, int64_t t, int kv_head, void* q);
+  void (*store_key_value)(const AttentionOp&, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile);
   void (*attend_chunk)(const AttentionOp&, const AttentionTask&, int chunk, float* scratch, Softmax part);
   void (*merge_chunk)(int rows, int dim, Softmax state, Softmax part);
   void (*finish_attention)(const AttentionOp&, const AttentionTask&, Softmax state);

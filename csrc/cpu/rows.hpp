@@ -185,21 +185,28 @@ INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
     for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
 }
 
-// Prepares token t for one kv head: its queries, [group][dim] in bf16 for kPairDot, else f32, into q; its key and value into
-// `slot` of the tiles at k_tile and v_tile. last: the sequence holds nothing behind this token.
-void rotate_and_store(const AttentionOp& op, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile,
-                      void* q) {
-  const int group = op.heads / op.kv_heads, dim = op.dim, pack = op.bf16 ? 2 : 1;
-  const float* x = op.qkv + t * op.qkv_stride;
-  const float *cosines = op.cosines + t * (op.rotary / 2), *sines = op.sines + t * (op.rotary / 2);
+// The queries of token t that share a kv head, normed, rotated and scaled, into q [group][dim]: bf16 where a bf16 cache
+// is multiplied in pairs, else f32.
+void rotate_queries(const AttentionOp& op, int64_t t, int kv_head, void* q) {
+  const int group = op.heads / op.kv_heads, half = op.rotary / 2;
+  const float* x = op.qkv + t * op.qkv_stride + (int64_t)kv_head * group * op.dim;
   float head[kMaxHeadDim];
   for (int h = 0; h < group; ++h) {
-    rotate_head(op, x + (kv_head * group + h) * dim, op.q_norm, cosines, sines, op.scale, head);
-    for (int i = 0; i < dim; ++i) put(op.bf16 && kPairDot, q, h * dim + i, head[i]);
+    rotate_head(op, x + h * op.dim, op.q_norm, op.cosines + t * half, op.sines + t * half, op.scale, head);
+    if (op.bf16 && kPairDot)
+      for (int i = 0; i < op.dim; i += L) store((uint16_t*)q + h * op.dim + i, to_bf16(load<F>(head + i)));
+    else std::memcpy((float*)q + h * op.dim, head, 4 * (size_t)op.dim);
   }
-  rotate_head(op, x + (op.heads + kv_head) * dim, op.k_norm, cosines, sines, 1.0f, head);
+}
+
+// The key and value of token t into `slot` of their tiles. last: the sequence holds nothing behind this token.
+void store_key_value(const AttentionOp& op, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile) {
+  const int dim = op.dim, pack = op.bf16 ? 2 : 1, half = op.rotary / 2;
+  const float* x = op.qkv + t * op.qkv_stride + (int64_t)(op.heads + kv_head) * dim;
+  float head[kMaxHeadDim];
+  rotate_head(op, x, op.k_norm, op.cosines + t * half, op.sines + t * half, 1.0f, head);
   for (int i = 0; i < dim; ++i) put(op.bf16, k_tile, (i / pack * 16 + slot) * pack + i % pack, head[i]);
-  const float* v = x + (op.heads + op.kv_heads + kv_head) * dim;
+  const float* v = x + op.kv_heads * dim;
   for (int i = 0; i < dim; ++i) put(op.bf16, v_tile, (slot / pack * dim + i) * pack + slot % pack, v[i]);
   if (last) clear_behind(op, slot, v_tile);
 }

@@ -12,6 +12,7 @@ namespace {
 // Up to here every thread prepares its own copy of a linear's input, which is cheaper than meeting at a barrier.
 constexpr int kOwnRows = 4;
 constexpr int kHeadRows = 64;  // rows of logits computed together
+constexpr int kWarmBytes = 8192;
 
 int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
 
@@ -27,7 +28,10 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
         case kEmbed: embed(worker, *(const EmbedOp*)ops[i].op); break;
         case kAngles: angles(worker, *(const AnglesOp*)ops[i].op); break;
         case kLinear: linear(worker, *(const LinearOp*)ops[i].op); break;
-        case kAttention: attention(worker, *(const AttentionOp*)ops[i].op); break;
+        case kAttention:
+          if (i + 1 < n_ops && ops[i + 1].kind == kLinear) warm(worker, ((const LinearOp*)ops[i + 1].op)->w);
+          attention(worker, *(const AttentionOp*)ops[i].op);
+          break;
         case kHead: head(worker, *(const HeadOp*)ops[i].op); break;
       }
   });
@@ -39,6 +43,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   tokens_.clear();
   for (int s = 0; s < batch.n_seqs; ++s)
     for (int i = 0; i < batch.count[s]; ++i) tokens_.push_back({s, batch.start[s] + i});
+  decode_ = (int)tokens_.size() == batch.n_seqs;
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
@@ -55,9 +60,11 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
     if (ops[i].kind == kLinear) reserve_linear(((const LinearOp*)ops[i].op)->w);
     if (ops[i].kind == kAttention) {
       const AttentionOp& op = *(const AttentionOp*)ops[i].op;
-      const Plan& plan = plan_of(op);
+      if (!plan_of(op)) plans_.push_back(plan(op));
+      const Plan& plan = *plan_of(op);
       const int64_t group = op.heads / op.kv_heads, tile = std::max<int64_t>(kTileRows, group);
       queries = std::max(queries, n * op.heads * op.dim * 4);
+      for (Own& own : own_) own.queries.reserve(group * op.dim * 4);
       parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
       counters = std::max<int64_t>(counters, plan.counters);
       for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile) + 2 * softmax_floats(tile, op.dim)));
@@ -89,6 +96,15 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
     done_.reset(new std::atomic<int>[counters]());
     done_size_ = counters;
   }
+}
+
+// Fetches the beginning of a thread's part of a matrix while it does something else: memory should never rest.
+void Executor::warm(const Worker& worker, const Matrix& w) const {
+  if (tokens_.size() > kOwnRows) return;
+  const int64_t bytes = panel_bytes(Format(w.format), w.k);
+  const int64_t begin = worker.rank * grain_of(panels_of(w), team_.size()) * bytes;
+  const int64_t end = std::min(begin + kWarmBytes, panels_of(w) * bytes);
+  for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(w.panels + at, 0, 2);
 }
 
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
@@ -131,6 +147,7 @@ void Executor::angles(Worker& worker, const AnglesOp& op) {
 void Executor::linear(Worker& worker, const LinearOp& op) {
   const int n = (int)tokens_.size(), panels = panels_of(op.w);
   const Format format = Format(op.w.format);
+  warm(worker, op.w);
   const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
@@ -145,13 +162,10 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
 
 // ---- Attention ----
 
-const Executor::Plan& Executor::plan_of(const AttentionOp& op) const {
-  const int group = op.heads / op.kv_heads;
+const Executor::Plan* Executor::plan_of(const AttentionOp& op) const {
   for (const Plan& plan : plans_)
-    if (plan.group == group && plan.kv_heads == op.kv_heads && plan.window == op.window) return plan;
-  auto& plans = const_cast<std::vector<Plan>&>(plans_);
-  plans.push_back(plan(op));
-  return plans.back();
+    if (plan.group == op.heads / op.kv_heads && plan.kv_heads == op.kv_heads && plan.window == op.window) return &plan;
+  return nullptr;
 }
 
 Executor::Plan Executor::plan(const AttentionOp& op) const {
@@ -159,7 +173,11 @@ Executor::Plan Executor::plan(const AttentionOp& op) const {
   Plan plan{group, op.kv_heads, op.window, {}, {}, 0, 0};
   for (int s = 0, token = 0; s < batch_->n_seqs; token += batch_->count[s++])
     for (int i = 0; i < batch_->count[s]; i += most) {
-      Tile tile{s, token + i, std::min(most, batch_->count[s] - i), batch_->start[s] + i};
+      Tile tile{};
+      tile.seq = s;
+      tile.token = token + i;
+      tile.tokens = std::min(most, batch_->count[s] - i);
+      tile.position = batch_->start[s] + i;
       tile.first_chunk = op.window ? std::max(0, tile.position + 1 - op.window) / kChunk : 0;
       tile.chunks = (tile.position + tile.tokens - 1) / kChunk + 1 - tile.first_chunk;
       tile.split = batch_->count[s] == 1 && tile.chunks > 1;
@@ -179,60 +197,69 @@ Executor::Plan Executor::plan(const AttentionOp& op) const {
   return plan;
 }
 
-uint8_t* Executor::kv_tile(void* cache, const AttentionOp& op, const int32_t* blocks, int position, int kv_head) const {
-  const int size = batch_->block_size;
-  const int64_t tile = ((int64_t)blocks[position / size] * op.kv_heads + kv_head) * (size / 16) + position % size / 16;
-  return (uint8_t*)cache + tile * 16 * op.dim * (op.bf16 ? 2 : 4);
+int64_t Executor::query_bytes(const AttentionOp& op) const {
+  return int64_t(op.heads / op.kv_heads) * op.dim * (op.bf16 && kernels_.pair_dot ? 2 : 4);
 }
 
+void Executor::store_key_value(const AttentionOp& op, int token, int kv_head) const {
+  const Token at = tokens_[token];
+  const int size = batch_->block_size, block = table(at.seq)[at.position / size];
+  const int64_t tile = (int64_t(block) * op.kv_heads + kv_head) * (size / 16) + at.position % size / 16;
+  const int64_t offset = tile * 16 * op.dim * (op.bf16 ? 2 : 4);
+  const bool last = at.position + 1 == batch_->start[at.seq] + batch_->count[at.seq];
+  kernels_.store_key_value(op, token, kv_head, at.position % 16, last, (uint8_t*)op.k_cache + offset,
+                           (uint8_t*)op.v_cache + offset);
+}
+
+// Queries wait in queries_, [kv_head][token][group][dim]. Where every sequence computes one token, each task rotates the
+// queries it needs and the last chunk's task stores the key and value: then nobody has to wait in between.
 void Executor::attention(Worker& worker, const AttentionOp& op) {
-  const int n = (int)tokens_.size(), group = op.heads / op.kv_heads;
-  const int64_t query_bytes = (int64_t)group * op.dim * (op.bf16 && kernels_.pair_dot ? 2 : 4);
-  uint8_t* queries = queries_.reserve(0);
-  const auto table = [&](int seq) { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; };
-
-  worker.each(n * op.kv_heads, grain_of(n * op.kv_heads, team_.size()), [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) {
-      const int t = i / op.kv_heads, h = i % op.kv_heads;
-      const Token at = tokens_[t];
-      const bool last = at.position + 1 == batch_->start[at.seq] + batch_->count[at.seq];
-      kernels_.rotate_and_store(op, t, h, at.position % 16, last, kv_tile(op.k_cache, op, table(at.seq), at.position, h),
-                                kv_tile(op.v_cache, op, table(at.seq), at.position, h),
-                                queries + ((int64_t)h * n + t) * query_bytes);
-    }
-  });
-
-  const Plan& plan = plan_of(op);
-  float* own = (float*)own_[worker.rank].attention.reserve(0);
-  float* parts = (float*)parts_.reserve(0);
+  const int n = (int)tokens_.size(), pairs = n * op.kv_heads;
+  if (!decode_)
+    worker.each(pairs, grain_of(pairs, team_.size()), [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) {
+        const int t = i / op.kv_heads, h = i % op.kv_heads;
+        kernels_.rotate_queries(op, t, h, queries_.reserve(0) + (int64_t(h) * n + t) * query_bytes(op));
+        store_key_value(op, t, h);
+      }
+    });
+  const Plan& plan = *plan_of(op);
   worker.each((int)plan.tasks.size(), 1, [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) {
-      const Task& task = plan.tasks[i];
-      const Tile& tile = plan.tiles[task.tile];
-      const int rows = tile.tokens * group;
-      const int64_t floats = softmax_floats(rows, op.dim);
-      const AttentionTask what{queries + ((int64_t)task.kv_head * n + tile.token) * query_bytes, table(tile.seq),
-                               batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
-      const Softmax state = softmax_at(own, rows), part = softmax_at(own + floats, rows);
-      float* scratch = own + 2 * floats;
-      const auto split_part = [&](int chunk) {
-        return softmax_at(parts + (tile.part + (int64_t)task.kv_head * tile.chunks + chunk) * floats, rows);
-      };
-      if (tile.split) {
-        kernels_.attend_chunk(op, what, tile.first_chunk + task.chunk, scratch, split_part(task.chunk));
-        std::atomic<int>& done = done_[tile.counter + task.kv_head];
-        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.chunks) continue;
-        done.store(0, std::memory_order_relaxed);
-      }
-      std::fill(state.peak, state.peak + rows, -INFINITY);
-      std::fill(state.total, state.total + rows * (op.dim + 1), 0.0f);
-      for (int c = 0; c < tile.chunks; ++c) {
-        if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk + c, scratch, part);
-        kernels_.merge_chunk(rows, op.dim, state, tile.split ? split_part(c) : part);
-      }
-      kernels_.finish_attention(op, what, state);
-    }
+    for (int i = begin; i < end; ++i) attend(worker, op, plan, plan.tasks[i]);
   });
+}
+
+void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, const Task& task) {
+  const Tile& tile = plan.tiles[task.tile];
+  const int rows = tile.tokens * plan.group, last_chunk = tile.chunks - 1;
+  const int64_t floats = softmax_floats(rows, op.dim);
+  float* own = (float*)own_[worker.rank].attention.reserve(0);
+  const Softmax state = softmax_at(own, rows), part = softmax_at(own + floats, rows);
+  float* scratch = own + 2 * floats;
+  const uint8_t* q = queries_.reserve(0) + (int64_t(task.kv_head) * tokens_.size() + tile.token) * query_bytes(op);
+  if (decode_) {
+    q = own_[worker.rank].queries.reserve(0);
+    kernels_.rotate_queries(op, tile.token, task.kv_head, (void*)q);
+    if (!tile.split || task.chunk == last_chunk) store_key_value(op, tile.token, task.kv_head);
+  }
+  const AttentionTask what{q, table(tile.seq), batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
+  const auto split_part = [&](int chunk) {
+    const int64_t number = tile.part + int64_t(task.kv_head) * tile.chunks + chunk;
+    return softmax_at((float*)parts_.reserve(0) + number * floats, rows);
+  };
+  if (tile.split) {
+    kernels_.attend_chunk(op, what, tile.first_chunk + task.chunk, scratch, split_part(task.chunk));
+    std::atomic<int>& done = done_[tile.counter + task.kv_head];
+    if (done.fetch_add(1, std::memory_order_acq_rel) < last_chunk) return;
+    done.store(0, std::memory_order_relaxed);  // the last one to finish merges them all
+  }
+  std::fill(state.peak, state.peak + rows, -INFINITY);
+  std::fill(state.total, state.total + rows * (op.dim + 1), 0.0f);
+  for (int c = 0; c < tile.chunks; ++c) {
+    if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk + c, scratch, part);
+    kernels_.merge_chunk(rows, op.dim, state, tile.split ? split_part(c) : part);
+  }
+  kernels_.finish_attention(op, what, state);
 }
 
 // ---- Head and sampling ----

@@ -57,7 +57,7 @@ class Executor {
   };
   // A thread's own memory.
   struct Own {
-    Scratch acts, panel, products, attention, sampler, seen, best;
+    Scratch acts, panel, products, queries, attention, sampler, seen, best;
   };
   struct Rows {
     const uint8_t* acts;
@@ -66,16 +66,20 @@ class Executor {
 
   void lay_out(const Op* ops, int n_ops, const Batch& batch);
   Plan plan(const AttentionOp& op) const;
-  const Plan& plan_of(const AttentionOp& op) const;
+  const Plan* plan_of(const AttentionOp& op) const;
 
   void embed(Worker&, const EmbedOp&);
   void angles(Worker&, const AnglesOp&);
   void linear(Worker&, const LinearOp&);
   void attention(Worker&, const AttentionOp&);
+  void attend(Worker&, const AttentionOp&, const Plan&, const Task&);
   void head(Worker&, const HeadOp&);
   Rows prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
                const int32_t* index, int rows);
-  uint8_t* kv_tile(void* cache, const AttentionOp&, const int32_t* blocks, int position, int kv_head) const;
+  void warm(const Worker&, const Matrix&) const;
+  void store_key_value(const AttentionOp&, int token, int kv_head) const;
+  const int32_t* table(int seq) const { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; }
+  int64_t query_bytes(const AttentionOp& op) const;  // of the queries that share a kv head
   bool needs_logits(const Query&, int known) const;
   void answer(Worker&, int query, int vocab);
 
@@ -86,6 +90,7 @@ class Executor {
   // Of the step that runs.
   const Batch* batch_ = nullptr;
   std::vector<Token> tokens_;
+  bool decode_ = false;  // one token of each sequence
   std::vector<Plan> plans_;
   std::vector<int32_t> query_tokens_, logit_slot_;
   Scratch acts_, queries_, parts_, logits_;

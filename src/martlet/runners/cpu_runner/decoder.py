@@ -1,4 +1,4 @@
-"""A DecoderSpec as a program: its weights packed, its operations listed once, its activations and KV memory as arrays."""
+"""A DecoderSpec as a program: weights packed, operations listed once, activations and KV memory as arrays."""
 
 from __future__ import annotations
 
