@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from martlet.hub.card import ModelCard
-from martlet.runners import LoadOptions, load
-from martlet.runners.base import Batch, NewRow
+from martlet.runners.base import Batch, LoadOptions, NewRow
+from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
 
 VOCAB = 97
@@ -72,10 +72,10 @@ def reference_logprobs(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray
 class Driver:
     """Feeds sequences to a runner as an engine would, with blocks dealt out in random order."""
 
-    def __init__(self, card: ModelCard, seed: int = 0, **options):
+    def __init__(self, card: ModelCard, seed: int = 0, runner=TorchRunner, **options):
         small = {"max_num_seqs": 8, "max_model_len": 96, "block_size": 4, "kv_cache_tokens": 800}
-        options = {"dtype": "float32"} | small | options
-        self.runner = load(card, LoadOptions(**options))
+        options = {"device": "cpu", "dtype": "float32"} | small | options
+        self.runner = runner(card, LoadOptions(**options))
         self.rng = np.random.default_rng(seed)
         self.free = list(self.rng.permutation(self.runner.memory.num_blocks))
         self.blocks: dict[int, list[int]] = {}

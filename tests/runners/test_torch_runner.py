@@ -165,14 +165,15 @@ def test_wrong_options(options, error, message):
 
 
 def test_without_torch_it_says_what_to_install():
-    """In a process of its own, where importing torch fails as if it were not installed."""
+    """In a process of its own, where importing torch fails as if it were not installed, for blocks only torch takes."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"
         "from martlet import runners\n"
         "from martlet.hub.card import ModelCard\n"
         "from martlet.errors import BackendUnavailable\n"
-        "try: runners.load(ModelCard('m', Path('m'), 'dummy', 'llama'), runners.LoadOptions())\n"
+        f"card = ModelCard('m', Path('m'), 'dummy', 'qwen3', config={CONFIG!r})\n"
+        "try: runners.load(card, runners.LoadOptions(device='cpu', block_size=6))\n"
         "except BackendUnavailable as e: print(e)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

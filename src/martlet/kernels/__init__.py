@@ -8,7 +8,10 @@ __all__ = ["Ops", "ops_for"]
 
 
 def ops_for(device: str) -> Ops:
-    """The implementation for a torch device ("cpu", "cuda", "cuda:0", ...)."""
+    """The implementation for a torch device ("cpu", "cuda:0", ...): the reference, which runs on any of them.
+
+    The CUDA and C++ kernels do not go through this table: their runners call them a whole layer or step at a time.
+    """
     from martlet.kernels.reference import ReferenceOps
 
     return ReferenceOps()
