@@ -68,6 +68,7 @@ def test_too_large_a_wish_names_the_flag_that_works():
         ("max_model_len", 1001),
         ("max_model_len", 0),
         ("max_num_seqs", 0),
+        ("block_size", 0),
         ("memory_utilization", 0.0),
         ("memory_utilization", 1.1),
         ("kv_cache_tokens", 15),

@@ -44,9 +44,9 @@ def _has_cuda() -> bool:
     """Whether torch, if installed, sees a GPU. Asks the driver before it pays for importing torch."""
     if importlib.util.find_spec("torch") is None or not _driver_present():
         return False
-    import torch
+    from martlet.runners.torch_runner import default_device
 
-    return torch.cuda.is_available()
+    return default_device() == "cuda"
 
 
 def _driver_present() -> bool:

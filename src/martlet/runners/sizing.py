@@ -24,6 +24,8 @@ def plan_memory(
     longest = spec.max_positions if options.max_model_len is None else options.max_model_len
     if rows < 1:
         raise UsageError(f"max_num_seqs must be at least 1, got {rows}", param="max_num_seqs")
+    if options.block_size < 1:
+        raise UsageError(f"block_size must be at least 1, got {options.block_size}", param="block_size")
     if not 1 <= longest <= spec.max_positions:
         raise UsageError(f"max_model_len {longest}: this model takes 1 to {spec.max_positions}", param="max_model_len")
     if not 0 < options.memory_utilization <= 1:

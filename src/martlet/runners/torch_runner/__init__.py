@@ -22,7 +22,7 @@ from martlet.runners.rows import Rows
 from martlet.runners.sizing import plan_memory
 from martlet.runners.torch_runner.decoder import Decoder
 
-__all__ = ["TorchRunner"]
+__all__ = ["TorchRunner", "default_device"]
 
 log = logging.getLogger("martlet")
 
@@ -190,11 +190,17 @@ def _counted(
             progress(done, total)
 
 
-def _device(asked: str) -> str:
-    """A torch device that is there. "auto" is the accelerator if torch has one, else the CPU."""
+def default_device() -> str:
+    """What "auto" means: "cuda" where torch has it, else "cpu"."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cuda" if accelerator is not None and accelerator.type == "cuda" else "cpu"
+
+
+def _device(asked: str) -> str:
+    """A torch device that is there."""
     if asked == "auto":
-        return "cuda" if accelerator is not None and accelerator.type == "cuda" else "cpu"
+        return default_device()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if asked == "cpu" or (accelerator is not None and asked.split(":")[0] == accelerator.type):
         return asked
     there = "the CPU" if accelerator is None else f"the CPU and {accelerator.type}"
