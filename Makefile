@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+CXX ?= c++
 
 .PHONY: help demo test test-gpu test-slow lint format clean
 
@@ -16,13 +17,14 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned: an open range may resolve to a build several times as large.
-$(VENV)/.core: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch]'
+# Where there is no C++ compiler the model runs on torch, pinned: an open range may resolve to a far larger build.
+$(VENV)/.core: pyproject.toml setup.py $(wildcard csrc/cpu/*) | $(BIN)/python
+	command -v $(CXX) >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,test]'
 	@touch $@
 

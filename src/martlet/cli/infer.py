@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -48,7 +48,8 @@ def run(options: InferOptions) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", param="prompt")
-    loaded = load(options, options)
+    alone = replace(options, max_num_seqs=options.max_num_seqs or 1)  # one conversation needs the memory of one
+    loaded = load(alone, alone)
     with closing(loaded.backend):
         if prompt is None:
             return run_chat(loaded, options)

@@ -67,6 +67,10 @@ class EngineFlags:
     )
     kv_cache_tokens: int | None = flag("size of the KV cache in tokens (default: from the memory)", None)
     enable_prefix_caching: bool = flag("keep the KV of prompts for requests that begin the same", True)
+    speculative_tokens: int = flag(
+        "guess this many tokens a step from the text so far and verify them together; answers stay the same", 0
+    )
+    max_num_queued: int | None = flag("requests that may wait before new ones are refused (default: no limit)", None)
     tensor_parallel_size: int = flag("GPUs that share one model; only 1 so far", 1)
 
 
@@ -135,6 +139,8 @@ def engine_options(engine: EngineFlags, seed: int | None = None) -> EngineOption
     return EngineOptions(
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enable_prefix_caching=engine.enable_prefix_caching,
+        speculative_tokens=engine.speculative_tokens,
+        max_num_queued=engine.max_num_queued,
         seed=seed,
     )
 
