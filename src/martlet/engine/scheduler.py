@@ -88,22 +88,22 @@ class Scheduler:
 
         if self._make_room(rows, table.computed[rows] + count):
             count[[table.sequences[row] is None for row in rows]] = 0  # some were preempted
-        else:
+        elif self.waiting:
             admitted, counts = self._admit(budget)
             rows, count = np.append(rows, admitted), np.append(count, counts)
             if drafts is not None:
                 drafts = np.pad(drafts, ((0, len(admitted)), (0, 0)), constant_values=-1)
 
-        chosen = count > 0
-        rows, count = rows[chosen].astype(np.int32), count[chosen].astype(np.int32)
-        if not len(rows):
+        chosen = np.flatnonzero(count)
+        if not len(chosen):
             return None
+        rows, count = rows[chosen].astype(np.int32), count[chosen].astype(np.int32)
         start = table.computed[rows]
         after = start + count
         sample = after >= table.known[rows]
         table.computed[rows] = after
         table.known[rows] += sample
-        updates = np.array(self._updates, np.int32).reshape(-1, 3)
+        updates, copies = _columns(self._updates, 3), _columns(self._copies, 2)
         batch = Batch(
             rows=rows,
             start=start,
@@ -111,10 +111,10 @@ class Scheduler:
             sample=sample,
             drafts=None if drafts is None else drafts[chosen],
             new_rows=self._new_rows,
-            block_rows=updates[:, 0],
-            block_slots=updates[:, 1],
-            block_ids=updates[:, 2],
-            copies=np.array(self._copies, np.int32).reshape(-1, 2),
+            block_rows=updates[0],
+            block_slots=updates[1],
+            block_ids=updates[2],
+            copies=copies.T,
         )
         self._new_rows, self._updates, self._copies = [], [], []
         return Plan(batch, table.epoch[rows])
@@ -296,6 +296,11 @@ class Scheduler:
         for slot in range(seq.registered, full):
             self.pool.register(seq.blocks[slot], digests[slot])
         seq.registered = full
+
+
+def _columns(entries: list[tuple[int, ...]], width: int) -> np.ndarray:
+    """Tuples as int32 [width, len(entries)]."""
+    return np.array(entries, np.int32).T if entries else np.empty((width, 0), np.int32)
 
 
 def _order(seq: Sequence) -> tuple[int, int, int]:
