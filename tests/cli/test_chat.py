@@ -16,14 +16,25 @@ import pytest
 ECHO = Path(__file__).parent / "martlet_echo.py"
 
 
+# Takes its standard input as controlling terminal and becomes the program. Done in a process of its own, because to
+# fork this one, which may have threads by now, and run Python in the child could hang it.
+ON_TERMINAL = "import fcntl, os, sys, termios as t; fcntl.ioctl(0, t.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 class Terminal:
     """A program on a pseudo-terminal."""
 
     def __init__(self, *words: str, delay: str = "0"):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(sys.executable, [sys.executable, str(ECHO), delay, "infer", *words])
+        self.fd, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, sys.executable, str(ECHO), delay, "infer", *words],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env={**os.environ, "TERM": "dumb"},
+            start_new_session=True,
+        )
+        os.close(inner)
         self.seen = ""
 
     def type(self, text: str) -> None:
@@ -46,7 +57,7 @@ class Terminal:
                 self.seen += os.read(self.fd, 65536).decode(errors="replace")
             except OSError:  # the other side is closed
                 break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(10)
 
 
 @pytest.fixture
