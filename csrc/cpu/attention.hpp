@@ -85,7 +85,7 @@ INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, in
   for (; column < dim; column += L) value_tile<kKind, kRows, 1>(weights, v_tiles, tiles, dim, column, out);
 }
 
-// Softmax over positions lo ... hi - 1 of a chunk (relative), in place; the weights of all others become 0.
+// Softmax over positions lo ... hi - 1 of a chunk (relative), which may be none; the weights of all others become 0.
 template <Kv kKind>
 INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, float* peak, float* total) {
   const I lane = [] {
@@ -106,7 +106,7 @@ INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, 
   F all = {};
   for (int i = 0; i < tiles * 16; i += L) {
     F p = {};
-    if (i + L > lo && i < hi) p = exp(load<F>(scores + i) - *peak);
+    if (lo < hi && i + L > lo && i < hi) p = exp(load<F>(scores + i) - *peak);
     all += p;
     if (kKind == Kv::kPairs) store(weights + 2 * i, to_bf16(p));
     else store(weights + 4 * i, p);

@@ -253,13 +253,13 @@ void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, c
     if (done.fetch_add(1, std::memory_order_acq_rel) < last_chunk) return;
     done.store(0, std::memory_order_relaxed);  // the last one to finish merges them all
   }
-  std::fill(state.peak, state.peak + rows, -INFINITY);
-  std::fill(state.total, state.total + rows * (op.dim + 1), 0.0f);
-  for (int c = 0; c < tile.chunks; ++c) {
+  const Softmax first = tile.split ? split_part(0) : state;
+  if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk, scratch, first);
+  for (int c = 1; c < tile.chunks; ++c) {
     if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk + c, scratch, part);
-    kernels_.merge_chunk(rows, op.dim, state, tile.split ? split_part(c) : part);
+    kernels_.merge_chunk(rows, op.dim, first, tile.split ? split_part(c) : part);
   }
-  kernels_.finish_attention(op, what, state);
+  kernels_.finish_attention(op, what, first);
 }
 
 // ---- Head and sampling ----

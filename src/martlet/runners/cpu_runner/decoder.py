@@ -149,10 +149,10 @@ class Decoder:
         return [Linear(matrix, bias, mlp.hidden, Epilogue.GATED)]
 
     def caches(self, num_blocks: int, block_size: int) -> list[Cache]:
-        """Zeroed KV memory; the system gives pages only as they are written."""
+        """Zeroed KV memory, in whole cache lines; the system gives pages only as they are written."""
         element = 2 if self.precision.kv_bf16 else 4
         sizes = [layer.mixer.kv_size * block_size * element for layer in self.spec.layers]
-        return [Cache(*(np.zeros((num_blocks, size), np.uint8) for _ in range(2))) for size in sizes]
+        return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
     def program(self, tokens: int, caches: list[Cache]) -> Program:
         """The whole step, for at most `tokens` tokens."""
@@ -240,6 +240,12 @@ class _Builder:
             scale=attention.scale,
             eps=self.decoder.spec.eps,
         )
+
+
+def _aligned_zeros(rows: int, size: int) -> np.ndarray:
+    """uint8 [rows, size] at an address that is a multiple of 64."""
+    plain = np.zeros(rows * size + 64, np.uint8)
+    return plain[-plain.ctypes.data % 64 :][: rows * size].reshape(rows, size)
 
 
 def _bias(parts: list[Tensor | None]) -> np.ndarray | None:
