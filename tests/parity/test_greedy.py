@@ -185,3 +185,21 @@ def test_alone_gives_the_same(runner, prompts, answers, gaps):
 def test_any_batch_order_gives_the_same(runner, prompts, answers, gaps):
     order = np.random.default_rng(5).permutation(20).tolist()
     assert_same(answer(runner, prompts, order=order), answers, gaps, range(20))
+
+
+@pytest.mark.parametrize(("quant", "near"), [(None, 0.25), ("bf16", 0.25)], ids=["gguf", "bf16"])
+def test_rounded_precisions_leave_the_reference_only_where_it_is_undecided(card, prompts, reference, quant, near):
+    """With blocks as they are in the file, or bfloat16, a token may differ where the best logits lie within `near`."""
+    runner = CpuRunner(card, LoadOptions(quant=quant, kv_cache_tokens=8192, max_model_len=2048))
+    chosen = [i for i in range(20) if len(prompts[i]) < 400]
+    same = total = 0
+    for number, tokens in zip(chosen, answer(runner, prompts, order=chosen), strict=True):
+        with torch.inference_mode():
+            ids = torch.tensor([prompts[number] + tokens])
+            logits = reference(ids, logits_to_keep=NEW_TOKENS + 1).logits[0, :-1]
+        loss = np.asarray(logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0])
+        assert loss.max() <= near, f"prompt {number} leaves the reference at token {loss.argmax()}: {loss.max():.3f}"
+        same, total = same + int((loss == 0).sum()), total + len(loss)
+    print(f"{quant or 'gguf'}: {same} of {total} tokens are the reference's best")
+    assert same > 0.97 * total
+    runner.close()
