@@ -1,15 +1,17 @@
-"""Any martlet Backend (native, transformers, vllm) as an engine to measure."""
+"""A martlet Backend (native, reference, transformers) as an engine to measure."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 
-from martlet import backends
+from martlet import backends, hub
 from martlet._version import __version__
-from martlet.bench.engines import EngineJob
+from martlet.bench.engines import OURS, EngineJob
 from martlet.bench.machine import library_version
+from martlet.bench.processes import tree_peak_mb
 from martlet.bench.timeline import Timeline
 from martlet.engine.request import Output, Request
 from martlet.runners.base import LoadOptions
@@ -17,6 +19,8 @@ from martlet.sampling_params import SamplingParams
 
 
 class BackendEngine:
+    spawned: float | None = None
+
     def __init__(self, job: EngineJob):
         options = LoadOptions(
             device=job.device,
@@ -25,8 +29,8 @@ class BackendEngine:
             max_model_len=job.max_model_len,
             max_num_seqs=job.concurrency,
         )
-        self.backend = backends.load(job.model, backend=job.engine, load=options)
-        version = __version__ if job.engine == "native" else library_version(job.engine)
+        self.backend = _reference(job, options) if job.engine == "reference" else _backend(job, options)
+        version = __version__ if job.engine in OURS else library_version(job.engine)
         self.about = {"version": str(version), "dtype": job.dtype, "weights": self.backend.card.format}
         if job.native_quant is not None:
             self.about["quant"] = job.native_quant
@@ -40,8 +44,24 @@ class BackendEngine:
         self.backend.submit(requests, recorder)
         return recorder.wait()
 
+    def peak_mb(self) -> float:
+        return tree_peak_mb(os.getpid())
+
     def close(self) -> None:
         self.backend.close()
+
+
+def _backend(job: EngineJob, options: LoadOptions) -> backends.Backend:
+    return backends.load(job.model, backend=job.engine, load=options)
+
+
+def _reference(job: EngineJob, options: LoadOptions) -> backends.Backend:
+    """Our engine over the reference kernels, whatever this machine has for the native ones."""
+    from martlet.backends.native import NativeBackend
+    from martlet.runners.torch_runner import TorchRunner
+
+    card = hub.resolve(job.model)
+    return NativeBackend(card, hub.load_tokenizer(card), TorchRunner(card, options))
 
 
 class Recorder:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from martlet.bench import workloads
 from martlet.bench.engines import BACKENDS, EngineJob
-from martlet.bench.timeline import figures, medians
+from martlet.bench.timeline import medians
 from martlet.bench.workloads import Workload
-from martlet.errors import MartletError
 
 
 @dataclass(slots=True)
 class Result:
-    """One engine on one workload. figures: medians of `runs`. error: why there are none. note: a caveat to print."""
+    """One engine on one workload. figures: medians of `runs`. error: why there are none. note: a caveat to print.
+
+    engine: its label; kind: which of engines.NAMES it is. weights: number type they run in. noise: slowdown of a fixed
+    piece of work before and after, and seconds waited for a quiet machine. installed_mb: the engine on disk.
+    """
 
     engine: str
     model: str
@@ -34,90 +38,103 @@ class Result:
     fingerprints: list[str] = field(default_factory=list)
     error: str | None = None
     note: str | None = None
+    kind: str = ""
+    weights: str = ""
+    installed_mb: float = 0.0
+    noise: dict[str, float] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float]:
         return medians(self.runs) if self.runs else {}
 
 
-def measure(job: EngineJob, workload: Workload, runs: int, python: str = sys.executable) -> Result:
+def result_of(job: EngineJob, workload: str) -> Result:
+    return Result(
+        job.label or job.engine,
+        Path(job.model).name,
+        workload,
+        kind=job.engine,
+        weights=job.weights,
+    )
+
+
+def enough(runs: Sequence[dict[str, float]], seconds: float | None) -> bool:
+    """Whether one more run would take these runs past `seconds` in all. The first run is always made."""
+    spent = sum(run["seconds"] for run in runs)
+    return seconds is not None and bool(runs) and spent + spent / len(runs) > seconds
+
+
+def measure(
+    job: EngineJob, workload: Workload, runs: int, python: str = sys.executable, seconds: float | None = None
+) -> Result:
     """Measure a workload other than W5. python: the interpreter that has the engine, when it is another one.
 
     A start is a process each; so are the runs of an engine whose prefix cache cannot keep them apart.
     """
-    separate = workload.name == "start" or (workload.name == "W4" and job.engine not in BACKENDS)
+    separate = workload.name == "start" or (workload.name == "W4" and job.engine not in (*BACKENDS, "vllm"))
     job = dataclasses.replace(job, share_prefixes=workload.name == "W4", concurrency=workload.concurrency)
-    result = Result(job.engine, job.model, workload.name)
-    for count in [1] * runs if separate else [runs]:
-        answer = _worker(job, workload, count, python)
-        if "error" in answer:
-            result.error = answer["error"]
-            return result
-        result.runs += answer["runs"]
-        result.peak_mb = max(result.peak_mb, answer["peak_mb"])
-        result.load_seconds = answer["load_seconds"]
-        result.about = answer["about"]
-        result.fingerprints = sorted({*result.fingerprints, *answer["fingerprints"]} - {""})
+    result = result_of(job, workload.name)
+    while len(result.runs) < runs and not enough(result.runs, seconds):
+        answer = worker(job, [(workload.name, 1 if separate else runs)], python, seconds)[0]
+        take(result, answer)
+        if result.error is not None or not separate:
+            break
     return result
 
 
-def _worker(job: EngineJob, workload: Workload, runs: int, python: str) -> dict[str, Any]:
-    source = str(Path(__file__).parents[2])  # another interpreter need not have Martlet installed
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
-    order = {"engine": dataclasses.asdict(job), "workload": workload.name, "runs": runs, "spawned": time.monotonic()}
-    done = subprocess.run(
-        [python, "-m", "martlet.bench.worker"], input=json.dumps(order), capture_output=True, text=True, env=env
-    )
+def measure_together(
+    job: EngineJob, names: Sequence[str], runs: int, python: str, seconds: float | None
+) -> list[Result]:
+    """Several workloads in one process, for an engine that takes minutes to start: one start, and peaks that include
+    the workloads before."""
+    counts = [(name, 1 if name == "start" else runs) for name in names]
+    answers = worker(job, counts, python, seconds)
+    results = [result_of(job, name) for name in names]
+    for result, answer in zip(results, answers, strict=True):
+        take(result, answer)
+    return results
+
+
+def take(result: Result, answer: dict[str, Any]) -> None:
+    """Add what a worker said of one workload."""
+    if "error" in answer:
+        result.error = answer["error"]
+        return
+    result.runs += answer["runs"]
+    result.peak_mb = max(result.peak_mb, answer["peak_mb"])
+    result.load_seconds = answer["load_seconds"]
+    result.about = answer["about"]
+    result.fingerprints = sorted({*result.fingerprints, *answer["fingerprints"]} - {""})
+
+
+def worker(
+    job: EngineJob, counts: Sequence[tuple[str, int]], python: str, seconds: float | None
+) -> list[dict[str, Any]]:
+    """Run martlet.bench.worker with `python`; its answer for each workload, an error where it gave none."""
+    order = {"engine": dataclasses.asdict(job), "workloads": counts, "seconds": seconds}
+    with source_path(python) as path:
+        env = {**os.environ, **path}
+        if job.engine == "vllm":
+            from martlet.bench.vllm_engine import environment
+
+            env |= environment(python)
+        order["spawned"] = time.monotonic()
+        done = subprocess.run(
+            [python, "-m", "martlet.bench.worker"], input=json.dumps(order), capture_output=True, text=True, env=env
+        )
     if done.returncode != 0 or not done.stdout:
         tail = "\n".join(done.stderr.splitlines()[-15:])
-        return {"error": f"the process ended with code {done.returncode}:\n{tail}"}
+        return [{"error": f"the process ended with code {done.returncode}:\n{tail}"}] * len(counts)
     return json.loads(done.stdout)
 
 
-def measure_http(job: EngineJob, workload: Workload, runs: int) -> Result:
-    """W5 against a server of our own, started for it: `martlet deploy` for a backend, llama-server for llama.cpp."""
-    from martlet.bench import http
-    from martlet.bench.serving import serving
-
-    result = Result(job.engine, job.model, workload.name)
-    llama = ["llama-server", "--model", job.path, "--host", "127.0.0.1", "--port", "{port}"]
-    llama += ["--parallel", str(workload.concurrency), "--ctx-size", str(workload.concurrency * job.max_model_len)]
-    ours = [sys.executable, "-m", "martlet", "deploy", "--model", job.model, "--infer_backend", job.engine]
-    ours += ["--dtype", job.dtype, "--device", job.device, "--max_model_len", str(job.max_model_len)]
-    ours += ["--max_num_seqs", str(job.concurrency), "--served_model_name", "bench", "--port", "{port}"]
-    ours += ["--quant", job.native_quant] if job.native_quant else []
-    try:
-        with serving(ours if job.engine in BACKENDS else llama) as server:
-            extra: Mapping[str, Any] = {"ignore_eos": True}
-            if job.engine not in BACKENDS:
-                extra = {**extra, "cache_prompt": False}
-            endpoint = http.Endpoint(f"http://127.0.0.1:{server.port}/v1", "bench", extra=extra)
-            salted = job.engine in BACKENDS
-            http.warm_up(endpoint, workload, "warm-up" if salted else "")
-            for number in range(runs):
-                timelines = http.measure(endpoint, workload, f"run-{number}" if salted else "")
-                result.runs.append(figures(timelines))
-                result.note = http.check(timelines, workload)
-            result.peak_mb, result.load_seconds = server.peak_mb, server.ready_seconds
-    except MartletError as error:
-        result.error = str(error)
-    return result
-
-
-def measure_all(
-    jobs: Sequence[EngineJob], names: Sequence[str], runs: int, pythons: Mapping[str, str], tell
-) -> list[Result]:
-    """Every engine on every workload, one after the other. tell(result) is called as soon as there is one."""
-    results = []
-    for name in names:
-        workload = workloads.load(name)
-        for job in jobs:
-            if name != "W5":
-                result = measure(job, workload, runs, pythons.get(job.engine, sys.executable))
-            elif job.engine == "openvino":
-                continue  # it brings no server
-            else:
-                result = measure_http(job, workload, runs)
-            tell(result)
-            results.append(result)
-    return results
+@contextlib.contextmanager
+def source_path(python: str) -> Iterator[dict[str, str]]:
+    """What lets another Python import this package without installing it: a folder that holds this package and nothing
+    else, so that none of our dependencies hides one of its own."""
+    if python == sys.executable:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "martlet").symlink_to(Path(__file__).parents[1], target_is_directory=True)
+        yield {"PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))}

@@ -1,18 +1,23 @@
 """Other people's engines, measured where they are installed: llama.cpp and OpenVINO GenAI.
 
-Both read the model's GGUF file. Their packages are imported here only, when they are asked for.
+llama.cpp reads a GGUF file, OpenVINO that or a folder of its own format. Their packages are imported here only, when
+they are asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from martlet.bench.engines import EngineJob, OfflineEngine
 from martlet.bench.machine import library_version
+from martlet.bench.processes import tree_peak_mb
 from martlet.bench.timeline import Timeline
 from martlet.errors import BackendUnavailable
 
@@ -21,6 +26,19 @@ def gguf(job: EngineJob) -> str:
     if not job.path.endswith(".gguf"):
         raise BackendUnavailable(f"{job.engine} is measured on .gguf files, and {job.path} is none")
     return job.path
+
+
+def llama_command(job: EngineJob) -> list[str]:
+    """llama-server with a slot a sequence, and its own defaults beyond that. {port} is left open."""
+    context = str(job.concurrency * job.max_model_len)  # llama-server divides it by the slots
+    command = ["llama-server", "--model", gguf(job), "--host", "127.0.0.1", "--port", "{port}"]
+    return [*command, "--parallel", str(job.concurrency), "--ctx-size", context]
+
+
+def llama_version() -> str:
+    done = subprocess.run(["llama-server", "--version"], capture_output=True, text=True, timeout=30)
+    lines = (done.stdout + done.stderr).splitlines()
+    return next((line for line in lines if line.startswith("version")), "unknown").removeprefix("version: ")
 
 
 def load_llama_cpp(job: EngineJob) -> OfflineEngine:
@@ -32,18 +50,14 @@ class LlamaServer:
     """A llama-server of our own, asked over its native /completion route, which takes token ids."""
 
     def __init__(self, job: EngineJob):
-        import os
-
         from martlet.bench.serving import serving
 
-        slots = str(job.concurrency)
-        context = str(job.concurrency * job.max_model_len)  # llama-server divides it by the slots
-        command = ["llama-server", "--model", gguf(job), "--host", "127.0.0.1", "--port", "{port}"]
-        command += ["--parallel", slots, "--ctx-size", context, "--threads", str(len(os.sched_getaffinity(0)))]
+        version = llama_version()
         self._stack = ExitStack()
-        self._server = self._stack.enter_context(serving(command))
+        self.spawned: float | None = time.monotonic()
+        self._server = self._stack.enter_context(serving(llama_command(job)))
         self._job = job
-        self.about = {"version": "llama-server", "weights": "gguf"}
+        self.about = {"version": f"llama.cpp {version}"}
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, salt: str) -> list[Timeline]:
         return asyncio.run(self._run(prompts, new_tokens))
@@ -69,6 +83,9 @@ class LlamaServer:
 
             return await together(one(prompt) for prompt in prompts)
 
+    def peak_mb(self) -> float:
+        return self._server.peak_mb
+
     def close(self) -> None:
         self._stack.close()
 
@@ -76,11 +93,13 @@ class LlamaServer:
 class LlamaPackage:
     """llama-cpp-python: one sequence at a time."""
 
+    spawned: float | None = None
+
     def __init__(self, job: EngineJob):
         from llama_cpp import Llama
 
         self._model = Llama(gguf(job), n_ctx=job.max_model_len, verbose=False)
-        self.about = {"version": f"llama_cpp {library_version('llama_cpp_python')}", "weights": "gguf"}
+        self.about = {"version": f"llama_cpp {library_version('llama_cpp_python')}"}
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, salt: str) -> list[Timeline]:
         began = time.monotonic()
@@ -95,15 +114,20 @@ class LlamaPackage:
             timelines.append(timeline)
         return timelines
 
+    def peak_mb(self) -> float:
+        return tree_peak_mb(os.getpid())
+
     def close(self) -> None:
         self._model.close()
 
 
 class OpenVINO:
-    """OpenVINO GenAI's continuous batching over a GGUF file."""
+    """OpenVINO GenAI's continuous batching, over a GGUF file or a folder with openvino_model.xml and its tokenizer."""
+
+    spawned: float | None = None
 
     def __init__(self, job: EngineJob):
-        path = gguf(job)
+        path = job.path if (Path(job.path) / "openvino_model.xml").is_file() else gguf(job)
         import openvino
         import openvino_genai
 
@@ -115,7 +139,7 @@ class OpenVINO:
         scheduler.cache_size = 1  # GiB
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(path, scheduler, "CPU")
         self._next_id = 0
-        self.about = {"version": f"openvino_genai {library_version('openvino_genai')}", "weights": "gguf"}
+        self.about = {"version": f"openvino_genai {library_version('openvino-genai')}"}
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int, salt: str) -> list[Timeline]:
         import numpy as np
@@ -136,6 +160,9 @@ class OpenVINO:
                     for output in handle.read().values():
                         timeline.add(now, len(output.generated_ids), output.generated_ids)
         return [timeline for _, timeline in open_requests]
+
+    def peak_mb(self) -> float:
+        return tree_peak_mb(os.getpid())
 
     def close(self) -> None:
         del self._pipeline

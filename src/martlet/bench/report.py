@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 import time
@@ -28,15 +29,27 @@ ROWS = (
     ("W5", "output_tok_s", "W5 output, tok/s", 1, True),
 )
 
+PEAK_HEADING = "peak memory, MB"
+PATH = re.compile(r"(?<![\w/:.])(?:~|\.{1,2})?/(?:[^\s/'\"=,:;()]+/)*")  # up to the last name; not what follows http:
+
+
+def without_paths(text: str) -> str:
+    """The text with every path cut to its last name, so that results say nothing of the machine they come from."""
+    return PATH.sub("", text)
+
 
 def lines(results: Sequence[Result], machine_facts: dict[str, Any]) -> list[str]:
     """One JSON line a result: medians and every run, the machine, and the command that made them."""
     common = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["martlet", *sys.argv[1:]]),
+        "command": without_paths(shlex.join(["martlet", *sys.argv[1:]])),
         "machine": machine_facts,
     }
-    return [json.dumps({**dataclasses.asdict(r), "figures": r.figures, **common}) for r in results]
+    rows = [{**dataclasses.asdict(r), "figures": r.figures, **common} for r in results]
+    for row in rows:
+        row["error"] = row["error"] and without_paths(row["error"])
+        row["engine"] = row["engine"] if "://" in row["engine"] else without_paths(row["engine"])
+    return [json.dumps(row) for row in rows]
 
 
 def write(results: Sequence[Result], path: Path) -> None:
@@ -46,7 +59,10 @@ def write(results: Sequence[Result], path: Path) -> None:
 
 
 def table(results: Sequence[Result]):
-    """A rich table: a column an engine, a row a figure, each with its ratio to the first engine (above 1 is better)."""
+    """A rich table: a column an engine, a row a figure, each with its ratio to the first engine.
+
+    Above 1 the engine is better than the first, whichever way the figure counts.
+    """
     from rich.table import Table
 
     engines = list(dict.fromkeys(r.engine for r in results))
@@ -56,9 +72,14 @@ def table(results: Sequence[Result]):
         values = [by_key[e, workload].figures.get(key) if (e, workload) in by_key else None for e in engines]
         if any(v is not None for v in values):
             out.add_row(heading, *(_cell(v, values[0] if i else None, digits, more) for i, v in enumerate(values)))
-    peaks = [max(r.peak_mb for r in results if r.engine == e) or None for e in engines]
-    if any(peaks):
-        out.add_row("peak memory, MB", *(_cell(v, peaks[0] if i else None, 0, False) for i, v in enumerate(peaks)))
+    for workload in dict.fromkeys(r.workload for r in results):
+        peaks = [by_key[e, workload].peak_mb if (e, workload) in by_key else None for e in engines]
+        if any(peaks):
+            heading = f"{workload} {PEAK_HEADING}"
+            out.add_row(heading, *(_cell(v or None, peaks[0] if i else None, 0, False) for i, v in enumerate(peaks)))
+    sizes = [next(r.installed_mb for r in results if r.engine == e) or None for e in engines]
+    if any(sizes):
+        out.add_row("installed, MB", *(_cell(v, sizes[0] if i else None, 0, False) for i, v in enumerate(sizes)))
     return out
 
 

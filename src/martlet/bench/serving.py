@@ -9,10 +9,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 
+from martlet.bench.processes import tree_peak_mb
 from martlet.errors import MartletError
 
 READY_SECONDS = 900.0  # a vLLM that compiles takes minutes
@@ -27,7 +27,7 @@ class Server:
     @property
     def peak_mb(self) -> float:
         """Largest resident memory so far of the process and, where it has any, of its children; 0 if unknown."""
-        return sum(_peak_mb(pid) for pid in (self.process.pid, *_children(self.process.pid)))
+        return tree_peak_mb(self.process.pid)
 
 
 @contextlib.contextmanager
@@ -65,19 +65,3 @@ def _healthy(port: int) -> bool:
 def _tail(log, lines: int = 15) -> str:
     log.seek(0)
     return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
-
-
-def _peak_mb(pid: int) -> float:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
-
-
-def _children(pid: int) -> list[int]:
-    """Processes below `pid`, at any depth."""
-    with contextlib.suppress(OSError):
-        direct = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return [p for child in direct for p in (child, *_children(child))]
-    return []

@@ -22,17 +22,29 @@ class CpuOptions:
         "W1-W5 and start, with commas or spaces", ("W1", "W2", "W3", "W4", "W5", "start"), commas=True, metavar="NAME"
     )
     engines: tuple[str, ...] = flag(
-        "native, transformers, vllm, llama.cpp, openvino; the first is what others are compared with",
+        "NAME[:TYPE][@W1+W2][=MODEL] of native, reference, transformers, vllm, llama.cpp, openvino: the type to run in "
+        "(native:int8, vllm:bf16), the workloads it is for, another file or folder; others are compared with the first",
         ("native", "transformers", "vllm", "llama.cpp", "openvino"),
         commas=True,
-        metavar="NAME",
+        metavar="ENGINE",
     )
     runs: int = flag("how often; figures are medians", 5)
+    seconds: float | None = flag("fewer runs of a workload on an engine where they would take longer", None)
+    quiet_seconds: float = flag("before each measurement, wait at most so long for others to leave the machine", 20.0)
     dtype: str = flag("number type of weights and activations of our backends", "auto", choices=DTYPES)
     quant: str | None = flag("smaller weights for the native engine", None, metavar="NAME")
     device: str = flag("where our backends run", "cpu", choices=("auto", "cpu", "cuda"))
     python: tuple[str, ...] = flag("ENGINE=PATH: the Python that has this engine, when it is another one", ())
     output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
+    report: str | None = flag("write goals and figures to this Markdown file", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which results."""
+
+    results: str = flag("a file that bench cpu --output wrote; its last run counts", metavar="FILE")
+    report: str = flag("the Markdown file to write", metavar="FILE")
 
 
 @dataclass(frozen=True)
@@ -59,35 +71,74 @@ class MemoryOptions:
 
 
 def run_cpu(options: CpuOptions) -> int:
+    import json
+
     from rich.console import Console
 
-    from martlet import hub
-    from martlet.bench import engines, offline, report, workloads
-    from martlet.bench.engines import EngineJob
-    from martlet.cli.progress import download_bar
+    from martlet.bench import engines, goals, report, session, workloads
 
     pythons = interpreters(options.python)
-    _check_runs(options.runs, options.output)
+    _check_runs(options.runs, options.output, options.report)
     for name in options.workloads:
         workloads.load(name)
     wanted = []
-    for name in dict.fromkeys(options.engines):
-        reason = engines.missing(name)
-        if reason is None or name in pythons:
-            wanted.append(name)
+    for entry in map(engines.parse, dict.fromkeys(options.engines)):
+        for name in entry.only:
+            workloads.load(name)
+        reason = None if entry.name in pythons else engines.missing(entry.name)
+        if reason is None:
+            wanted.append(entry)
         else:
-            print(f"{name} is skipped: {reason}", file=sys.stderr)
+            print(f"{entry.name} is skipped: {reason}", file=sys.stderr)
     if not wanted:
         raise UsageError("none of these engines is installed", param="engines")
-    with download_bar() as progress:
-        path = str(hub.resolve(options.model, progress=progress).path)
-    dtype = DTYPES[options.dtype]
-    jobs = [
-        EngineJob(name, options.model, path, dtype=dtype, quant=options.quant, device=options.device) for name in wanted
-    ]
+    jobs = _jobs(wanted, options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that servers under test are stopped too
-    results = offline.measure_all(jobs, options.workloads, options.runs, pythons, tell)
+    plan = session.Plan(options.workloads, options.runs, options.seconds, options.quiet_seconds, pythons)
+    results = session.measure_all(jobs, plan, tell)
+    if options.report is not None:
+        from martlet.bench.machine import describe
+
+        rows = [json.loads(line) for line in report.lines(results, describe())]
+        Path(options.report).expanduser().write_text(goals.markdown(rows), encoding="utf-8")
     return finish(Console(), report, results, options.output)
+
+
+def run_report(options: ReportOptions) -> int:
+    from martlet.bench import goals
+
+    results = Path(options.results).expanduser()
+    if not results.is_file():
+        raise UsageError(f"--results: no file {options.results}", param="results")
+    _check_runs(1, None, options.report)
+    Path(options.report).expanduser().write_text(goals.markdown(goals.last_session(results)), encoding="utf-8")
+    return 0
+
+
+def _jobs(wanted: list, options: CpuOptions) -> list:
+    """Jobs with labels that differ; every model is looked for before anything is measured."""
+    from dataclasses import replace
+
+    from martlet import hub
+    from martlet.bench import engines
+    from martlet.cli.progress import download_bar
+
+    jobs = []
+    for entry in wanted:
+        model = entry.model or options.model
+        folder = Path(model).expanduser()
+        if entry.name in ("openvino", "vllm") and folder.is_dir():
+            path = folder  # in a format of their own, perhaps
+        else:
+            with download_bar() as progress:
+                path = Path(hub.resolve(model, progress=progress).path)
+        made = engines.job(entry, model, path, DTYPES, options.dtype, options.quant, options.device)
+        if made.label in {job.label for job in jobs}:
+            made = replace(made, label=f"{made.label} {Path(model).stem}")
+        if made.label in {job.label for job in jobs}:
+            raise UsageError(f"two of --engines are {made.label}", param="engines")
+        jobs.append(made)
+    return jobs
 
 
 def run_http(options: HttpOptions) -> int:
@@ -96,7 +147,7 @@ def run_http(options: HttpOptions) -> int:
     from martlet.bench import http, offline, report, workloads
     from martlet.bench.timeline import figures
 
-    _check_runs(options.runs, options.output)
+    _check_runs(options.runs, options.output, None)
     extra = {"ignore_eos": True} if options.ignore_eos else {}
     endpoint = http.Endpoint(options.url, options.model, options.api_key, extra)
     results = []
@@ -156,17 +207,19 @@ def interpreters(pairs: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _check_runs(runs: int, output: str | None) -> None:
+def _check_runs(runs: int, output: str | None, report: str | None) -> None:
     if runs < 1:
         raise UsageError(f"--runs must be at least 1, got {runs}", param="runs")
-    if output is not None and not Path(output).expanduser().parent.is_dir():
-        raise UsageError(f"--output: no folder {Path(output).parent}", param="output")
+    for name, file in (("output", output), ("report", report)):
+        if file is not None and not Path(file).expanduser().parent.is_dir():
+            raise UsageError(f"--{name}: no folder {Path(file).parent}", param=name)
 
 
 COMMAND = CommandGroup(
     "Measure speed and memory against other engines, in one run on one machine.",
     {
         "cpu": Command("Workloads W1-W5 and start on several engines, each in its own process.", CpuOptions, run_cpu),
+        "report": Command("Results of bench cpu as Markdown, beside the goals.", ReportOptions, run_report),
         "http": Command("Workloads against any OpenAI-compatible server.", HttpOptions, run_http),
         "memory": Command("KV memory that paging wastes, and that shared prompts save.", MemoryOptions, run_memory),
     },
