@@ -32,9 +32,17 @@ INLINE U nibble_at(const uint8_t* quants, int j, int v) {
   return (step_at(quants, j & 3, v) >> (j & 4)) & 0x0f0f0f0fu;
 }
 
+// Few rows wait for memory: weights are asked for this far ahead, across pages, where the processor's own prefetchers
+// stop. Measured on one thread: q4_1 streams at 13.9 GB/s instead of 9.9, bf16 at 15.5 instead of 11.5.
+constexpr int kAhead = 8192, kFewRows = 4;
+INLINE void fetch_ahead(const uint8_t* at, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + kAhead + line, 0, 2);
+}
+
 struct Plain {  // no minimum, one scale a block, 8 steps
   static constexpr bool kMin = false, kSixBit = true;
   static constexpr int kParts = 1, kOffset = 0, kSteps = 8;
+  static constexpr int kBytes = 0;  // of a block in memory; 0 for one that is near already
   static constexpr ActKind kActs = kActSplit32;
 };
 
@@ -45,6 +53,7 @@ template <>
 struct Reader<kInt8> : Plain {
   static constexpr bool kSixBit = false;
   static constexpr int kOffset = 7, kSteps = 16;  // weights are stored plus 2^kOffset
+  static constexpr int kBytes = kLayouts[kInt8].block;
   static constexpr ActKind kActs = kActByte64;
   const uint8_t* at;
   INLINE Reader(const uint8_t* panel, int b) : at(panel + (int64_t)b * kLayouts[kInt8].block) {}
@@ -56,7 +65,7 @@ struct Reader<kInt8> : Plain {
 template <Format f, int kBits, bool kWithMin>
 struct SimpleReader : Plain {
   static constexpr bool kMin = kWithMin, kSixBit = kBits < 8;
-  static constexpr int kOffset = kWithMin ? 0 : kBits - 1;
+  static constexpr int kOffset = kWithMin ? 0 : kBits - 1, kBytes = kLayouts[f].block;
   const uint8_t *at, *q;
   INLINE SimpleReader(const uint8_t* panel, int b) : at(block_at(f, panel, b)), q(at + (kWithMin ? 128 : 64)) {}
   INLINE U quants(int j, int v) const {
@@ -81,6 +90,7 @@ struct Reader<kQ8_0> : SimpleReader<kQ8_0, 8, false> { using SimpleReader::Simpl
 template <Format f, int kBits>
 struct SuperReader : Plain {  // q4_K, q5_K: d * scale * q - dmin * minimum
   static constexpr bool kMin = true;
+  static constexpr int kBytes = kLayouts[f].block;
   const uint8_t *head, *at, *q;
   INLINE SuperReader(const uint8_t* panel, int b) : head(header_at(f, panel, b)), at(block_at(f, panel, b)), q(at + 64) {}
   INLINE U quants(int j, int v) const {
@@ -97,7 +107,7 @@ struct Reader<kQ5_K> : SuperReader<kQ5_K, 5> { using SuperReader::SuperReader; }
 
 template <>
 struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half block
-  static constexpr int kParts = 2, kOffset = 5;
+  static constexpr int kParts = 2, kOffset = 5, kBytes = kLayouts[kQ6_K].block;
   const uint8_t *head, *at, *q;
   INLINE Reader(const uint8_t* panel, int b) : head(header_at(kQ6_K, panel, b)), at(block_at(kQ6_K, panel, b)), q(at + 64) {}
   INLINE U quants(int j, int v) const {
@@ -115,9 +125,9 @@ struct Widened : Plain {
   using Source = Reader<f>;
   static constexpr bool kMin = Source::kMin, kSixBit = Source::kSixBit;
   static constexpr int kParts = Source::kParts, kOffset = Source::kOffset;
-  static constexpr int kScales = kParts + kMin, kBytes = kScales * kStep + 8 * kStep;
+  static constexpr int kScales = kParts + kMin, kWidened = kScales * kStep + 8 * kStep;
   const uint8_t* at;
-  INLINE Widened(const uint8_t* scratch, int b) : at(scratch + (int64_t)b * kBytes) {}
+  INLINE Widened(const uint8_t* scratch, int b) : at(scratch + (int64_t)b * kWidened) {}
   INLINE U quants(int j, int v) const { return step_at(at + kScales * kStep, j, v); }
   INLINE F scale(int v, int part) const { return load<F>(at + part * kStep + v * 4 * L); }
   INLINE F minimum(int v) const { return kMin ? load<F>(at + kParts * kStep + v * 4 * L) : F{}; }
@@ -125,13 +135,14 @@ struct Widened : Plain {
   static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
     for (int b = 0; b < blocks; ++b) {
       const Source from(panel, b);
+      fetch_ahead(from.at, Source::kBytes);
       for (int v = 0; v < kPanel / L; ++v, out += 4 * L) {
         for (int part = 0; part < kParts; ++part) store(out + part * kStep, from.scale(v, part));
         if (kMin) store(out + kParts * kStep, from.minimum(v));
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) store(out + (kScales + j) * kStep, from.quants(j, v));
       }
-      out += kBytes - kStep;
+      out += kWidened - kStep;
     }
   }
 };
@@ -147,6 +158,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   F acc[M][kWide] = {};
   for (int b = 0; b * kBlock < k; ++b) {
     const R block(panel, b);
+    if (M <= kFewRows && R::kBytes) fetch_ahead(block.at, R::kBytes);
     const uint8_t* a = acts + (int64_t)b * kBlock * kInts;
     const uint8_t* g = groups + (int64_t)b * sizeof(Group);
 #pragma GCC unroll 2
@@ -196,6 +208,7 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   const int steps = kBF16 ? (k + 1) / 2 : k;
 #pragma GCC unroll 2
   for (int j = 0; j < steps; ++j) {
+    if (M <= kFewRows) fetch_ahead(panel + (int64_t)j * kStep, kStep);
     const uint8_t* x = acts + (int64_t)j * (kBF16 && !kPairDot ? 8 : 4);
     for (int i = 0; i < kWide; ++i) {
       const U w = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
