@@ -12,9 +12,12 @@ import pytest
 
 from fake_backend import FakeBackend
 from martlet import backends, cli
-from martlet.bench import engines, offline, workloads
+from martlet.bench import engines, offline, servers, session, workloads
 from martlet.bench.backend_engine import BackendEngine
 from martlet.bench.engines import EngineJob
+from martlet.bench.precision import bits
+from martlet.cli.options import DTYPES
+from martlet.errors import UsageError
 
 OPENVINO = """
 import time
@@ -31,7 +34,7 @@ class Handle:
 
 class ContinuousBatchingPipeline:
     def __init__(self, path, scheduler, device):
-        assert path.endswith(".gguf") and device == "CPU" and scheduler.max_num_seqs == 1
+        assert path.endswith(("m.gguf", "ir")) and device == "CPU" and scheduler.max_num_seqs == 1
         print("noise on stdout")
         self.open = []
     def add_request(self, number, ids, config):
@@ -131,7 +134,7 @@ def test_a_server_that_does_not_come_up_shows_its_log(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho cannot read the model\nexit 3\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    result = offline.measure_http(EngineJob("llama.cpp", "m", "m.gguf"), workloads.load("W5"), 1)
+    result = servers.measure_http(EngineJob("llama.cpp", "m", "m.gguf"), workloads.load("W5"), 1)
     assert "did not come up:\ncannot read the model" in result.error
 
 
@@ -159,9 +162,84 @@ def test_an_engine_that_is_not_here_is_skipped_in_one_line(monkeypatch, capsys):
 
 def test_the_native_engine_starts_from_the_command_line(tmp_path, capsys):
     output = tmp_path / "out.jsonl"
-    words = ["--engines", "native", "--workloads", "start", "--runs", "1", "--output", str(output)]
+    words = [
+        "--quiet_seconds",
+        "0",
+        "--engines",
+        "native",
+        "--workloads",
+        "start",
+        "--runs",
+        "1",
+        "--output",
+        str(output),
+    ]
     assert cli.main(["bench", "cpu", *words]) == 0
     assert "start, s" in capsys.readouterr().out
     row = json.loads(output.read_text())
-    assert row["engine"] == "native" and row["figures"]["start_s"] > 0 and row["peak_mb"] > 100
+    assert row["engine"] == "native q4_1" and row["installed_mb"] > 10 and row["noise"]["before"] >= 1
+    assert (
+        row["kind"] == "native"
+        and str(tmp_path) not in output.read_text()
+        and row["figures"]["start_s"] > 0
+        and row["peak_mb"] > 100
+    )
     assert set(row) >= {f.name for f in dataclasses.fields(offline.Result)} | {"machine", "command", "time"}
+
+
+def test_a_word_of_engines_is_read_whole():
+    word = engines.parse("native:int8@W1+W3=some/folder")
+    assert word == engines.Entry("native", "int8", ("W1", "W3"), "some/folder")
+    assert engines.parse("llama.cpp=C:a=b.gguf").model == "C:a=b.gguf"
+    for bad, why in (("natve", "Did you mean"), ("openvino:int8", "what its file holds"), ("native@=x", "wants NAME")):
+        with pytest.raises(UsageError, match=why):
+            engines.parse(bad)
+
+
+def test_a_job_knows_what_its_weights_run_in(tmp_path):
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float16"}')
+
+    def made(word, quant=None):
+        job = engines.job(engines.parse(word), "m", tmp_path, DTYPES, "auto", quant, "cpu")
+        return job.label, job.quant, bits(job.weights)
+
+    assert made("native") == ("native float16", None, 16)
+    assert made("native", "int4") == ("native int4", "int4", 4)
+    assert made("native:bfloat16", "int4") == ("native bf16", "bf16", 16)
+    assert made("reference:fp32", "int4") == ("reference float32", None, 32)
+    with pytest.raises(UsageError, match="native:q9 is none of"):
+        made("native:q9")
+    (tmp_path / "openvino_model.xml").write_text('<data element_type="u8"/>')
+    assert made("openvino") == ("openvino int8", None, 8)
+
+
+def test_runs_stop_before_they_take_too_long():
+    assert not offline.enough([], 0.0)
+    assert not offline.enough([{"seconds": 2.0}] * 2, 6.0)
+    assert offline.enough([{"seconds": 2.0}] * 2, 5.9)
+    assert not offline.enough([{"seconds": 9e9}], None)
+
+
+def test_another_python_sees_this_package_and_nothing_else():
+    with offline.source_path("another") as path:
+        folder = path["PYTHONPATH"].split(os.pathsep)[0]
+        assert os.listdir(folder) == ["martlet"]
+    with offline.source_path(sys.executable) as path:
+        assert path == {}
+
+
+def test_a_session_takes_turns_and_cuts_what_is_long(openvino, monkeypatch):
+    folder = openvino / "ir"
+    folder.mkdir()
+    (folder / "openvino_model.xml").write_text("")
+    here = [EngineJob("openvino", "x/m", str(folder), label=name) for name in ("one", "two")]
+    here[1] = dataclasses.replace(here[1], only=("start",))
+    told = []
+    plan = session.Plan(("start", "W1", "W5"), 2, seconds=0.0)
+    results = session.measure_all(here, plan, told.append)
+    assert [(r.engine, r.workload, len(r.runs), r.note, r.error) for r in results] == [
+        ("one", "start", 2, None, None),
+        ("two", "start", 2, None, None),
+        ("one", "W1", 1, "1 of 2 runs", None),
+    ]
+    assert told == results and all(r.model == "m" and r.noise["after"] >= 1 for r in results)

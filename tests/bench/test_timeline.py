@@ -53,7 +53,7 @@ def test_the_table_has_ratios_to_the_first_engine():
 
     out = table([result("native", 100.0, 50.0, 200.0), result("other", 50.0, 100.0, 400.0)])
     cells = [list(column.cells) for column in out.columns]
-    assert cells[0] == ["W1 time to first token, ms", "W1 decode, tok/s", "peak memory, MB"]
+    assert cells[0] == ["W1 time to first token, ms", "W1 decode, tok/s", "W1 peak memory, MB"]
     assert cells[1] == ["50.0", "100.0", "200"]
     assert cells[2] == ["100.0  (0.50x)", "50.0  (0.50x)", "400  (0.50x)"]
 

@@ -15,6 +15,8 @@ from martlet.bench.timeline import medians
 from martlet.errors import UsageError
 
 Row = dict[str, Any]
+BUSY = 1.25  # a slowdown above which a speed says nothing
+SIZES = ("installed_mb", "peak_mb")  # what a busy machine does not change
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def value(row: Row, key: str) -> float | None:
 
 def _head(rows: Sequence[Row]) -> str:
     machine = rows[0]["machine"]
-    slow = [row["noise"].get(key, 1.0) for row in rows for key in ("before", "after") if row.get("noise")]
+    worst = max(slowdown(row) for row in rows)
     lines = [
         "# CPU benchmark",
         f"{rows[0]['time']}, {machine['cpu']}, {machine['cores']} cores ({', '.join(machine['features'])}), "
@@ -96,11 +98,10 @@ def _head(rows: Sequence[Row]) -> str:
         f"Medians of up to {max((len(r['runs']) for r in rows), default=0)} runs, all engines in one run of\n\n"
         f"    {rows[0]['command']}",
     ]
-    if slow:
-        lines.append(
-            f"A fixed piece of work on all cores took up to {max(slow):.2f} times as long as at best around the "
-            "measurements, by what else ran."
-        )
+    lines.append(
+        f"Around the measurements, a fixed piece of work on all cores took up to {worst:.2f} times as long as on a "
+        f"quiet machine; from {BUSY} on, speeds say nothing."
+    )
     return "\n\n".join(lines)
 
 
@@ -123,7 +124,13 @@ def _goals(rows: Sequence[Row]) -> str:
                 ratio = value(ours, goal.key) / value(theirs, goal.key) if ours and theirs else None
                 said = f"{ratio:.2f}" if ratio else "-"
                 who = _said(theirs, goal) if theirs else f"{peer or 'any peer'}: not measured"
-                cells = (_said(ours, goal), who, said, f"{sign} {wanted:g}x", _verdict(ratio, wanted, goal))
+                cells = (
+                    _said(ours, goal),
+                    who,
+                    said,
+                    f"{sign} {wanted:g}x",
+                    _verdict(ratio, wanted, goal, ours, theirs),
+                )
             lines.append(f"| {' | '.join((goal.title, *cells))} |")
     return "\n".join(lines)
 
@@ -149,10 +156,18 @@ def _said(row: Row | None, goal: Goal) -> str:
     return f"{value(row, goal.key):,.{goal.digits}f} ({row['engine']})" if row else "not measured"
 
 
-def _verdict(ratio: float | None, wanted: float, goal: Goal) -> str:
+def _verdict(ratio: float | None, wanted: float, goal: Goal, *rows: Row | None) -> str:
+    """No verdict on speeds from a busy machine: peers that spin between threads lose far more there than others."""
     if not ratio:
         return "-"
+    if goal.key not in SIZES and any(slowdown(row) > BUSY for row in rows if row):
+        return "unknown: the machine was busy"
     return "yes" if (ratio >= wanted if goal.more else ratio <= wanted) else "no"
+
+
+def slowdown(row: Row) -> float:
+    """By what else ran, around a measurement; 1 is a quiet machine."""
+    return max(row["noise"].get("before", 1.0), row["noise"].get("after", 1.0))
 
 
 def _figures(rows: Sequence[Row]) -> str:
