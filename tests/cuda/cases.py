@@ -70,7 +70,15 @@ class Case:
         table = torch.from_numpy(np.concatenate([cos, sin], 1)).to(DEVICE)
         cache = self.cache.clone()
         q = rotary.rotate_and_write(
-            self.qkv, self.norms, EPS, table, self.token_rows, self.token_positions, self.block_table, cache, self.spec
+            self.qkv.clone(),
+            self.norms,
+            EPS,
+            table,
+            self.token_rows,
+            self.token_positions,
+            self.block_table,
+            cache,
+            self.spec,
         )
         return q, cache
 

@@ -8,6 +8,7 @@ import torch
 from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, make_case, reference_attention
 
 from martlet.kernels.cuda import decode_attention, layers, linear, prefill_attention, sampling
+from martlet.kernels.ops import Sampling
 from martlet.kernels.philox import gumbel
 from martlet.kernels.reference import ReferenceOps
 from martlet.model.spec import FeedForward
@@ -65,10 +66,10 @@ def test_scatter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("programs", [None, 1])
 @pytest.mark.parametrize("gated", [True, False])
-def test_linear_with_all_around_it(dtype, rows, gated):
-    k, n = 200, 37
+def test_linear_with_all_around_it(dtype, programs, gated):
+    k, n, rows, tile = 200, 37, 1, linear.Tile(4, 128, 4, programs)
     x, gain, residual = randn(rows, k, dtype=dtype), randn(k, dtype=dtype), randn(rows, n, dtype=dtype)
     matrix, bias = (
         randn(2 * n if gated else n, k, dtype=dtype, scale=k**-0.5),
@@ -78,9 +79,9 @@ def test_linear_with_all_around_it(dtype, rows, gated):
     want = normed @ matrix.float().T + bias.float()
     want = OPS.activation(want, FeedForward(n, gated=gated)) + residual.float()
     weight = linear.Linear(matrix, bias)
-    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual)
+    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual, tile=tile)
     assert close(got, want, dtype)
-    plain = linear.linear(x, linear.Linear(matrix), dtype=torch.float32)
+    plain = linear.linear(x, linear.Linear(matrix), dtype=torch.float32)  # in the tile for its shape
     assert plain.dtype == torch.float32 and close(plain, x.float() @ matrix.float().T, dtype)
     out = residual.clone()
     linear.linear(x, linear.Linear(matrix[:n].contiguous()), residual=out, out=out)
@@ -175,6 +176,26 @@ def test_sampling_follows_the_rule_of_the_reference():
             line = line / t + gumbel(want.get("seed", 7), int(position[i]), np.arange(vocab))
         assert int(got[i]) == int(np.where(keep, line, -np.inf).argmax()), want
         assert int(tokens[count - 1 - i, position[i]]) == int(got[i])
+
+
+def test_cuts_on_flat_and_steep_logits():
+    random = np.random.default_rng(5)
+    count, vocab = 10, 9001
+    logits = randn(count, vocab) * torch.linspace(0.2, 12, count, device=DEVICE)[:, None]
+    logits[3] = 1.0  # all are equal, so all stay
+    logits[4, 7:] = float("-inf")
+    t, m = np.float32(random.choice([0.3, 1.0, 2.0], count)), np.float32(random.choice([0.0, 0.01], count))
+    k, p = random.choice([0, 2, 40, 4000], count), np.float32(random.choice([1.0, 0.95, 0.3, 1e-6], count))
+    seed, position = random.integers(0, 2**64, count, dtype=np.uint64), random.integers(1, 100, count)
+    k[3], p[3], k[4], p[4] = 40, 1.0, 40, 0.999
+    wants = [{"t": t[i], "top_k": k[i], "top_p": p[i], "min_p": m[i], "seed": seed[i]} for i in range(count)]
+    rows = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    tokens = torch.zeros(count, 128, dtype=torch.int32, device=DEVICE)
+    at = torch.from_numpy(position - 1).int().to(DEVICE)
+    got = sampling.sample(logits, rows, at, settings_of(wants), tokens)
+    k[3] = 0
+    want = OPS.sample(logits.clone(), Sampling(t, k, p, m, seed, position))
+    assert got.tolist() == want.tolist()
 
 
 def test_greedy_sampling_takes_the_first_of_equals_and_skips_padding():

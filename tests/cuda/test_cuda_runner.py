@@ -5,13 +5,18 @@ Where there is no GPU one small case runs under Triton's interpreter: all of the
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from cases import DEVICE
 from engines import CONFIGS, answers, card, check, options, requests
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
+from martlet.kernels.cuda import prefill_attention
 from martlet.runners.cuda_runner import CudaRunner
+from martlet.runners.cuda_runner.decoder import StepTensors
+from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep, Mixed
 from martlet.runners.torch_runner import TorchRunner
 
 gpu = pytest.mark.gpu
@@ -26,6 +31,40 @@ def reference(family: str, **settings) -> dict:
 def test_the_engine_answers_as_on_the_reference():
     runner = CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64)
     check(answers(runner, max_tokens=2), reference("qwen3", max_tokens=2))
+    runner.close()
+
+
+@torch.inference_mode()
+def test_a_step_spread_over_the_places_of_a_graph_is_the_same_step():
+    runner = CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64, graphs=False)
+    random = np.random.default_rng(0)
+    state, queries = runner.state, runner.decoder.queries
+    state.tokens.copy_(torch.from_numpy(random.integers(0, 300, state.tokens.shape)))
+    state.blocks.copy_(torch.from_numpy(random.permutation(80)[: 6 * 13].reshape(6, 13)).repeat(1, 2)[:, :16])
+    start, count, rows = np.array([6, 0, 3, 0]), np.array([1, 1, 5, 33]), np.array([4, 0, 5, 2])
+    offset = np.cumsum(count) - count
+    step = HostStep(
+        rows=np.repeat(rows, count),
+        positions=np.concatenate([np.arange(s, s + c) for s, c in zip(start, count, strict=True)]),
+        decoding=2,
+        tiles=prefill_attention.tiles(start[2:], count[2:], queries),
+        sequences=np.stack([rows, start, count, offset])[:, 2:],
+        picks=np.array([0, 39, 6]),
+    )
+
+    def there(array):
+        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(runner.device)
+
+    packed = StepTensors(
+        there(step.rows), there(step.positions), 2, tiles=there(step.tiles), sequences=there(step.sequences),
+        picks=there(step.picks),
+    )  # fmt: skip
+    mixed = Mixed(4, 64, queries)
+    spread = mixed.tensors(there(mixed.words_of(step)))
+    want, got = runner.decoder.forward(packed, state), runner.decoder.forward(spread, state)
+    padding = runner.decoder.forward(mixed.tensors(there(mixed.padding())), state)
+    assert len(got) == 4 + MIXED_SEQUENCES == len(padding)
+    assert torch.allclose(got[:3], want, atol=1e-5) and want.abs().max() > 0.1
     runner.close()
 
 

@@ -8,7 +8,7 @@ so one launch does all and a CUDA graph can repeat it. The grid depends on the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,16 +19,44 @@ from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
 MAX_PARTS = 64
+JOINED = 4096  # numbers of partial results a program joins at a time
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _join(partial, sums, out, start, working, GROUP: tl.constexpr, GROUP_UP: tl.constexpr, DIM: tl.constexpr,
+          BLOCK_D: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """The weighted mean of `working` parts, GROUP rows each from row `start` on, into GROUP rows of out."""
+    g = tl.arange(0, GROUP_UP)
+    d = tl.arange(0, BLOCK_D)
+    part = tl.arange(0, MOST)
+    row = start + part[:, None] * GROUP + g[None, :]
+    here = (part < working)[:, None] & (g < GROUP)[None, :]
+    best = tl.load(sums + row * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
+    top = tl.where(g < GROUP, tl.max(best, 0), 0.0)
+    weight = tl.exp2(best - top[None, :])
+    total = tl.sum(weight * tl.load(sums + row * 2 + 1, mask=here, other=0.0, cache_modifier=".cg"), 0)
+    acc = tl.zeros([AT_ONCE, GROUP_UP, BLOCK_D], tl.float32)
+    for first in range(0, working, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        there = start + some[:, None] * GROUP + g[None, :]
+        ours = (some < working)[:, None] & (g < GROUP)[None, :]
+        faded = tl.exp2(tl.load(sums + there * 2, mask=ours, other=float("-inf"), cache_modifier=".cg") - top[None, :])
+        means = tl.load(partial + there[:, :, None] * DIM + d[None, None, :],
+                        mask=ours[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        acc += means * faded[:, :, None]
+    mean = tl.sum(acc, 0) / tl.where(g < GROUP, total, 1.0)[:, None]
+    mask = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    tl.store(out + g[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"], do_not_specialize=["PARTS"])
 def _attend(
     q, k_cache, v_cache, block_table, rows, positions, out, partial, sums, counters,
-    scale, block_stride, cache_stride, PARTS,
+    scale, q_stride, block_stride, cache_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(0)
@@ -45,8 +73,9 @@ def _attend(
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         here = (g < GROUP)[:, None] & (d < DIM)[None, :]
-        place = b.to(tl.int64) * HEADS * DIM + (head * GROUP + g)[:, None] * DIM + d[None, :]
-        query = tl.load(q + place, mask=here, other=0.0)
+        place = (head * GROUP + g)[:, None] * DIM + d[None, :]
+        query = tl.load(q + b.to(tl.int64) * q_stride + place, mask=here, other=0.0)
+        mine = out + b.to(tl.int64) * HEADS * DIM
         table = block_table + row.to(tl.int64) * block_stride
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
@@ -79,24 +108,11 @@ def _attend(
             done = tl.atomic_add(counters + b * KV_HEADS + head, 1, sem="acq_rel")
             if done == working - 1:
                 tl.store(counters + b * KV_HEADS + head, 0)
-                best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_G], tl.float32)
-                acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-                start = ((b * KV_HEADS + head) * PARTS).to(tl.int64) * GROUP + g
-                for other in tl.range(0, working, num_stages=STAGES):
-                    slot = start + other * GROUP
-                    its_best = tl.load(sums + slot * 2, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-                    its_total = tl.load(sums + slot * 2 + 1, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-                    its = tl.load(partial + slot[:, None] * DIM + d[None, :], mask=here, other=0.0,
-                                  cache_modifier=".cg")  # fmt: skip
-                    top = tl.maximum(best, its_best)
-                    fade, weigh = tl.exp2(best - top), tl.exp2(its_best - top)
-                    acc = acc * fade[:, None] + its * weigh[:, None]
-                    total = total * fade + its_total * weigh
-                    best = top
-                tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+                start = ((b * KV_HEADS + head) * PARTS).to(tl.int64) * GROUP
+                _join(partial, sums, mine + head * GROUP * DIM, start, working, GROUP, GROUP_UP, DIM, BLOCK_D, MOST,
+                      AT_ONCE)  # fmt: skip
         else:
-            tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+            tl.store(mine + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +126,11 @@ class Tile:
 
 
 def tile_for(batch: int, spec: Attention) -> Tile:
-    """Parts so that the grid has at least 4 programs for each multiprocessor."""
-    parts = min(MAX_PARTS, max(1, triton.cdiv(4 * launch.num_sms(), batch * spec.kv_heads)))
-    return Tile(tokens=64 if batch * spec.kv_heads >= 256 else 32, parts=parts, warps=4, stages=3)
+    """One part a sequence where that gives each multiprocessor two programs or more, else enough parts for four."""
+    programs = batch * spec.kv_heads
+    if programs >= 2 * launch.num_sms():
+        return Tile(tokens=64, parts=1, warps=4, stages=4)
+    return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * launch.num_sms(), programs)), warps=4, stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +168,24 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of q [B, H, D], token positions[b] of rows[b], over the cache -> [B, H * D]. Row -1: left undefined.
 
+    The heads of a token lie together in q; tokens may lie apart.
     cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B].
     """
-    batch = len(q)
+    batch, block_d = len(q), triton.next_power_of_2(spec.head_dim)
     tile = tile or tile_for(batch, spec)
-    if q.dtype == torch.float32:  # for comparing with the reference; without tensor cores large tiles only spill
-        tile = replace(tile, tokens=16)
+    # float32 is for comparing with the reference; without tensor cores large tiles only spill
+    tokens = 16 if q.dtype == torch.float32 else tile.tokens
+    stages = min(tile.stages, max(1, (200 << 10) // (2 * tokens * block_d * q.element_size())))  # they share 227 KiB
     out = q.new_empty(batch, spec.q_size) if out is None else out
     group = spec.heads // spec.kv_heads
-    _attend[(spec.kv_heads, batch, tile.parts)](
+    group_up = triton.next_power_of_2(group)
+    launch.run(
+        _attend, (spec.kv_heads, batch, tile.parts),
         q, cache[0], cache[1], block_table, rows, positions, out, room.partial, room.sums, room.counters,
-        spec.scale * LOG2E, block_table.stride(0), cache.stride(1), tile.parts,
+        spec.scale * LOG2E, q.stride(0), block_table.stride(0), cache.stride(1), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=triton.next_power_of_2(spec.head_dim),
-        TILE=tile.tokens, STAGES=tile.stages, SPLIT=tile.parts > 1,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **launch.options(tile.warps, tile.stages),
+        BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
+        SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=tile.warps, stages=stages,
     )  # fmt: skip
     return out

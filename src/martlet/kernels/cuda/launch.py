@@ -1,6 +1,6 @@
 """How kernels are launched: overlapped with their predecessor where the GPU can (programmatic dependent launch).
 
-A step at batch 1 is some 170 kernels of 1 to 3 us, so the gaps between them would cost as much as the work. A kernel
+A step at batch 1 is some 170 kernels of 1 to 5 us, so the gaps between them would cost as much as the work. A kernel
 launched this way starts while its predecessor drains: it asks for its weights, then waits for the predecessor's
 results. The rule every kernel keeps: all its programs call `wait` before they read or write anything that a kernel of
 the step may write, also programs that have nothing to do, because the wait of the next kernel covers only this one.
@@ -9,6 +9,9 @@ the step may write, also programs that have nothing to do, because the wait of t
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-overlap = True  # the benchmark switches it off to see what it gives
+overlap_allowed = True  # the benchmark switches it off to see what overlap gives
+compiling = False  # what is launched now only gets compiled
 
 
 @triton.jit
@@ -28,25 +32,39 @@ def wait(PDL: tl.constexpr):
         tl_cuda.gdc_wait()
 
 
-@triton.jit
-def prefetch(pointers, PDL: tl.constexpr):
-    """Ask for the 128-byte lines at `pointers` to be brought into L2; nothing waits for them."""
-    if PDL:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 3,
+    overlap: bool = True,
+    **more: Any,
+) -> None:
+    """Launch a kernel that has a PDL parameter; inside `compiled_together`, only have it compiled."""
+    pdl = overlap and overlap_allowed and not INTERPRETED and _has_overlap()
+    options = {**more, "PDL": pdl, "num_warps": warps, "num_stages": stages}
+    if pdl:
+        options["launch_pdl"] = True
+    if compiling:
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
 
 
-def options(num_warps: int = 4, num_stages: int = 3) -> dict[str, Any]:
-    """Launch options of a kernel with a PDL parameter."""
-    pdl = overlap and not INTERPRETED and _has_overlap()
-    base: dict[str, Any] = {"PDL": pdl, "num_warps": num_warps, "num_stages": num_stages}
-    return {**base, "launch_pdl": True} if pdl else base
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """What is launched inside does not run: it is compiled, many kernels at a time, by the time this ends.
+
+    A compilation is half a second, mostly outside Python's lock, and a model needs some twenty.
+    """
+    global compiling
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        compiling = True
+        try:
+            yield
+        finally:
+            compiling = False
 
 
 @functools.cache

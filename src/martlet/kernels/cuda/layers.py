@@ -23,9 +23,9 @@ def activate(x, ACTIVATION: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "changes"], do_not_specialize=["changes_stride"])
 def _embed(
-    tokens, rows, positions, changes, state, table, out, WIDTH, tokens_stride, num_tokens,
+    tokens, rows, positions, changes, state, table, out, WIDTH, tokens_stride, changes_stride,
     CHANGES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
@@ -35,7 +35,7 @@ def _embed(
     if CHANGES:
         at = tl.load(changes + t)
         if at >= 0:
-            tl.store(state + at, tl.load(changes + num_tokens + t))
+            tl.store(state + at, tl.load(changes + changes_stride + t))
     token = tl.load(tokens + row.to(tl.int64) * tokens_stride + position, mask=row >= 0, other=0)
     token = tl.maximum(token, 0).to(tl.int64)
     for begin in range(0, WIDTH, BLOCK):
@@ -59,15 +59,16 @@ def embed(
     """
     count, width = len(rows), table.shape[1]
     out = table.new_empty(count, width)
-    _embed[(count,)](
+    launch.run(
+        _embed, (count,),
         tokens, rows, positions, rows if changes is None else changes, rows if state is None else state, table, out,
-        width, tokens.stride(0), count,
-        CHANGES=changes is not None, BLOCK=min(triton.next_power_of_2(width), 2048), **launch.options(),
+        width, tokens.stride(0), 0 if changes is None else changes.stride(0),
+        CHANGES=changes is not None, BLOCK=min(triton.next_power_of_2(width), 2048),
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["changes"], do_not_specialize=["num_changes"])
 def _scatter(state, changes, num_changes, BLOCK: tl.constexpr, PDL: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < num_changes
@@ -79,10 +80,10 @@ def _scatter(state, changes, num_changes, BLOCK: tl.constexpr, PDL: tl.constexpr
 def scatter(state: torch.Tensor, changes: torch.Tensor) -> None:
     """state[changes[0]] = changes[1]; state int32 [any], changes int32 [2, n], no place twice."""
     count = changes.shape[1]
-    _scatter[(triton.cdiv(count, 1024),)](state, changes, count, BLOCK=1024, **launch.options())
+    launch.run(_scatter, (triton.cdiv(count, 1024),), state, changes, count, BLOCK=1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picks"])
 def _norm(x, delta, gain, out, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.constexpr, BLOCK: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
     t = tl.program_id(0)
@@ -113,10 +114,10 @@ def add_rms_norm(
     out = x.new_empty(count, width)
     if count:
         block = triton.next_power_of_2(width)
-        _norm[(count,)](
+        launch.run(
+            _norm, (count,),
             x, x if delta is None else delta, gain, out, gain if picks is None else picks, width, eps,
-            ADD=delta is not None, PICK=picks is not None, BLOCK=block,
-            **launch.options(num_warps=min(max(block // 512, 1), 16)),
+            ADD=delta is not None, PICK=picks is not None, BLOCK=block, warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return out
 
@@ -138,7 +139,6 @@ def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     count, hidden = x.shape[0], x.shape[1] // (2 if gated else 1)
     out = x.new_empty(count, hidden)
     block = min(triton.next_power_of_2(hidden), 1024)
-    _activation[(count, triton.cdiv(hidden, block))](
-        x, out, hidden, GATED=gated, ACTIVATION=kind, BLOCK=block, **launch.options()
-    )
+    grid = count, triton.cdiv(hidden, block)
+    launch.run(_activation, grid, x, out, hidden, GATED=gated, ACTIVATION=kind, BLOCK=block)
     return out

@@ -18,9 +18,9 @@ from martlet.kernels.cuda.decode_attention import LOG2E
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
-QUERIES = 128  # tokens of a tile, in 16 bits
+QUERIES = 64  # tokens of a tile, in 16 bits
 FRESH = 2048  # a whole prompt of at least this many tokens goes to cuDNN, which is faster on long sequences
-FRESH_STEP = 1024
+FRESH_STEP = 1024  # cuDNN builds a plan, for 70 ms, for every length that it has not met: lengths are multiples of this
 
 
 def takes_fresh(spec: Attention) -> bool:
@@ -42,10 +42,10 @@ def tiles(start: np.ndarray, count: np.ndarray, queries: int) -> np.ndarray:
     return np.stack([sequence[order], first[order]]).astype(np.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tile_list", "sequences"], do_not_specialize=["num_tiles", "num_sequences"])
 def _attend(
     q, k_cache, v_cache, block_table, tile_list, sequences, out,
-    scale, block_stride, cache_stride, num_tiles, num_sequences,
+    scale, q_stride, block_stride, cache_stride, num_tiles, num_sequences,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -62,11 +62,11 @@ def _attend(
     m = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     here = (m < count)[:, None] & (d < DIM)[None, :]
-    place = (offset + m).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
-    query = tl.load(q + place, mask=here, other=0.0)
+    token = (offset + m).to(tl.int64)[:, None]
+    query = tl.load(q + token * q_stride + head * DIM + d[None, :], mask=here, other=0.0)
     position = start + m
     begin = tl.maximum(start + first - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
-    end = start + tl.minimum(first + BLOCK_M, count)
+    end = tl.where(first < count, start + tl.minimum(first + BLOCK_M, count), 0)
     table = block_table + row.to(tl.int64) * block_stride
     kv_head = head // (HEADS // KV_HEADS)
     best = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -77,9 +77,9 @@ def _attend(
         at = key_first + t
         inside = at < end
         block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        token = block * cache_stride + kv_head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
+        slot = block * cache_stride + kv_head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
         mask = inside[:, None] & (d < DIM)[None, :]
-        key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+        key = tl.load(k_cache + slot[:, None] + d[None, :], mask=mask, other=0.0)
         scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -90,9 +90,10 @@ def _attend(
         fade = tl.exp2(best - top)
         best = top
         total = total * fade + tl.sum(weight, 1)
-        value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+        value = tl.load(v_cache + slot[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
-    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+    place = out + token * (HEADS * DIM) + head * DIM + d[None, :]
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
 
 def prefill_attention(
@@ -106,14 +107,14 @@ def prefill_attention(
     *,
     block_m: int | None = None,
     block_n: int = 64,
-    warps: int = 8,
+    warps: int = 4,
     stages: int = 3,
 ) -> torch.Tensor:
     """Attention of the tokens of `sequences` over the cache, which holds their keys already; written to `out`.
 
-    q [T, H, D]; out [T, H * D]; cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; tile_list int32
-    [2, tiles] from `tiles`, cut in block_m queries; sequences int32 [4, B]: row, start, count, and where the sequence's
-    tokens begin in q.
+    q [T, H, D], the heads of a token together; out [T, H * D]; cache [2, blocks, K, block_size, D]; block_table int32
+    [rows, P]; tile_list int32 [2, tiles] from `tiles`, cut in block_m queries, and any that begin past their sequence's
+    end; sequences int32 [4, B]: row, start, count, and where the sequence's tokens begin in q.
     """
     block_m = block_m or queries_for(q.dtype)
     if q.dtype == torch.float32:
@@ -122,30 +123,27 @@ def prefill_attention(
     while block_n * bytes_a_row * stages + block_m * bytes_a_row // 2 > 200 << 10 and block_n > 16:
         block_n //= 2  # keys and values of all stages, and the queries, share 227 KiB
     num_tiles = tile_list.shape[1]
-    _attend[(spec.heads, num_tiles)](
+    launch.run(
+        _attend, (spec.heads, num_tiles),
         q, cache[0], cache[1], block_table, tile_list, sequences, out,
-        spec.scale * LOG2E, block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
+        spec.scale * LOG2E, q.stride(0), block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(spec.head_dim), STAGES=stages,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **launch.options(warps, stages),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=warps, stages=stages,
     )  # fmt: skip
     return out
 
 
-def fresh_attention(
-    q: torch.Tensor, cache: torch.Tensor, pages: torch.Tensor, spec: Attention, out: torch.Tensor
-) -> None:
-    """Causal attention of one whole prompt q [n, H, D] with no window, by cuDNN; written to `out` [n, H * D].
+def fresh_attention(qkv: torch.Tensor, count: int, spec: Attention) -> torch.Tensor:
+    """Causal attention of one whole prompt with no window, by cuDNN -> [count, H * D].
 
-    pages: int64, the blocks that hold its keys, and any others up to a multiple of `FRESH_STEP` tokens: what lies
-    behind the prompt's end is never seen, and cuDNN builds a plan for every length that it has not met.
+    qkv [L, (H + 2 K) * D], rotated, the prompt in its first `count` rows, L a multiple of FRESH_STEP. What lies behind
+    the prompt is never seen, but must be finite.
     """
-    count, length = len(q), len(pages) * cache.shape[3]
-    keys, values = (part.index_select(0, pages).transpose(0, 1).reshape(1, spec.kv_heads, length, -1) for part in cache)
-    queries = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, length - count)).transpose(0, 1)[None]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    heads = qkv.view(len(qkv), -1, spec.head_dim).transpose(0, 1)[None]
+    q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         result = torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=spec.scale, enable_gqa=True
+            q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True
         )
-    out.view(count, spec.heads, -1).copy_(result[0, :, :count].transpose(0, 1))
+    return result[0, :, :count].transpose(0, 1).reshape(count, -1)

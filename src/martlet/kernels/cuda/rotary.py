@@ -10,58 +10,67 @@ from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
-HEADS_A_PROGRAM = 8
+HEADS_A_PROGRAM = 8  # twice as many where there are tokens enough to fill the GPU
+MANY_TOKENS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _rotate(
-    qkv, norms, table, rows, positions, block_table, q_out, k_cache, v_cache,
-    eps, block_stride, cache_stride,
+    qkv, norms, table, rows, positions, block_table, cache,
+    eps, block_stride, cache_stride, value_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    HALF: tl.constexpr = ROT // 2
     t = tl.program_id(0)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_D)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     row = tl.load(rows + t)
     position = tl.load(positions + t)
-    is_qk = (head < HEADS + KV_HEADS)[:, None]
-    rotated = (d < ROT)[None, :]
-    # Each element meets its partner twice: x cos -/+ partner sin.
-    HALF: tl.constexpr = ROT // 2
+    is_qk = head < HEADS + KV_HEADS
+    is_v = (head >= HEADS + KV_HEADS).to(tl.int32)
+    # A pair of elements is turned together; what is not rotated, if the head has such a part, is `rest`.
+    pair = tl.arange(0, BLOCK_R)[None, :]
     if INTERLEAVED:
-        partner = tl.where(d < ROT, d ^ 1, d)
-        angle, first = d // 2, d % 2 == 0
+        one, two = 2 * pair, 2 * pair + 1
     else:
-        partner = tl.where(d < HALF, d + HALF, tl.where(d < ROT, d - HALF, d))
-        angle, first = d % HALF, d < HALF
-    cos = tl.load(table + position * ROT + angle, mask=d < ROT, other=1.0)[None, :]
-    sin = tl.load(table + position * ROT + HALF + angle, mask=d < ROT, other=0.0)[None, :]
-    sin = tl.where(first[None, :], -sin, sin)
+        one, two = pair, pair + HALF
+    cos = tl.load(table + position * ROT + pair, mask=pair < HALF, other=1.0)
+    sin = tl.load(table + position * ROT + HALF + pair, mask=pair < HALF, other=0.0)
+    mask = (head < ALL) & (pair < HALF)
+    line = qkv + t.to(tl.int64) * ALL * DIM + head * DIM
     wait(PDL)
-    mask = (head < ALL)[:, None] & (d < DIM)[None, :]
-    base = qkv + t.to(tl.int64) * ALL * DIM + head[:, None] * DIM
-    x = tl.load(base + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(base + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(line + one, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(line + two, mask=mask, other=0.0).to(tl.float32)
+    squares = tl.sum(x * x + y * y, 1)[:, None]
+    if BLOCK_P > 0:
+        unturned = ROT + tl.arange(0, BLOCK_P)[None, :]
+        mask_rest = (head < ALL) & (unturned < DIM)
+        rest = tl.load(line + unturned, mask=mask_rest, other=0.0).to(tl.float32)
+        squares += tl.sum(rest * rest, 1)[:, None]
     if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        gains = norms + head[:, None] * DIM
-        x = tl.where(is_qk, x * scale * tl.load(gains + d[None, :], mask=mask & is_qk, other=1.0), x)
-        y = tl.where(is_qk, y * scale * tl.load(gains + partner[None, :], mask=mask & is_qk, other=1.0), y)
-    x = tl.where(is_qk & rotated, x * cos + y * sin, x)
+        scale = tl.where(is_qk, 1.0 / tl.sqrt(squares / DIM + eps), 1.0)
+        gains = norms + head * DIM
+        x *= scale * tl.load(gains + one, mask=mask & is_qk, other=1.0)
+        y *= scale * tl.load(gains + two, mask=mask & is_qk, other=1.0)
+        if BLOCK_P > 0:
+            rest *= scale * tl.load(gains + unturned, mask=mask_rest & is_qk, other=1.0)
+    x, y = tl.where(is_qk, x * cos - y * sin, x), tl.where(is_qk, y * cos + x * sin, y)
 
-    q_at = q_out + t.to(tl.int64) * HEADS * DIM + head[:, None] * DIM + d[None, :]
-    tl.store(q_at, x.to(q_out.dtype.element_ty), mask=mask & (head < HEADS)[:, None])
+    kind = qkv.dtype.element_ty
+    tl.store(line + one, x.to(kind), mask=mask & is_qk)
+    tl.store(line + two, y.to(kind), mask=mask & is_qk)
+    if BLOCK_P > 0:
+        tl.store(line + unturned, rest.to(kind), mask=mask_rest & is_qk)
     if row >= 0:
         block = tl.load(block_table + row.to(tl.int64) * block_stride + position // BLOCK_SIZE).to(tl.int64)
-        at = block * cache_stride + (position % BLOCK_SIZE) * DIM
-        is_k = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
-        is_v = ((head >= HEADS + KV_HEADS) & (head < ALL))[:, None]
-        k_at = k_cache + at + (head - HEADS)[:, None] * BLOCK_SIZE * DIM + d[None, :]
-        v_at = v_cache + at + (head - HEADS - KV_HEADS)[:, None] * BLOCK_SIZE * DIM + d[None, :]
-        tl.store(k_at, x.to(k_cache.dtype.element_ty), mask=mask & is_k)
-        tl.store(v_at, x.to(v_cache.dtype.element_ty), mask=mask & is_v)
+        place = cache + block * cache_stride + (position % BLOCK_SIZE) * DIM
+        place += is_v * value_stride + (head - HEADS - is_v * KV_HEADS) * (BLOCK_SIZE * DIM)
+        tl.store(place + one, x.to(kind), mask=mask & (head >= HEADS))
+        tl.store(place + two, y.to(kind), mask=mask & (head >= HEADS))
+        if BLOCK_P > 0:
+            tl.store(place + unturned, rest.to(kind), mask=mask_rest & (head >= HEADS))
 
 
 def rotate_and_write(
@@ -75,20 +84,20 @@ def rotate_and_write(
     cache: torch.Tensor,
     spec: Attention,
 ) -> torch.Tensor:
-    """Normalise (if norms), rotate, write k and v to the cache; returns q [T, H, D].
+    """Normalise (if norms) and rotate q and k in place, write k and v to the cache; returns q [T, H, D], part of qkv.
 
     qkv [T, (H + 2 K) * D]; norms float32 [H + K, D]; table float32 [length, rope.dim], cos then sin; rows, positions
     int32 [T], rows -1 are padding; block_table int32 [rows, P]; cache [2, blocks, K, block_size, D].
     """
-    count = len(qkv)
-    q = qkv.new_empty(count, spec.heads, spec.head_dim)
-    heads = spec.heads + 2 * spec.kv_heads
-    block_h = min(HEADS_A_PROGRAM, triton.next_power_of_2(heads))
-    _rotate[(count, triton.cdiv(heads, block_h))](
-        qkv, table if norms is None else norms, table, rows, positions, block_table, q, cache[0], cache[1],
-        eps, block_table.stride(0), cache.stride(1),
+    count, heads, rest = len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim - spec.rope.dim
+    block_h = HEADS_A_PROGRAM * (2 if count >= MANY_TOKENS else 1)
+    launch.run(
+        _rotate, (count, triton.cdiv(heads, block_h)),
+        qkv, table if norms is None else norms, table, rows, positions, block_table, cache,
+        eps, block_table.stride(0), cache.stride(1), cache.stride(0),
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, ROT=spec.rope.dim,
         INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, BLOCK_SIZE=cache.shape[3],
-        BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(spec.head_dim), **launch.options(num_warps=4),
+        BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(spec.rope.dim // 2),
+        BLOCK_P=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip
-    return q
+    return qkv[:, : spec.q_size].view(count, spec.heads, spec.head_dim)

@@ -1,13 +1,18 @@
 """From logits to tokens on the device, by the rule of `martlet.kernels.philox`, with no word from the host.
 
-Three launches at most. `_cut` (only where some row wants top_k, top_p or min_p) finds the logit below which tokens go.
-`_best` finds each row's winner in slices of the vocabulary. `_choose` joins the slices, writes the token into the
-row's token list, so that the next step can read it, and reports it.
+`_best` finds each row's winner in slices of the vocabulary; `_choose` joins the slices, writes the token into the row's
+token list, so that the next step can read it, and reports it.
 
-The vocabulary is never sorted: `_cut` searches the integers that order float32, four bits a pass.
+Where some row wants top_k, top_p or min_p, four launches come before, which find the logit below which tokens go,
+without sorting the vocabulary. `_peaks` finds each row's largest logit; `_count` counts tokens by their distance from
+it, in BINS narrow bins. The counts tell in which bin top_k ends, and within bounds the mass of every bin, so in which
+few bins top_p may end (`_doubt`). `_gather` weighs the bins outside and keeps the tokens inside these few; `_cut` finds
+the exact logit among the kept, searching the integers that order float32, four bits a pass.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -16,7 +21,10 @@ import triton.language as tl
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.launch import wait
 
-SLICE = 4096  # tokens of the vocabulary a program of `_best` looks at
+SLICE = 4096  # tokens of the vocabulary a program looks at
+CUT_SLICE = 1024  # the same for `_best` after a cut: where nothing is left, no noise is made
+BINS, BINS_A_NAT = 256, 8  # of logit / temperature, down to 32 below the largest; the last bin holds the rest
+KEPT = 2048  # kept tokens that a program of `_cut` looks at at a time
 GREEDY_BELOW = 1e-5
 # Columns of a row's settings, int32 (floats by their bits).
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LOW, SEED_HIGH, SETTINGS = range(7)
@@ -35,56 +43,189 @@ def _order(x):
 
 
 @triton.jit
-def _prefix(logits, V, floor, best, temperature, target, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t such that tokens with key >= max(t, floor) number (weigh, if BY_MASS) at least `target`."""
-    # Keys are searched as unsigned numbers, 4 bits a pass from the top: `low` is the prefix found so far.
-    low = tl.zeros([], tl.int64)
-    digit = tl.arange(0, 16)
-    for step in range(8):
-        unit = tl.full([], 1, tl.int64) << (28 - 4 * step)
-        candidates = low + digit.to(tl.int64) * unit
-        weight = tl.zeros([16], tl.float32)
-        for begin in range(0, V, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
-            x = tl.load(logits + at, mask=at < V, other=float("-inf"))
-            key = _order(x)
-            mass = tl.exp((x - best) / temperature) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
-            mass = tl.where((key >= floor) & (at < V), mass, 0.0)
-            unsigned = key.to(tl.int64) + 2147483648
-            weight += tl.sum(tl.where(unsigned[:, None] >= candidates[None, :], mass[:, None], 0.0), 0)
-        enough = tl.max(tl.where(weight >= target, digit, 0), 0)
-        low += enough.to(tl.int64) * unit
-    return tl.maximum((low - 2147483648).to(tl.int32), floor)
-
-
-@triton.jit
-def _cut(logits, rows, settings, cuts, V, SETTINGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    b = tl.program_id(0)
-    row = tl.load(rows + b)
-    wait(PDL)
+def _wants(settings, row, SETTINGS: tl.constexpr):
+    """(is a cut wanted, temperature, top_k, top_p, min_p) of a row; row -1 wants none."""
     mine = settings + tl.maximum(row, 0) * SETTINGS
-    temperature = tl.where(row >= 0, _as_float(tl.load(mine)), 0.0)
+    temperature = _as_float(tl.load(mine))
     top_k = tl.load(mine + 1)
     top_p = _as_float(tl.load(mine + 2))
     min_p = _as_float(tl.load(mine + 3))
+    some = (row >= 0) & (temperature >= 1e-5) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+    return some, temperature, top_k, top_p, min_p
+
+
+@triton.jit
+def _top(peaks, SLICES, SLICES_UP: tl.constexpr):
+    s = tl.arange(0, SLICES_UP)
+    return tl.max(tl.load(peaks + s, mask=s < SLICES, other=float("-inf")), 0)
+
+
+@triton.jit
+def _floor(top, temperature, min_p):
+    """The least key that min_p lets pass."""
+    least = _order(top + tl.log(tl.maximum(min_p, 1e-30)) * temperature)
+    return tl.where(min_p > 0.0, least, tl.full([], -2147483648, tl.int32))
+
+
+@triton.jit
+def _bin(x, top, temperature, BINS: tl.constexpr, BINS_A_NAT: tl.constexpr):
+    """Grows as x falls, so a bin holds all tokens between two keys."""
+    return tl.minimum((top - x) * (BINS_A_NAT / temperature), BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def _doubt(counts, top_k, top_p, BINS: tl.constexpr, BINS_A_NAT: tl.constexpr):
+    """(low, high, edge): top_k ends in bin `edge`, or nowhere if that is BINS; top_p ends in one of low ... high.
+
+    A bin's mass is its count times exp(-distance), known to within the bin's width. Bounds have room for rounding.
+    """
+    bin = tl.arange(0, BINS)
+    count = tl.load(counts + bin)
+    upto = tl.cumsum(count, 0)
+    edge = tl.full([], BINS, tl.int32)
+    if top_k > 0:
+        edge = tl.min(tl.where(upto >= top_k, bin, BINS), 0)
+    low = tl.full([], BINS, tl.int32)
+    high = tl.full([], -1, tl.int32)
+    if top_p < 1.0:
+        most = tl.where(bin <= edge, count.to(tl.float32) * tl.exp(-bin.to(tl.float32) / BINS_A_NAT), 0.0)
+        least = tl.where((bin < edge) & (bin < BINS - 1), most * tl.exp(-1.0 / BINS_A_NAT), 0.0)
+        low = tl.min(tl.where(tl.cumsum(most, 0) >= top_p * tl.sum(least, 0) * 0.9998, bin, BINS), 0)
+        high = tl.min(tl.where(tl.cumsum(least, 0) >= top_p * tl.sum(most, 0) * 1.0002, bin, BINS), 0)
+        high = tl.minimum(high, tl.minimum(edge, BINS - 1))
+        low = tl.minimum(low, high)
+    return low, high, edge
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _peaks(logits, rows, settings, peaks, counts, V, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
+           BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    piece = tl.program_id(1)
+    row = tl.load(rows + b)
+    wait(PDL)
+    some, _, _, _, _ = _wants(settings, row, SETTINGS)
+    if some:
+        at = piece * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
+        tl.store(peaks + b * SLICES + piece, tl.max(x, 0))
+        if piece == 0:
+            tl.store(counts + b * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _count(logits, rows, settings, peaks, counts, V, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
+           BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + b)
+    wait(PDL)
+    some, temperature, _, _, min_p = _wants(settings, row, SETTINGS)
+    if some:
+        x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
+        top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
+        alive = (x > float("-inf")) & (_order(x) >= _floor(top, temperature, min_p))
+        where = _bin(tl.where(alive, x, top), top, temperature, BINS, BINS_A_NAT)
+        found = tl.histogram(where, BINS, mask=alive)
+        tl.atomic_add(counts + b * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _gather(logits, rows, settings, peaks, counts, kept, sizes, masses, V, SLICES, SETTINGS: tl.constexpr,
+            BINS: tl.constexpr, BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr, BLOCK: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    piece = tl.program_id(1)
+    row = tl.load(rows + b)
+    wait(PDL)
+    some, temperature, top_k, top_p, min_p = _wants(settings, row, SETTINGS)
+    if some:
+        low, high, edge = _doubt(counts + b * BINS, top_k, top_p, BINS, BINS_A_NAT)
+        top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
+        at = piece * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
+        alive = (x > float("-inf")) & (_order(x) >= _floor(top, temperature, min_p))
+        where = _bin(tl.where(alive, x, top), top, temperature, BINS, BINS_A_NAT)
+        mass = tl.exp((x - top) / temperature)
+        tl.store(masses + b * SLICES + piece, tl.sum(tl.where(alive & (where < low), mass, 0.0), 0))
+        between = alive & (where > high) & (where < edge)
+        tl.store(masses + (tl.num_programs(0) + b) * SLICES + piece, tl.sum(tl.where(between, mass, 0.0), 0))
+        take = alive & (((where >= low) & (where <= high)) | (where == edge))
+        place = tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(kept + (b.to(tl.int64) * SLICES + piece) * BLOCK + place, x, mask=take)
+        tl.store(sizes + b * SLICES + piece, tl.sum(take.to(tl.int32), 0))
+
+
+@triton.jit
+def _least(kept, sizes, SLICES, longest, floor, top, temperature, target, BY_MASS: tl.constexpr,
+           SLICES_UP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The largest key t such that kept tokens with key >= max(t, floor) number, or weigh, at least `target`."""
+    i = tl.arange(0, SLICES_UP * AT_ONCE)
+    piece = i // AT_ONCE
+    size = tl.load(sizes + piece, mask=piece < SLICES, other=0)
+    low = tl.full([], -2147483648, tl.int32)  # the keys' first digits, as found so far
+    digit = tl.arange(0, 16)
+    for step in range(8):
+        unit = tl.full([], 1, tl.int32) << (28 - 4 * step)
+        candidates = low + digit * unit
+        weight = tl.zeros([16], tl.float32)
+        for begin in range(0, longest, AT_ONCE):
+            at = begin + i % AT_ONCE
+            x = tl.load(kept + piece * BLOCK + at, mask=at < size, other=float("-inf"))
+            key = _order(x)
+            mass = tl.exp((x - top) / temperature) if BY_MASS else tl.full([SLICES_UP * AT_ONCE], 1.0, tl.float32)
+            mass = tl.where((at < size) & (key >= floor), mass, 0.0)
+            weight += tl.sum(tl.where(key[:, None] >= candidates[None, :], mass[:, None], 0.0), 0)
+        low += tl.max(tl.where(weight >= target, digit, 0), 0) * unit
+    return tl.maximum(low, floor)
+
+
+@triton.jit
+def _mass(kept, sizes, SLICES, longest, floor, top, temperature, SLICES_UP: tl.constexpr, AT_ONCE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """What kept tokens with key >= floor weigh."""
+    i = tl.arange(0, SLICES_UP * AT_ONCE)
+    piece = i // AT_ONCE
+    size = tl.load(sizes + piece, mask=piece < SLICES, other=0)
+    total = tl.zeros([SLICES_UP * AT_ONCE], tl.float32)
+    for begin in range(0, longest, AT_ONCE):
+        at = begin + i % AT_ONCE
+        x = tl.load(kept + piece * BLOCK + at, mask=at < size, other=float("-inf"))
+        total += tl.where((at < size) & (_order(x) >= floor), tl.exp((x - top) / temperature), 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _cut(rows, settings, peaks, counts, kept, sizes, masses, cuts, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
+         BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+         PDL: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    row = tl.load(rows + b)
+    wait(PDL)
+    some, temperature, top_k, top_p, min_p = _wants(settings, row, SETTINGS)
     floor = tl.full([], -2147483648, tl.int32)
-    if (temperature >= 1e-5) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)):
-        line = logits + b.to(tl.int64) * V
-        best = tl.full([], float("-inf"), tl.float32)
-        for begin in range(0, V, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
-            best = tl.maximum(best, tl.max(tl.load(line + at, mask=at < V, other=float("-inf")), 0))
-        if min_p > 0.0:
-            floor = _order(best + tl.log(min_p) * temperature)
-        if top_k > 0:
-            floor = _prefix(line, V, floor, best, temperature, top_k.to(tl.float32), False, BLOCK)
+    if some:
+        low, high, edge = _doubt(counts + b * BINS, top_k, top_p, BINS, BINS_A_NAT)
+        top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
+        floor = _floor(top, temperature, min_p)
+        s = tl.arange(0, SLICES_UP)
+        longest = tl.max(tl.load(sizes + b * SLICES + s, mask=s < SLICES, other=0), 0)
+        mine = kept + b.to(tl.int64) * SLICES * BLOCK
+        if edge < BINS:
+            bin = tl.arange(0, BINS)
+            count = tl.load(counts + b * BINS + bin)
+            gone = tl.sum(tl.where((bin < edge) & ((bin < low) | (bin > high)), count, 0), 0)  # in front, and not kept
+            target = (top_k - gone).to(tl.float32)
+            floor = _least(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, target, False, SLICES_UP,
+                           AT_ONCE, BLOCK)  # fmt: skip
         if top_p < 1.0:
-            total = tl.zeros([], tl.float32)
-            for begin in range(0, V, BLOCK):
-                at = begin + tl.arange(0, BLOCK)
-                x = tl.load(line + at, mask=at < V, other=float("-inf"))
-                total += tl.sum(tl.where(_order(x) >= floor, tl.exp((x - best) / temperature), 0.0), 0)
-            floor = _prefix(line, V, floor, best, temperature, top_p * total, True, BLOCK)
+            above = tl.sum(tl.load(masses + b * SLICES + s, mask=s < SLICES, other=0.0), 0)
+            beside = masses + (tl.num_programs(0) + b) * SLICES
+            between = tl.sum(tl.load(beside + s, mask=s < SLICES, other=0.0), 0)
+            here = _mass(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, SLICES_UP, AT_ONCE, BLOCK)
+            target = tl.maximum(top_p * (above + here + between) - above, 1e-30)
+            floor = _least(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, target, True, SLICES_UP,
+                           AT_ONCE, BLOCK)  # fmt: skip
     tl.store(cuts + b, floor)
 
 
@@ -101,7 +242,7 @@ def _gumbel(seed_low, seed_high, position, quad):
     return -tl.log(-tl.log(u))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "values", "places", "cuts"])
 def _best(
     logits, rows, positions, settings, cuts, values, places, V, SLICES,
     GREEDY: tl.constexpr, CUT: tl.constexpr, SETTINGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -119,15 +260,18 @@ def _best(
             keep = x > float("-inf")
             if CUT:
                 keep &= _order(x) >= tl.load(cuts + b)
-            quad = piece * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            noise = _gumbel(tl.load(mine + 4), tl.load(mine + 5), tl.load(positions + b) + 1, quad)
-            x = tl.where(keep, x / temperature + noise, float("-inf"))
+            noisy = tl.full([BLOCK], float("-inf"), tl.float32)
+            if tl.max(keep.to(tl.int32), 0) > 0:
+                quad = piece * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+                noise = _gumbel(tl.load(mine + 4), tl.load(mine + 5), tl.load(positions + b) + 1, quad)
+                noisy = tl.where(keep, x / temperature + noise, float("-inf"))
+            x = noisy
     value, place = tl.max(x, 0, return_indices=True)
     tl.store(values + b * SLICES + piece, value)
     tl.store(places + b * SLICES + piece, piece * BLOCK + place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "values", "places", "out"])
 def _choose(values, places, rows, positions, tokens, out, SLICES, tokens_stride, BLOCK: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     b = tl.program_id(0)
@@ -163,22 +307,64 @@ def sample(
     Equal logits at the end of a cut are all kept.
     """
     count, vocab = logits.shape
-    out = torch.empty(count, dtype=torch.int32, device=logits.device) if out is None else out
-    slices = triton.cdiv(vocab, SLICE)
-    values = logits.new_empty(count, slices)
-    places = torch.empty(count, slices, dtype=torch.int32, device=logits.device)
-    cuts = places
-    if cut and not greedy:
-        cuts = torch.empty(count, dtype=torch.int32, device=logits.device)
-        _cut[(count,)](
-            logits, rows, settings, cuts, vocab, SETTINGS=SETTINGS, BLOCK=2048, **launch.options(num_warps=16)
-        )
-    _best[(count, slices)](
-        logits, rows, positions, settings, cuts, values, places, vocab, slices,
-        GREEDY=greedy, CUT=cut and not greedy, SETTINGS=SETTINGS, BLOCK=SLICE, **launch.options(num_warps=8),
+    cut = cut and not greedy
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    out = new(count) if out is None else out
+    cuts = _find_cuts(logits, rows, settings, new) if cut else out
+    block = CUT_SLICE if cut else SLICE
+    slices = triton.cdiv(vocab, block)
+    values, places = new(count, slices, dtype=torch.float32), new(count, slices)
+    launch.run(
+        _best, (count, slices), logits, rows, positions, settings, cuts, values, places, vocab, slices,
+        GREEDY=greedy, CUT=cut, SETTINGS=SETTINGS, BLOCK=block, warps=block // 512,
     )  # fmt: skip
-    _choose[(count,)](
-        values, places, rows, positions, tokens, out, slices, tokens.stride(0),
-        BLOCK=triton.next_power_of_2(slices), **launch.options(num_warps=1),
+    launch.run(
+        _choose, (count,), values, places, rows, positions, tokens, out, slices, tokens.stride(0),
+        BLOCK=triton.next_power_of_2(slices), warps=1,
     )  # fmt: skip
     return out
+
+
+def _find_cuts(
+    logits: torch.Tensor, rows: torch.Tensor, settings: torch.Tensor, new: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """The least key of each row's tokens that stay, int32 [S]."""
+    count, vocab = logits.shape
+    slices = triton.cdiv(vocab, SLICE)
+    slices_up = triton.next_power_of_2(slices)
+    peaks, counts = new(count, slices, dtype=torch.float32), new(count, BINS)
+    kept, sizes = new(count, slices, SLICE, dtype=torch.float32), new(count, slices)
+    masses, cuts = (
+        new(2, count, slices, dtype=torch.float32),
+        new(count),
+    )  # masses: above the bins in doubt, and between
+    bins = {"BINS": BINS, "BINS_A_NAT": BINS_A_NAT, "SLICES_UP": slices_up, "SETTINGS": SETTINGS, "BLOCK": SLICE}
+    launch.run(
+        _peaks, (count, slices), logits, rows, settings, peaks, counts, vocab, slices,
+        SETTINGS=SETTINGS, BINS=BINS, BLOCK=SLICE, warps=8,
+    )  # fmt: skip
+    launch.run(_count, (count, slices), logits, rows, settings, peaks, counts, vocab, slices, **bins, warps=8)
+    launch.run(
+        _gather,
+        (count, slices),
+        logits,
+        rows,
+        settings,
+        peaks,
+        counts,
+        kept,
+        sizes,
+        masses,
+        vocab,
+        slices,
+        **bins,
+        warps=8,
+    )
+    launch.run(
+        _cut, (count,), rows, settings, peaks, counts, kept, sizes, masses, cuts, slices,
+        **bins, AT_ONCE=max(1, KEPT // slices_up), warps=16,
+    )  # fmt: skip
+    return cuts

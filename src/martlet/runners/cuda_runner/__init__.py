@@ -26,6 +26,7 @@ from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
+from martlet.runners.cuda_runner.mixed import HostStep
 from martlet.runners.cuda_runner.weights import load as load_weights
 from martlet.runners.rows import Rows
 from martlet.runners.sizing import plan_memory, size
@@ -81,8 +82,8 @@ class CudaRunner:
             self.graphs = Graphs(self.decoder, self.state, self.memory.max_rows) if graphs and self._on_gpu else None
             clock.lap("KV memory", self.device)
             if self.graphs is not None:
-                self.graphs.capture_small()
-                clock.lap(f"{len(self.graphs.captured)} graphs", self.device)
+                self.graphs.prepare()
+                clock.lap(f"kernels and {len(self.graphs.captured)} graphs", self.device)
         log.info("started in %.2f s: %s", clock.total, clock)
 
     @property
@@ -176,29 +177,42 @@ class CudaRunner:
         fresh = self._fresh(start, count)
         tiled = np.setdiff1d(np.arange(decoding, len(rows)), fresh)
         offset = last + 1 - count
-        sequences = np.stack([part[tiled] for part in (rows, start, count, offset)])
-        queries = prefill_attention.queries_for(self.dtype)
-        tiles = prefill_attention.tiles(start[tiled], count[tiled], queries)
-
         scored, targets, owner = self._scored(order, rows, start, count, offset)
-        picks = np.concatenate([last[sample], scored])
-        pages = [self._pages(int(rows[i]), int(count[i])) for i in fresh]
-        parts = [token_rows, positions, tiles, sequences, picks, rows[sample], (start + count - 1)[sample], targets]
-        sent = self.mailbox.send(np.concatenate([part.reshape(-1) for part in (*parts, *pages)]).astype(np.int32))
+        step = HostStep(
+            rows=token_rows,
+            positions=positions,
+            decoding=decoding,
+            tiles=prefill_attention.tiles(start[tiled], count[tiled], self.decoder.queries),
+            sequences=np.stack([part[tiled] for part in (rows, start, count, offset)]),
+            picks=np.concatenate([last[sample], scored]),
+        )
+        mixed = None
+        if self.graphs is not None and not len(fresh) and not len(scored):
+            mixed = self.graphs.mixed_for(decoding, len(token_rows) - decoding, len(tiled))
+        if mixed is not None:
+            assert self.graphs is not None
+            logits = self.graphs.run_mixed(mixed, mixed.words_of(step), self.mailbox)
+            chosen = order[sample]
+            tokens, reports = self._sample(logits[: len(chosen)], chosen, batch) if len(chosen) else (None, [])
+            return CudaStep(self.mailbox, chosen, len(batch.rows), tokens, reports, [])
+
+        parts = [token_rows, positions, step.tiles, step.sequences, step.picks]
+        parts += [rows[sample], (start + count - 1)[sample], targets]
+        sent = self.mailbox.send(np.concatenate([part.reshape(-1) for part in parts]).astype(np.int32))
         (
             sent_rows, sent_positions, sent_tiles, sent_sequences, sent_picks, sampled_rows, sampled_at, sent_targets,
-            *sent_pages,
-        ) = sent.split([part.size for part in (*parts, *pages)])  # fmt: skip
-        step = StepTensors(
+        ) = sent.split([part.size for part in parts])  # fmt: skip
+        unit = prefill_attention.FRESH_STEP
+        there = StepTensors(
             rows=sent_rows,
             positions=sent_positions,
             decoding=decoding,
-            tiles=sent_tiles.view(2, -1) if tiles.size else None,
-            sequences=sent_sequences.view(4, -1) if tiles.size else None,
-            fresh=[(int(offset[i]), int(count[i]), page.long()) for i, page in zip(fresh, sent_pages, strict=True)],
+            tiles=sent_tiles.view(2, -1) if len(tiled) else None,
+            sequences=sent_sequences.view(4, -1) if len(tiled) else None,
+            fresh=[(int(offset[i]), int(count[i]), -(-int(count[i]) // unit) * unit) for i in fresh],
             picks=sent_picks,
         )
-        hidden = self.decoder.forward(step, self.state)
+        hidden = self.decoder.forward(there, self.state)
         chosen = order[sample]
         tokens, reports, prompt_reports = None, [], []
         if len(chosen):
@@ -217,14 +231,6 @@ class CudaRunner:
         able = able and all(prefill_attention.takes_fresh(layer.mixer) for layer in self.spec.layers)
         long = (start == 0) & (count >= prefill_attention.FRESH)
         return np.flatnonzero(long) if able else np.empty(0, np.int64)
-
-    def _pages(self, row: int, count: int) -> np.ndarray:
-        """The blocks of a row's first `count` tokens, filled up with block 0 to what `fresh_attention` wants."""
-        step = prefill_attention.FRESH_STEP
-        pages = np.zeros(-(-count // step) * step // self.memory.block_size, np.int32)
-        used = -(-count // self.memory.block_size)
-        pages[:used] = self.rows.blocks[row, :used]
-        return pages
 
     def _scored(
         self, order: np.ndarray, rows: np.ndarray, start: np.ndarray, count: np.ndarray, offset: np.ndarray

@@ -1,7 +1,7 @@
 """The one decoder on a GPU: which kernels a step is, from token rows to logits.
 
-Two ways through a layer. A narrow step (up to `linear.MANY_ROWS` tokens) reads weights and little else: six fused
-kernels a layer. A wide one computes: cuBLAS for the products and light kernels between them.
+Two ways through a layer. A step of one token reads weights and little else: six fused kernels a layer. A wider one is
+cuBLAS for the products and light kernels between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
-from martlet.kernels.cuda.linear import MANY_ROWS, linear
+from martlet.kernels.cuda.linear import Linear, linear
 from martlet.model.rope import rotation_table
 from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
 from martlet.runners.cuda_runner.weights import Block, Weights
@@ -25,8 +25,8 @@ class StepTensors:
     """A step on the device. T tokens of B sequences: first the `decoding` sequences of one token, then the others.
 
     rows, positions: int32 [T]. changes: int32 [2, T] for `layers.embed`, or None. tiles, sequences: of the others, as
-    `prefill_attention` takes them. fresh: (first token, tokens, block ids int64) of others that are whole long prompts
-    and are attended one by one. picks: int32 [S], tokens whose hidden state is wanted; None for all.
+    `prefill_attention` takes them. fresh: (first token, tokens, tokens with padding) of others that are whole long
+    prompts and are attended one by one. picks: int32 [S], tokens whose hidden state is wanted; None for all.
     """
 
     rows: torch.Tensor
@@ -35,7 +35,7 @@ class StepTensors:
     changes: torch.Tensor | None = None
     tiles: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
-    fresh: Sequence[tuple[int, int, torch.Tensor]] = ()
+    fresh: Sequence[tuple[int, int, int]] = ()
     picks: torch.Tensor | None = None
 
 
@@ -62,6 +62,7 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int):
         self.spec, self.weights = spec, weights
         self.device = weights.embed.device
+        self.queries = prefill_attention.queries_for(weights.embed.dtype)  # of a tile
         self.rotations = {
             rope: self._rotation(rope, max_model_len) for rope in {layer.mixer.rope for layer in spec.layers}
         }
@@ -75,14 +76,14 @@ class Decoder:
             state.tokens, step.rows, step.positions, self.weights.embed, changes=step.changes, state=state.flat
         )
         delta = None
-        through = self._narrow if len(x) <= MANY_ROWS else self._wide
+        through = self._narrow if len(x) == 1 else self._wide
         for layer, block, cache in zip(self.spec.layers, self.weights.blocks, state.caches, strict=True):
             delta = through(x, delta, layer, block, cache, step, state)
         return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, W] -> float32 [S, V]."""
-        if len(hidden) <= MANY_ROWS:
+        if len(hidden) == 1:
             return linear(hidden, self.weights.head, dtype=torch.float32)
         if hidden.dtype == torch.float32:
             return F.linear(hidden, self.weights.head.matrix)
@@ -98,7 +99,7 @@ class Decoder:
         step: StepTensors,
         state: State,
     ) -> None:
-        """A layer in place on x [T, W]."""
+        """A layer in place on x [1, W]."""
         eps, mlp = self.spec.eps, layer.mlp
         qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
         linear(self._attend(qkv, layer.mixer, block, cache, step, state), block.o, residual=x, out=x)
@@ -118,7 +119,7 @@ class Decoder:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
         eps, mlp = self.spec.eps, layer.mlp
         y = layers.add_rms_norm(x, delta, block.attn_norm, eps)
-        qkv = F.linear(y, block.qkv.matrix, block.qkv.bias)
+        qkv = _product(y, block.qkv, max((first + padded for first, _, padded in step.fresh), default=0))
         y = self._attend(qkv, layer.mixer, block, cache, step, state)
         y = layers.add_rms_norm(x, F.linear(y, block.o.matrix, block.o.bias), block.mlp_norm, eps)
         hidden = layers.activation(F.linear(y, block.up.matrix, block.up.bias), mlp.activation, mlp.gated)
@@ -127,11 +128,14 @@ class Decoder:
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, cache: torch.Tensor, step: StepTensors, state: State
     ) -> torch.Tensor:
-        """qkv [T, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache."""
+        """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache."""
         table, n = self.rotations[spec.rope], step.decoding
         q = rotary.rotate_and_write(
-            qkv, block.qk_norms, self.spec.eps, table, step.rows, step.positions, state.blocks, cache, spec
-        )
+            qkv[: len(step.rows)], block.qk_norms, self.spec.eps, table, step.rows, step.positions, state.blocks, cache,
+            spec,
+        )  # fmt: skip
+        if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
+            return _fresh(qkv, *step.fresh[0], spec)
         out = q.new_empty(len(q), spec.q_size)
         if n:
             decode_attention.decode_attention(
@@ -140,7 +144,23 @@ class Decoder:
         if step.tiles is not None:
             assert step.sequences is not None
             prefill_attention.prefill_attention(q, cache, state.blocks, step.tiles, step.sequences, spec, out)
-        for first, count, pages in step.fresh:
-            span = slice(first, first + count)
-            prefill_attention.fresh_attention(q[span], cache, pages, spec, out[span])
+        for first, count, padded in step.fresh:
+            out[first : first + count] = _fresh(qkv, first, count, padded, spec)
         return out
+
+
+def _fresh(qkv: torch.Tensor, first: int, count: int, padded: int, spec: Attention) -> torch.Tensor:
+    return prefill_attention.fresh_attention(qkv[first : first + padded], count, spec)
+
+
+def _product(x: torch.Tensor, weight: Linear, rows: int) -> torch.Tensor:
+    """x @ matrix.T + bias, followed by zeros up to `rows` rows."""
+    if rows <= len(x):
+        return F.linear(x, weight.matrix, weight.bias)
+    out = x.new_empty(rows, len(weight.matrix))
+    out[len(x) :] = 0
+    if weight.bias is None:
+        torch.mm(x, weight.matrix.T, out=out[: len(x)])
+    else:
+        torch.addmm(weight.bias, x, weight.matrix.T, out=out[: len(x)])
+    return out

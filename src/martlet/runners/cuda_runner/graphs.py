@@ -1,8 +1,12 @@
-"""Decoding steps as CUDA graphs: one for each batch size of a ladder and each kind of sampling.
+"""Steps as CUDA graphs: decoding at a ladder of batch sizes for each kind of sampling, and steps with short prompts.
 
-A graph reads its step from a fixed buffer, `inbox`; rows past the batch's end are -1 and do nothing. Small sizes are
+A graph reads its step from a fixed buffer, `inbox`; rows past the batch's end are -1 and do nothing. A few sizes are
 captured at the start, the others when first needed, in between steps; all share one memory pool, since they never run
 at once.
+
+A step with prompts launches some ten kernels a layer, 6 ms of Python however short the prompts are. So where the GPU
+would have less to do than that, such a step is a graph too, padded: up to `decodes` sequences of one token, then up to
+`tokens` tokens of up to MIXED_SEQUENCES others. It ends at the logits; sampling follows outside.
 """
 
 from __future__ import annotations
@@ -14,37 +18,60 @@ import time
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import sampling
+from martlet.kernels.cuda import launch, sampling
+from martlet.model.spec import DecoderSpec
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.mailbox import Mailbox
+from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, Mixed
 
 log = logging.getLogger("martlet")
 
-EAGER_SIZES = (8, 4, 2, 1)  # captured at the start
+EAGER_SIZES = (8, 1)  # captured at the start
+MIXED_TOKENS = (64, 128, 256, 512, 1024, 2048)
+MIXED_DECODES = (0, 16, 64, 256)
+LAUNCHES_MS = 6.0  # of a step outside a graph
+HIDDEN_MS = 2.0  # of padding that a long step outside a graph would lose as well before the GPU is busy
+FLOPS = 6e14  # a GPU's rate for products of this size
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes that have a graph: steps stay within an eighth or so of the size, and `most` is the last."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 64, 64)]
+    """Batch sizes that have a graph: steps stay within an eighth or so of the size, and `most` is the last.
+
+    None between 1 and 8: cuBLAS is no faster there (on an H200 slower, for some shapes twice).
+    """
+    sizes = [1, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 64, 64)]
     return [size for size in sizes if size < most] + [most]
 
 
 class Graphs:
-    """captured: (batch size, kind of sampling) -> the graph and the logits it leaves (kept for SPECIAL alone)."""
+    """captured: what a graph is for -> the graph and the logits it leaves (kept for SPECIAL and mixed steps alone)."""
 
     def __init__(self, decoder: Decoder, state: State, max_rows: int):
         self.decoder, self.state = decoder, state
         self.sizes = ladder(max_rows)
-        self.inbox = torch.full((4 * max_rows,), -1, dtype=torch.int32, device=decoder.device)
+        self.decodes = [size for size in MIXED_DECODES if size < max_rows] + [max_rows]
+        self.ms_a_token = 2e3 * _parameters(decoder.spec) / FLOPS
+        words = max(4 * _room(max_rows), Mixed(max_rows, MIXED_TOKENS[-1], decoder.queries).words)
+        self.inbox = torch.full((words,), -1, dtype=torch.int32, device=decoder.device)
         self.out = torch.empty(max_rows, dtype=torch.int32, device=decoder.device)
-        self.captured: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self.captured: dict[tuple[int, str] | Mixed, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self.seen: set[Mixed] = set()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def capture_small(self) -> None:
+    def prepare(self) -> None:
+        """Compile every kernel that steps are likely to need, all at once, and capture the smallest sizes."""
+        most = self.sizes[-1]
+        with launch.compiled_together():
+            for size in {1, min(8, most), most}:
+                self._decode(size, sampler.GREEDY)
+            for kind in (sampler.DRAW, sampler.CUT):
+                self._decode(min(8, most), kind)
+            self._mixed(Mixed(min(16, most), 512, self.decoder.queries))
+            self._mixed(Mixed(0, 1024, self.decoder.queries))
         for size in EAGER_SIZES:
-            if size <= self.sizes[-1]:
-                self._graph(size, sampler.GREEDY)
+            if size <= most:
+                self._graph((size, sampler.GREEDY))
 
     def run(
         self, rows: np.ndarray, positions: np.ndarray, changes: np.ndarray, kind: str, mailbox: Mailbox
@@ -55,34 +82,72 @@ class Graphs:
         """
         count = len(rows)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
-        graph, logits = self._graph(size, kind)
-        words = np.full((4, size), -1, np.int32)
+        graph, logits = self._graph((size, kind))
+        words = np.full((4, _room(size)), -1, np.int32)
         words[0, :count] = rows
         words[1] = 0
         words[1, :count] = positions
         words[2:, : changes.shape[1]] = changes
-        mailbox.send(words.reshape(-1), self.inbox[: 4 * size])
+        mailbox.send(words.reshape(-1), self.inbox[: words.size])
         graph.replay()
         return self.out[:count], self.out if logits is None else logits[:count]
 
-    def _graph(self, size: int, kind: str) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
-        found = self.captured.get((size, kind))
+    def mixed_for(self, decoding: int, tokens: int, sequences: int) -> Mixed | None:
+        """The graph for a step of `decoding` sequences of one token and `tokens` of `sequences` others, if it pays.
+
+        Captured when it is wanted the second time: capturing takes longer than one step is worth.
+        """
+        if not 0 < tokens <= MIXED_TOKENS[-1] or sequences > MIXED_SEQUENCES:
+            return None
+        mixed = Mixed(
+            self.decodes[bisect.bisect_left(self.decodes, decoding)],
+            MIXED_TOKENS[bisect.bisect_left(MIXED_TOKENS, tokens)],
+            self.decoder.queries,
+        )
+        least = self.ms_a_token * (decoding + tokens)
+        if self.ms_a_token * (mixed.decodes + mixed.tokens) > max(LAUNCHES_MS, least + HIDDEN_MS):
+            return None
+        if mixed in self.captured or mixed in self.seen:
+            return mixed
+        self.seen.add(mixed)
+        return None
+
+    def run_mixed(self, mixed: Mixed, words: np.ndarray, mailbox: Mailbox) -> torch.Tensor:
+        """Replay `mixed` on what `Mixed.words_of` made -> logits [S, V], good until the next step is launched."""
+        graph, logits = self._graph(mixed)
+        assert logits is not None
+        mailbox.send(words, self.inbox[: words.size])
+        graph.replay()
+        return logits
+
+    def _graph(self, key: tuple[int, str] | Mixed) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+        found = self.captured.get(key)
         if found is None:
             began = time.perf_counter()
-            self.inbox.fill_(-1)
-            self.inbox[size : 2 * size] = 0
-            self._step(size, kind)  # compiles what is not compiled; all rows are padding, so it changes nothing
+            step = (lambda: self._mixed(key)) if isinstance(key, Mixed) else (lambda: self._decode(*key))
+            self.inbox.copy_(self._nothing(key))
+            step()  # compiles what is not compiled; all rows are padding, so it changes nothing
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = self._step(size, kind)
-            found = self.captured[size, kind] = graph, logits
-            log.debug("captured a step of %d sequences, %s, in %.2f s", size, kind, time.perf_counter() - began)
+                logits = step()
+            found = self.captured[key] = graph, logits
+            log.debug("captured a step, %s, in %.3f s", key, time.perf_counter() - began)
         return found
 
-    def _step(self, size: int, kind: str) -> torch.Tensor | None:
-        rows, positions = self.inbox[:size], self.inbox[size : 2 * size]
-        changes = self.inbox[2 * size : 4 * size].view(2, size)
-        step = StepTensors(rows, positions, size, changes=changes)
+    def _nothing(self, key: tuple[int, str] | Mixed) -> torch.Tensor:
+        """An inbox of padding."""
+        words = np.full(len(self.inbox), -1, np.int32)
+        if isinstance(key, Mixed):
+            words[: key.words] = key.padding()
+        else:
+            words[_room(key[0]) : 2 * _room(key[0])] = 0
+        return torch.from_numpy(words)
+
+    def _decode(self, size: int, kind: str) -> torch.Tensor | None:
+        room = _room(size)
+        words = self.inbox[: 4 * room].view(4, room)[:, :size]
+        rows, positions = words[0], words[1]
+        step = StepTensors(rows, positions, size, changes=words[2:])
         logits = self.decoder.logits(self.decoder.forward(step, self.state))
         if kind == sampler.SPECIAL:
             return logits
@@ -91,3 +156,20 @@ class Graphs:
             greedy=kind == sampler.GREEDY, cut=kind == sampler.CUT, out=self.out[:size],
         )  # fmt: skip
         return None
+
+    def _mixed(self, mixed: Mixed) -> torch.Tensor:
+        return self.decoder.logits(self.decoder.forward(mixed.tensors(self.inbox), self.state))
+
+
+def _room(size: int) -> int:
+    """Words between the parts of an inbox: whole units of 16 bytes."""
+    return -(-size // 4) * 4
+
+
+def _parameters(spec: DecoderSpec) -> int:
+    """Numbers in the matrices of the layers."""
+    return sum(
+        spec.width
+        * (2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + (3 if layer.mlp.gated else 2) * layer.mlp.hidden)
+        for layer in spec.layers
+    )

@@ -1,0 +1,267 @@
+"""Is the CUDA path right: every kernel against the reference, the engine on the GPU against the engine on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import engines
+import numpy as np
+import torch
+from cases import ATTENTIONS, close, make_case, reference_attention
+from report import say
+
+from martlet.engine.engine import Engine, drain
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
+from martlet.hub import resolve
+from martlet.hub.card import ModelCard
+from martlet.kernels.cuda import decode_attention, launch, layers, linear, prefill_attention, sampling
+from martlet.kernels.ops import Sampling
+from martlet.kernels.reference import ReferenceOps
+from martlet.model.spec import Attention, FeedForward, Rope
+from martlet.runners.base import LoadOptions
+from martlet.runners.cuda_runner import CudaRunner
+from martlet.runners.torch_runner import TorchRunner
+from martlet.sampling_params import SamplingParams
+
+
+def kernels(args) -> None:
+    """Every kernel against the reference, in float32 and bfloat16, small odd shapes and real ones."""
+    torch.manual_seed(0)
+    ops, failed, count = ReferenceOps(), [], 0
+
+    def expect(name, got, want):
+        nonlocal count
+        if launch.compiling:
+            return
+        count += 1
+        error = float((got.double() - want.double()).norm() / want.double().norm())
+        if not close(got, want):
+            failed.append(name)
+            say("kernels", wrong=name, error=error)
+
+    def attempt(name, function):
+        try:
+            function()
+        except Exception:
+            failed.append(name)
+            say("kernels", wrong=name, traceback=traceback.format_exc()[-1500:])
+
+    attentions = {
+        **ATTENTIONS,
+        "qwen3-0.6b": Attention(16, 8, 128, Rope(1e6, 128), 128**-0.5, qk_norm=True),
+        "llama3-8b": Attention(32, 8, 128, Rope(5e5, 128), 128**-0.5),
+        "head 80": Attention(32, 32, 80, Rope(1e4, 80), 80**-0.5),
+        "head 96, many queries a key": Attention(24, 1, 96, Rope(1e4, 96), 96**-0.5),
+        "head 256": Attention(8, 1, 256, Rope(1e4, 256), 256**-0.5, window=100),
+    }
+    ATTENTIONS.update(attentions)
+    tasks: dict[str, Callable[[], None]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def attend(name, dtype=dtype):
+            case = make_case(name, [0, 1, 33, 200, 15, 127], [1] * 6, dtype)
+            case.fill()
+            q = torch.randn(6, case.spec.heads, case.spec.head_dim, device="cuda").to(dtype)
+            room = decode_attention.Scratch(
+                torch.empty(1 << 23, device="cuda"),
+                torch.empty(1 << 17, device="cuda"),
+                torch.zeros(1 << 12, dtype=torch.int32, device="cuda"),
+            )
+            for tile in (None, decode_attention.Tile(64, 1, 4, 3), decode_attention.Tile(16, 3, 4, 2)):
+                for _ in range(2):
+                    got = decode_attention.decode_attention(
+                        q,
+                        case.cache,
+                        case.block_table,
+                        case.token_rows,
+                        case.token_positions,
+                        case.spec,
+                        room,
+                        tile=tile,
+                    )
+                    expect(f"decode {name} {dtype} {tile}", got, reference_attention(case, q))
+            assert launch.compiling or not room.counters.any()
+
+        def prefill(name, dtype=dtype):
+            case = make_case(name, [0, 40, 7, 0], [21, 5, 133, 150], dtype)
+            case.fill()
+            q = torch.randn(int(case.count.sum()), case.spec.heads, case.spec.head_dim, device="cuda").to(dtype)
+            tiles = torch.from_numpy(
+                prefill_attention.tiles(case.start, case.count, prefill_attention.queries_for(dtype))
+            ).cuda()
+            got = torch.empty(len(q), case.spec.q_size, device="cuda", dtype=dtype)
+            prefill_attention.prefill_attention(
+                q, case.cache, case.block_table, tiles, case.sequences(), case.spec, got
+            )
+            expect(f"prefill {name} {dtype}", got, reference_attention(case, q))
+
+        def rotate(name, dtype=dtype):
+            case = make_case(name, [3, 0, 17, 5], [1, 60, 1, 2], dtype)
+            q, cache = case.rotate()
+            want_q, want_cache = case.reference_rotate()
+            expect(f"rotate {name} {dtype}", q, want_q)
+            for row, length in zip(case.rows, case.start + case.count, strict=True):
+                want = case.reference_keys_and_values(want_cache, row, length)
+                expect(f"cache {name} {dtype}", case.keys_and_values(cache, row, length), want)
+
+        def product(tile, k, n, gated, dtype=dtype):
+            rows = 1
+
+            def randn(*sizes):
+                return torch.randn(*sizes, device="cuda").to(dtype)
+
+            x, gain, residual, size = randn(rows, k), randn(k), randn(rows, n), 2 * n if gated else n
+            matrix, bias = (torch.randn(size, k, device="cuda") * k**-0.5).to(dtype), randn(size)
+            want = ops.rms_norm(x.float(), gain.float(), 1e-5) @ matrix.float().T + bias.float()
+            want = ops.activation(want, FeedForward(n, gated=gated)) + residual.float()
+            weight = linear.Linear(matrix, bias)
+            got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual,
+                                tile=tile)  # fmt: skip
+            expect(f"linear {tile} {k}x{n} {gated} {dtype}", got, want)
+
+        def light(dtype=dtype):
+            x, delta, gain = (torch.randn(5, 1024, device="cuda").to(dtype) for _ in range(3))
+            want, total = ops.add_rms_norm(delta.clone(), x.clone(), gain[0], 1e-6)
+            expect(f"norm {dtype}", layers.add_rms_norm(x, delta, gain[0], 1e-6), want)
+            expect(f"sum {dtype}", x, total)
+            h = torch.randn(5, 6144, device="cuda").to(dtype)
+            expect(f"act {dtype}", layers.activation(h, "silu", True), ops.activation(h.clone(), FeedForward(3072)))
+
+        for name in attentions:
+            for check in (attend, prefill, rotate):
+                tasks[f"{check.__name__} {name} {dtype}"] = functools.partial(check, name)
+        for tile in (None, linear.Tile(4, 512, 4, 4)):
+            for shape in ((200, 37, False), (1024, 4096, False), (1024, 3072, True), (3072, 1024, False)):
+                tasks[f"linear {tile} {shape} {dtype}"] = functools.partial(product, tile, *shape)
+        tasks[f"light {dtype}"] = light
+    tasks["sampling"] = lambda: _sampling(expect)
+    try:
+        with launch.compiled_together():
+            for task in tasks.values():
+                task()
+    except Exception:
+        say("kernels", compiling=traceback.format_exc()[-1500:])
+    for name in ("qwen3-0.6b", "llama3-8b"):
+        tasks[f"fresh {name}"] = lambda name=name: expect(f"fresh {name}", *_fresh(attentions[name]))
+    for name, task in tasks.items():
+        attempt(name, task)
+    say("kernels", checks=count, failed=len(failed), names=failed[:40])
+
+
+def _fresh(spec: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt of odd length by cuDNN, and by plain float32."""
+    count, length = 1501, 2048
+    qkv = torch.randn(length, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, device="cuda").bfloat16()
+    heads = qkv[:count].float().view(count, -1, spec.head_dim).transpose(0, 1)
+    q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads])
+    k, v = (part.repeat_interleave(spec.heads // spec.kv_heads, 0) for part in (k, v))
+    unseen = torch.full((count, count), float("-inf"), device="cuda").triu(1)
+    want = torch.softmax(q @ k.transpose(1, 2) * spec.scale + unseen, -1) @ v
+    return prefill_attention.fresh_attention(qkv, count, spec), want.transpose(0, 1).reshape(count, -1)
+
+
+def _sampling(expect) -> None:
+    """Full-size vocabulary: the tokens of the reference sampler, row for row."""
+    count, vocab = 64, 151936
+    random_ = np.random.default_rng(0)
+    logits = torch.randn(count, vocab, device="cuda") * 2.5
+    t = random_.choice([0.0, 0.6, 1.0, 1.5], count).astype(np.float32)
+    k = random_.choice([0, 1, 20, 5000], count)
+    p = random_.choice([1.0, 0.9, 0.3], count).astype(np.float32)
+    m = random_.choice([0.0, 0.05], count).astype(np.float32)
+    seed = random_.integers(0, 2**64, count, dtype=np.uint64)
+    position = random_.integers(1, 1000, count)
+    table = np.zeros((count, sampling.SETTINGS), np.int32)
+    table[:, 0], table[:, 1] = t.view(np.int32), k
+    table[:, 2], table[:, 3], table[:, 4:6] = p.view(np.int32), m.view(np.int32), seed.view(np.int32).reshape(-1, 2)
+    rows = torch.arange(count, dtype=torch.int32, device="cuda")
+    at = torch.from_numpy(position - 1).int().cuda()
+    tokens = torch.zeros(count, 1024, dtype=torch.int32, device="cuda")
+    got = sampling.sample(logits, rows, at, torch.from_numpy(table).cuda(), tokens)
+    if launch.compiling:
+        return
+    want = ReferenceOps.sample(logits.clone(), Sampling(t, k, p, m, seed, position))
+    say("kernels", sampled_rows=count, equal=int((got == want).sum()))
+    greedy = torch.from_numpy(np.flatnonzero(t == 0)).cuda()
+    expect("greedy rows", got[greedy].float(), want[greedy].float())
+
+
+def engine(args) -> None:
+    """Tokens and log-probabilities of the engine on the GPU against the engine on the CPU reference, float32."""
+    for family in engines.CONFIGS:
+        want = engines.answers(TorchRunner(engines.card(family), engines.options("cpu")))
+        for graphs in (True, False):
+            runner = CudaRunner(engines.card(family), engines.options("cuda"), graphs=graphs, step_tokens=64)
+            for name, settings in {
+                "whole": {},
+                "again": {},
+                "chunks of 7": {"max_num_batched_tokens": 7, "enable_prefix_caching": False},
+            }.items():
+                verdict = "same"
+                try:
+                    engines.check(engines.answers(runner, **settings), want)
+                except Exception:
+                    verdict = traceback.format_exc()[-1200:]
+                say("engine", family=family, graphs=graphs, run=name, verdict=verdict)
+        tight = CudaRunner(engines.card(family), engines.options("cuda", kv_cache_tokens=84))
+        running = Engine(tight, options=EngineOptions(seed=0))
+        tokens: dict = {}
+        for output in drain(running, engines.requests()):
+            tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        same = tokens == {key: entry[0] for key, entry in want.items()}
+        say("engine", family=family, preemptions=running.stats().preemptions, same=same)
+    _long_prompts()
+    if args.gguf:
+        _smollm(args.gguf)
+
+
+def _long_prompts() -> None:
+    """Long prompts together, in bfloat16: by cuDNN and by our own kernel, which float32 has checked."""
+    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 4096,
+              "vocab_size": 1000, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+              "intermediate_size": 512}  # fmt: skip
+    numbers = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=1)
+    requests = [Request(str(n), numbers.integers(0, 1000, n).tolist(), params) for n in (2100, 30, 2500, 2048)]
+    found = []
+    fresh = prefill_attention.FRESH
+    for least in (fresh, 1 << 30):
+        prefill_attention.FRESH = least
+        runner = CudaRunner(
+            ModelCard("long", Path("-"), "dummy", "llama", config=config),
+            LoadOptions(device="cuda", dtype="bfloat16", max_num_seqs=8, kv_cache_tokens=16384),
+        )
+        outputs = drain(Engine(runner), requests)
+        found.append({o.request_id: o.logprobs[0] for o in outputs if o.last})
+        runner.close()
+    prefill_attention.FRESH = fresh
+    worst = max(abs(found[0][i].logprob - found[1][i].logprob) for i in found[0])
+    say("engine", long_prompts=len(found[0]), worst_logprob=worst, ok=worst < 2e-2)
+
+
+def _smollm(path: str) -> None:
+    model = resolve(path)
+    numbers = np.random.default_rng(0)
+    prompts = [numbers.integers(100, 40000, n).tolist() for n in (1, 7, 33, 150, 700)]
+
+    def run(runner, **settings):
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=2)
+        outputs = drain(Engine(runner), [Request(str(i), p, params) for i, p in enumerate(prompts)])
+        return {o.request_id: ([*o.token_ids], [e.logprob for e in o.logprobs]) for o in outputs if o.last}
+
+    sizes = {"max_num_seqs": 8, "max_model_len": 1024, "kv_cache_tokens": 8192}
+    want = run(TorchRunner(model, LoadOptions(device="cpu", dtype="float32", **sizes)))
+    for dtype in ("float32", "bfloat16"):
+        got = run(CudaRunner(model, LoadOptions(device="cuda", dtype=dtype, **sizes)))
+        same = [i for i in want if got[i][0] == want[i][0]]
+        first = {
+            i: next((t for t, (a, b) in enumerate(zip(got[i][0], want[i][0], strict=False)) if a != b), -1)
+            for i in want
+        }
+        worst = max(abs(got[i][1][0] - want[i][1][0]) for i in want)
+        say("engine", model="smollm2", dtype=dtype, same=len(same), of=len(want), first_difference=first,
+            worst_first_logprob=worst)  # fmt: skip
