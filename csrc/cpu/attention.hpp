@@ -38,20 +38,23 @@ struct Cache {
   }
 };
 
-// scores[r][16] of kRows queries against one tile of 16 keys.
+// scores[r][16] of kRows queries against one tile of 16 keys. Even and odd steps are summed apart: the few queries of a
+// decoding sequence are too short a chain otherwise to keep the multipliers busy.
 template <Kv kKind, int kRows>
 INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* scores) {
   using C = Cache<kKind>;
   constexpr int kVectors = 16 / L;
-  F acc[kRows][kVectors] = {};
+  F acc[2][kRows][kVectors] = {};
   const int steps = dim / C::kPack;
-  for (int d = 0; d < steps; ++d)
-    for (int v = 0; v < kVectors; ++v) {
-      const typename C::Lane key = C::unpack(k_tile + d * 64 + v * 4 * L);
-      for (int r = 0; r < kRows; ++r) acc[r][v] = C::mad(acc[r][v], key, q + ((int64_t)r * steps + d) * C::kLane);
-    }
+  for (int d = 0; d < steps; d += 2)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int v = 0; v < kVectors; ++v) {
+        const typename C::Lane key = C::unpack(k_tile + (d + odd) * 64 + v * 4 * L);
+        for (int r = 0; r < kRows; ++r)
+          acc[odd][r][v] = C::mad(acc[odd][r][v], key, q + ((int64_t)r * steps + d + odd) * C::kLane);
+      }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(scores + r * kChunk + v * L, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(scores + r * kChunk + v * L, acc[0][r][v] + acc[1][r][v]);
 }
 
 // out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
@@ -141,22 +144,28 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   const int64_t tile_bytes = 64 * (int64_t)op.dim / C::kPack, per_block = task.block_size / 16;
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + (int64_t)rows * kChunk);
-  const uint8_t* v_tiles[kChunk / 16];
+  const uint8_t *k_tiles[kChunk / 16 + 1] = {}, *v_tiles[kChunk / 16] = {};
 
-  for (int tile = 0; tile < tiles; ++tile) {
-    v_tiles[tile] = nullptr;
-    if (tile * 16 + 16 <= seen_from) continue;
-    const int64_t at = (begin + tile * 16) / 16;
-    const int64_t index = ((int64_t)task.blocks[at / per_block] * op.kv_heads + task.kv_head) * per_block + at % per_block;
+  for (int tile = most(0, seen_from / 16); tile < tiles; ++tile) {
+    const int64_t at = begin / 16 + tile;
+    const int64_t block = task.blocks[at / per_block];
+    const int64_t index = (block * op.kv_heads + task.kv_head) * per_block + at % per_block;
+    k_tiles[tile] = (const uint8_t*)op.k_cache + index * tile_bytes;
     v_tiles[tile] = (const uint8_t*)op.v_cache + index * tile_bytes;
-    scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, (const uint8_t*)op.k_cache + index * tile_bytes, op.dim,
-                                 scores + tile * 16);
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (rows < kTileRows / 2) {  // few queries wait for memory, and blocks lie anywhere in it
+      if (k_tiles[tile + 1]) fetch(k_tiles[tile + 1], tile_bytes);
+      if (v_tiles[tile]) fetch(v_tiles[tile], tile_bytes);
+    }
+    if (k_tiles[tile])
+      scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
   }
   for (int r = 0; r < rows; ++r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
-    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes, part.peak + r,
-                   part.total + r);
+    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes,
+                   part.peak + r, part.total + r);
   }
   values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
 }
@@ -184,7 +193,8 @@ void merge_chunk(int rows, int dim, Softmax state, Softmax part) {
 void finish_attention(const AttentionOp& op, const AttentionTask& task, Softmax state) {
   const int group = op.heads / op.kv_heads;
   for (int r = 0; r < task.tokens * group; ++r) {
-    float* y = op.y + (int64_t)(task.token + r / group) * op.y_stride + (int64_t)(task.kv_head * group + r % group) * op.dim;
+    const int head = task.kv_head * group + r % group;
+    float* y = op.y + (int64_t)(task.token + r / group) * op.y_stride + (int64_t)head * op.dim;
     const float inverse = 1.0f / state.total[r];
     for (int i = 0; i < op.dim; i += L) store(y + i, load<F>(state.values + (int64_t)r * op.dim + i) * inverse);
   }

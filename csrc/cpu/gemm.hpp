@@ -35,9 +35,6 @@ INLINE U nibble_at(const uint8_t* quants, int j, int v) {
 // Few rows wait for memory: weights are asked for this far ahead, across pages, where the processor's own prefetchers
 // stop. Measured on one thread: q4_1 streams at 13.9 GB/s instead of 9.9, bf16 at 15.5 instead of 11.5.
 constexpr int kAhead = 8192, kFewRows = 4;
-INLINE void fetch_ahead(const uint8_t* at, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + kAhead + line, 0, 2);
-}
 
 struct Plain {  // no minimum, one scale a block, 8 steps
   static constexpr bool kMin = false, kSixBit = true;
@@ -92,7 +89,8 @@ struct SuperReader : Plain {  // q4_K, q5_K: d * scale * q - dmin * minimum
   static constexpr bool kMin = true;
   static constexpr int kBytes = kLayouts[f].block;
   const uint8_t *head, *at, *q;
-  INLINE SuperReader(const uint8_t* panel, int b) : head(header_at(f, panel, b)), at(block_at(f, panel, b)), q(at + 64) {}
+  INLINE SuperReader(const uint8_t* panel, int b)
+      : head(header_at(f, panel, b)), at(block_at(f, panel, b)), q(at + 64) {}
   INLINE U quants(int j, int v) const {
     const U low = nibble_at(q, j, v);
     return kBits == 4 ? low : low | ((step_at(q, 4, v) >> j) & 0x01010101u) << 4;
@@ -109,7 +107,8 @@ template <>
 struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half block
   static constexpr int kParts = 2, kOffset = 5, kBytes = kLayouts[kQ6_K].block;
   const uint8_t *head, *at, *q;
-  INLINE Reader(const uint8_t* panel, int b) : head(header_at(kQ6_K, panel, b)), at(block_at(kQ6_K, panel, b)), q(at + 64) {}
+  INLINE Reader(const uint8_t* panel, int b)
+      : head(header_at(kQ6_K, panel, b)), at(block_at(kQ6_K, panel, b)), q(at + 64) {}
   INLINE U quants(int j, int v) const {
     return nibble_at(q, j, v) | ((step_at(q, 4 + j / 4, v) >> (2 * (j & 3))) & 0x03030303u) << 4;
   }
@@ -135,7 +134,7 @@ struct Widened : Plain {
   static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
     for (int b = 0; b < blocks; ++b) {
       const Source from(panel, b);
-      fetch_ahead(from.at, Source::kBytes);
+      fetch(from.at + kAhead, Source::kBytes);
       for (int v = 0; v < kPanel / L; ++v, out += 4 * L) {
         for (int part = 0; part < kParts; ++part) store(out + part * kStep, from.scale(v, part));
         if (kMin) store(out + kParts * kStep, from.minimum(v));
@@ -158,7 +157,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   F acc[M][kWide] = {};
   for (int b = 0; b * kBlock < k; ++b) {
     const R block(panel, b);
-    if (M <= kFewRows && R::kBytes) fetch_ahead(block.at, R::kBytes);
+    if (M <= kFewRows && R::kBytes) fetch(block.at + kAhead, R::kBytes);
     const uint8_t* a = acts + (int64_t)b * kBlock * kInts;
     const uint8_t* g = groups + (int64_t)b * sizeof(Group);
 #pragma GCC unroll 2
@@ -208,7 +207,7 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   const int steps = kBF16 ? (k + 1) / 2 : k;
 #pragma GCC unroll 2
   for (int j = 0; j < steps; ++j) {
-    if (M <= kFewRows) fetch_ahead(panel + (int64_t)j * kStep, kStep);
+    if (M <= kFewRows) fetch(panel + (int64_t)j * kStep + kAhead, kStep);
     const uint8_t* x = acts + (int64_t)j * (kBF16 && !kPairDot ? 8 : 4);
     for (int i = 0; i < kWide; ++i) {
       const U w = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
@@ -216,7 +215,9 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
         const uint8_t* at = x + m * stride;
         if (!kBF16) acc[m][i] = fma((F)w, splat(scalar<float>(at)), acc[m][i]);
         else if (kPairDot) acc[m][i] = dot2(acc[m][i], w, splat(scalar<uint32_t>(at)));
-        else acc[m][i] = fma(high_bf16(w), splat(scalar<float>(at + 4)), fma(low_bf16(w), splat(scalar<float>(at)), acc[m][i]));
+        else
+          acc[m][i] = fma(high_bf16(w), splat(scalar<float>(at + 4)),
+                          fma(low_bf16(w), splat(scalar<float>(at)), acc[m][i]));
       }
     }
   }

@@ -19,7 +19,8 @@ Isa widest_isa() {
   const unsigned most_leaf = a;
   if (!(b >> 5 & 1)) return kGeneric;
   // F, DQ, BW, VL and VNNI, with the wide registers saved on a context switch
-  const bool avx512 = (mask & 0xe0) == 0xe0 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);
+  const bool avx512 = (mask & 0xe0) == 0xe0 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) &&
+                      (c >> 11 & 1);
   if (!avx512) return kAvx2;
   if (most_leaf < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return kAvx512Vnni;
   return a >> 5 & 1 ? kAvx512BF16 : kAvx512Vnni;

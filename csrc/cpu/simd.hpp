@@ -55,6 +55,11 @@ INLINE T scalar(const void* p) {
   return t;
 }
 
+// Asks for memory that will be read soon. Any address will do.
+INLINE void fetch(const uint8_t* at, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+}
+
 INLINE F splat(float x) { return x - F{}; }
 INLINE I splat(int32_t x) { return x - I{}; }
 INLINE U splat(uint32_t x) { return x - U{}; }

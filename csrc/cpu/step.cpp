@@ -211,8 +211,8 @@ void Executor::store_key_value(const AttentionOp& op, int token, int kv_head) co
                            (uint8_t*)op.v_cache + offset);
 }
 
-// Queries wait in queries_, [kv_head][token][group][dim]. Where every sequence computes one token, each task rotates the
-// queries it needs and the last chunk's task stores the key and value: then nobody has to wait in between.
+// Queries wait in queries_, [kv_head][token][group][dim]. Where every sequence computes one token, each task rotates
+// the queries it needs and the last chunk's task stores the key and value: then nobody has to wait in between.
 void Executor::attention(Worker& worker, const AttentionOp& op) {
   const int n = (int)tokens_.size(), pairs = n * op.kv_heads;
   if (!decode_)
@@ -242,7 +242,8 @@ void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, c
     kernels_.rotate_queries(op, tile.token, task.kv_head, (void*)q);
     if (!tile.split || task.chunk == last_chunk) store_key_value(op, tile.token, task.kv_head);
   }
-  const AttentionTask what{q, table(tile.seq), batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
+  const AttentionTask what{
+      q, table(tile.seq), batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
   const auto split_part = [&](int chunk) {
     const int64_t number = tile.part + int64_t(task.kv_head) * tile.chunks + chunk;
     return softmax_at((float*)parts_.reserve(0) + number * floats, rows);
@@ -317,8 +318,8 @@ void Executor::head(Worker& worker, const HeadOp& op) {
   if (worker.rank == 0)
     for (int q = 0; q < batch_->n_queries; ++q) {
       const Query& query = batch_->queries[q];
-      if (query.target < 0)
-        batch_->tokens[query.row * batch_->tokens_stride + tokens_[query.token].position + 1] = batch_->answers[q].token;
+      int32_t* tokens = batch_->tokens + query.row * batch_->tokens_stride;
+      if (query.target < 0) tokens[tokens_[query.token].position + 1] = batch_->answers[q].token;
     }
 }
 

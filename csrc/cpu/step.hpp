@@ -28,7 +28,8 @@ class Scratch {
 
 class Executor {
  public:
-  Executor(int threads, int spins, Isa isa) : team_(threads, spins), kernels_(*kernels_for(isa)), own_(size_t(threads < 1 ? 1 : threads)) {}
+  Executor(int threads, int spins, Isa isa)
+      : team_(threads, spins), kernels_(*kernels_for(isa)), own_(size_t(team_.size())) {}
 
   Team& team() { return team_; }
   void run(const Op* ops, int n_ops, const Batch& batch);

@@ -29,7 +29,7 @@ log = logging.getLogger("martlet")
 
 DEFAULT_ROWS = 32
 STEP_SECONDS = 0.06  # a mixed step should stay under 80 ms; this leaves room for attention over long contexts
-STEP_TOKENS = (32, 512)  # least and most tokens of a step
+STEP_TOKENS = (64, 512)  # least and most tokens of a step
 PROBE_TOKENS = 32
 MAX_DRAFTS = 8
 
