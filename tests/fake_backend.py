@@ -27,7 +27,7 @@ class EchoRunner:
 
     vocab_size = ByteTokenizer.vocab_size
     lag = 0
-    max_step_tokens = 256
+    max_step_tokens = max_prefill_tokens = 256
     max_drafts = 0
 
     def __init__(self, max_model_len: int = 512, max_rows: int = 16, num_blocks: int = 256):

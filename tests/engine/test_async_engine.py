@@ -84,7 +84,6 @@ def test_a_bad_request_queues_none_of_its_batch(engine):
 
 def test_close_tells_those_who_wait():
     engine = AsyncEngine(Engine(FakeRunner(MEMORY)))
-    engine.engine.runner.max_step_tokens = 1
     outbox = queue.SimpleQueue()
     engine.submit([ask(f"r{i}", max_tokens=60) for i in range(30)], outbox)
     engine.close()

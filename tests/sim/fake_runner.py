@@ -25,8 +25,9 @@ class FakeRunner:
 
     vocab_size = VOCAB
 
-    def __init__(self, memory: MemoryPlan, *, lag: int = 0, max_step_tokens: int = 64):
-        self.memory, self.lag, self.max_step_tokens = memory, lag, max_step_tokens
+    def __init__(self, memory: MemoryPlan, *, lag: int = 0, max_step_tokens: int = 64, max_prefill_tokens: int = 64):
+        self.memory, self.lag = memory, lag
+        self.max_step_tokens, self.max_prefill_tokens = max_step_tokens, max_prefill_tokens
         self.max_drafts = 0 if lag else 8
         self.kv = np.full((memory.num_blocks, memory.block_size), -1, np.int32)
         self.tokens = np.full((memory.max_rows, memory.max_model_len + 1), -1, np.int32)

@@ -44,7 +44,9 @@ def simulate(seed: int) -> Engine:
         max_rows=rng.randint(1, 6),
         max_model_len=rng.randint(2, blocks * block_size),
     )
-    runner = FakeRunner(memory, lag=rng.choice([0, 1]), max_step_tokens=rng.choice([1, 2, 5, 16, 64]))
+    chunk = rng.choice([1, 2, 5, 16, 64])
+    alone = max(chunk, rng.choice([1, 8, 64]))
+    runner = FakeRunner(memory, lag=rng.choice([0, 1]), max_step_tokens=chunk, max_prefill_tokens=alone)
     options = EngineOptions(
         enable_prefix_caching=rng.random() < 0.8, seed=seed, speculative_tokens=rng.choice([0, 0, 1, 3])
     )

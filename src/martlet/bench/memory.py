@@ -34,7 +34,7 @@ class CountingRunner:
     lag = 0
     max_drafts = 0
     vocab_size = 1 << 16
-    max_step_tokens = 1 << 20  # whole prompts in one step, so that all sequences run together
+    max_step_tokens = max_prefill_tokens = 1 << 20  # whole prompts in one step, so that all sequences run together
 
     def __init__(self, block_size: int, num_blocks: int, rows: int, max_model_len: int):
         self.memory = MemoryPlan(block_size, num_blocks, rows, max_model_len)

@@ -42,6 +42,7 @@ class Engine:
         self.scheduler = Scheduler(
             memory,
             options.max_num_batched_tokens or runner.max_step_tokens,
+            options.max_num_batched_tokens or runner.max_prefill_tokens,
             prefix_caching=options.enable_prefix_caching,
             speculative_tokens=min(options.speculative_tokens, runner.max_drafts),
         )

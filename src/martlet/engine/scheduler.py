@@ -36,11 +36,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, memory: MemoryPlan, max_step_tokens: int, *, prefix_caching: bool = True, speculative_tokens: int = 0
+        self,
+        memory: MemoryPlan,
+        max_step_tokens: int,
+        max_prefill_tokens: int,
+        *,
+        prefix_caching: bool = True,
+        speculative_tokens: int = 0,
     ):
         self.speculative_tokens = speculative_tokens
         self.block_size = memory.block_size
         self.max_step_tokens = max_step_tokens
+        self.max_prefill_tokens = max_prefill_tokens  # of a step in which nobody decodes
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(memory.num_blocks)
         self.table = RowTable(memory.max_rows, memory.max_model_len)
@@ -75,9 +82,13 @@ class Scheduler:
         want = np.where(known < table.limit[rows], known - table.computed[rows], 0)
 
         # Decodes first: one token each, so that nobody's stream waits behind a long prompt. Prompts share the rest of
-        # the budget in order; a quarter of it is theirs even when decodes alone would fill a step.
+        # the budget in order; a quarter of it is theirs even when decodes alone would fill a step. When nobody decodes,
+        # nobody minds a longer step.
         is_decode = want == 1
-        budget = max(self.max_step_tokens - int(is_decode.sum()), self.max_step_tokens // 4, 1)
+        decodes = int(is_decode.sum())
+        budget = (
+            max(self.max_step_tokens - decodes, self.max_step_tokens // 4, 1) if decodes else self.max_prefill_tokens
+        )
         queued = np.where(is_decode, 0, want)
         share = np.clip(budget - (np.cumsum(queued) - queued), 0, queued)
         count = np.where(is_decode, 1, share)

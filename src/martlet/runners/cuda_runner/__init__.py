@@ -66,7 +66,7 @@ class CudaRunner:
             raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
         self.device = _device(options.device)
         self.dtype = DTYPES[options.dtype]
-        self.max_step_tokens = step_tokens
+        self.max_step_tokens = self.max_prefill_tokens = step_tokens
         self.spec = spec = read_spec(card)
         self.vocab_size = spec.vocab_size
         clock = _Clock()

@@ -79,7 +79,7 @@ class TorchRunner:
                 default_rows=DEFAULT_ROWS,
             )
             self.vocab_size = spec.vocab_size
-            self.max_step_tokens = STEP_TOKENS
+            self.max_step_tokens = self.max_prefill_tokens = STEP_TOKENS
             self.rows = Rows(self.memory, spec.vocab_size)
             self.caches = [self._cache(layer.mixer) for layer in spec.layers]
             self.rotations = {
