@@ -12,7 +12,16 @@ from martlet.bench.timeline import figures
 from martlet.bench.workloads import Workload
 from martlet.errors import MartletError
 
-WITHOUT = ("openvino", "reference")  # engines that bring no server
+WITHOUT = ("openvino",)  # engines that bring no server
+
+# `martlet deploy` on the reference kernels, which no flag asks for: they are for comparison.
+REFERENCE = """
+import sys
+from martlet import cli, runners
+from martlet.runners.torch_runner import TorchRunner
+runners.load = lambda card, options, *, progress=None: TorchRunner(card, options, progress)
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 def command(job: EngineJob, python: str) -> tuple[list[str], dict[str, str] | None, dict[str, Any]]:
@@ -25,7 +34,9 @@ def command(job: EngineJob, python: str) -> tuple[list[str], dict[str, str] | No
         from martlet.bench.vllm_engine import environment, server_command
 
         return server_command(job, python), {**os.environ, **environment(python)}, {}
-    words = [sys.executable, "-m", "martlet", "deploy", "--model", job.model, "--infer_backend", job.engine]
+    program = ["-c", REFERENCE] if job.engine == "reference" else ["-m", "martlet"]
+    backend = "pt" if job.engine == "transformers" else "native"
+    words = [sys.executable, *program, "deploy", "--model", job.model, "--infer_backend", backend]
     words += ["--dtype", job.dtype, "--device", job.device, "--max_model_len", str(job.max_model_len)]
     words += ["--max_num_seqs", str(job.concurrency), "--served_model_name", "bench", "--port", "{port}"]
     return words + (["--quant", job.native_quant] if job.native_quant else []), None, {}
@@ -39,7 +50,7 @@ def measure_http(
     from martlet.bench.serving import serving
 
     result = result_of(job, workload.name)
-    salted = job.engine in (*BACKENDS, "vllm")  # those that know cache_salt
+    salted = job.engine in (*BACKENDS, "reference", "vllm")  # those that know cache_salt
     try:
         words, env, fields = command(job, python)
         with serving(words, env) as server:
