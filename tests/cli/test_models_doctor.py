@@ -89,3 +89,11 @@ def test_doctor_sees_a_cache_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     finding = doctor._cache()
     assert finding.state == "broken" and "XDG_CACHE_HOME" in finding.remedy
+
+
+def test_doctor_wants_torch_only_where_no_kernels_can_be_had(monkeypatch):
+    monkeypatch.setattr(machine, "library_version", lambda name: None)
+    assert doctor._backend().state == "ok"
+    monkeypatch.setattr(doctor, "_kernels", lambda: None)
+    finding = doctor._backend()
+    assert finding.state == "broken" and "g++" in finding.remedy and "torch" in finding.remedy

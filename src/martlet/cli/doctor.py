@@ -174,12 +174,24 @@ def _default_model() -> Finding:
 def _backend() -> Finding:
     from martlet import backends
 
-    kind = backends.NAMES["auto"]
-    if machine.library_version("torch") is None:
-        return Finding(
-            "backend", kind, "broken", "the native engine runs on torch so far: pip install 'martlet[torch]'"
-        )
-    return Finding("backend", f"{kind} (what --infer_backend auto takes)")
+    kind, kernels = backends.NAMES["auto"], _kernels()
+    if kernels is None and machine.library_version("torch") is None:
+        remedy = "install g++ or clang++ for the native CPU kernels, or torch: pip install 'martlet[torch]'"
+        return Finding("backend", f"{kind}, with nothing to run it on", "broken", remedy)
+    return Finding("backend", f"{kind} on a CPU with {kernels or 'torch'} (what --infer_backend auto takes)")
+
+
+def _kernels() -> str | None:
+    """Whether the native CPU kernels are built, or can be at first use."""
+    from martlet.kernels.cpu import build
+
+    if build.find() is not None:
+        return "native kernels"
+    try:
+        build.compiler()
+    except build.BuildError:
+        return None
+    return "native kernels, compiled at first use"
 
 
 COMMAND = Command("Check this machine: hardware, libraries, cache, default model.", DoctorOptions, run)
