@@ -242,6 +242,7 @@ class Engine:
                 prompt_logprobs=[None, *seq.prompt_logprobs] if tells_prompt else None,
                 prompt_tokens=seq.prompt_len,
                 cached_tokens=max(seq.cached_tokens, 0),
+                queued=seq.entered - request.arrival if seq.entered else None,
                 error=error,
                 last=last,
             )

@@ -40,7 +40,8 @@ class Output:
     logprobs: as many entries as token_ids, when asked for. finish_reason: set on a sequence's last Output: "stop"
     (end token, stop string or stop token; stop_reason tells which of the latter two), "length", "abort", "error"
     (`error` holds the cause). prompt_logprobs: on a sequence's first Output, when asked for: None for the first token,
-    then one entry a token. last: this is the last Output of the whole request.
+    then one entry a token. queued: seconds the sequence waited before it first ran, where the backend knows. last: this
+    is the last Output of the whole request.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Output:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    queued: float | None = None
     error: BaseException | None = None
     last: bool = False
 

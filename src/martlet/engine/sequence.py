@@ -6,6 +6,7 @@ single sequence only when something happens to it (a block fills up, it ends, it
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,7 @@ class Sequence:
     registered: int = 0  # how many of `blocks` the prefix cache knows
     detokenizer: Detokenizer | None = None
     cached_tokens: int = -1  # tokens the prefix cache gave at first admission; -1 before it
+    entered: float = 0.0  # when it first got a row, by time.monotonic(); 0 before
     reported: int = 0  # output tokens already given out
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -99,6 +101,7 @@ class RowTable:
         self.end_ids[row, : len(seq.end_ids)] = seq.end_ids
         self.sequences[row] = seq
         seq.row = row
+        seq.entered = seq.entered or time.monotonic()
         return row
 
     def leave(self, seq: Sequence) -> None:
