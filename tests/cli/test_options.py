@@ -9,6 +9,7 @@ import pytest
 from martlet import backends, hub
 from martlet.cli import deploy, infer, options, swift_flags
 from martlet.cli.flags import parse
+from martlet.errors import MartletError
 from martlet.hub.card import ModelCard
 from martlet.runners.base import LoadOptions
 
@@ -88,3 +89,38 @@ def test_deploy_hands_everything_to_the_server(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == ""
     deploy.run(parse(deploy.DeployOptions, ["--host", "0.0.0.0"]))
     assert "whoever reaches 0.0.0.0 may use this server" in capsys.readouterr().err
+
+
+def test_deploy_reads_keys_limits_and_defaults(monkeypatch, tmp_path):
+    from martlet import server
+    from martlet.server.options import Limits
+
+    seen = []
+    monkeypatch.setattr(deploy, "resolve_model", lambda flags: ModelCard("m", tmp_path, "dummy", "llama"))
+    monkeypatch.setattr(server, "run", lambda wanted: seen.append(wanted) or 0, raising=False)
+    (tmp_path / "keys").write_text("one # the first\n\n# nobody\n two \n")
+    words = ["--api_key", "zero", "--api_key_file", str(tmp_path / "keys"), "--max_requests_per_key", "2"]
+    words += ["--max_body_mb", "0.5", "--request_timeout", "9", "--top_k", "5", "--do_sample", "false", "--seed", "4"]
+    words += ["--owned_by", "me", "--log_interval", "0", "--ssl_certfile", "c", "--ssl_keyfile", "k", "--uds", "u"]
+    assert deploy.run(parse(deploy.DeployOptions, words)) == 0
+    (wanted,) = seen
+    assert wanted.api_keys == ("zero", "one", "two")
+    assert wanted.limits == Limits(max_body_bytes=2**19, max_requests_per_key=2, request_seconds=9)
+    assert wanted.defaults == {"top_k": 5, "temperature": 0.0} and wanted.engine.seed == 4
+    assert (wanted.owned_by, wanted.log_interval, wanted.uds) == ("me", 0, "u")
+    assert (wanted.ssl_certfile, wanted.ssl_keyfile) == ("c", "k")
+
+
+@pytest.mark.parametrize(
+    ("words", "param"),
+    [
+        (["--api_key_file", "no/such/file"], "api_key_file"),
+        (["--max_requests_per_key", "2"], "max_requests_per_key"),
+        (["--request_timeout", "0"], "request_timeout"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
+def test_deploy_refuses_what_cannot_be_before_a_model_is_looked_for(words, param):
+    with pytest.raises(MartletError) as caught:
+        deploy.run(parse(deploy.DeployOptions, words))
+    assert caught.value.param == param

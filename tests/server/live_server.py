@@ -7,17 +7,15 @@ import threading
 import time
 from collections.abc import Iterator
 
-import uvicorn
-
-from martlet.server.deploy import Server, bind
+from martlet.server.deploy import Server, server_config
+from martlet.server.sockets import bind
 
 
 @contextlib.contextmanager
 def live(app) -> Iterator[str]:
     """Serve `app`; gives its address, e.g. http://127.0.0.1:41234."""
     listener = bind("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
-    server = Server(config)
+    server = Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

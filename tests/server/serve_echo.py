@@ -11,7 +11,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "sim")]
 
 from fake_backend import FakeBackend, FakeTemplate  # noqa: E402
 from martlet.server import create_app, serve  # noqa: E402
-from martlet.server.deploy import bind  # noqa: E402
+from martlet.server.sockets import bind  # noqa: E402
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO")

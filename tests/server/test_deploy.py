@@ -18,7 +18,7 @@ from live_server import until
 from fake_backend import FakeBackend, FakeTemplate, fake_card
 from martlet import backends, chat, hub, server
 from martlet.errors import MartletError
-from martlet.server.deploy import bind
+from martlet.server.sockets import bind
 
 CHAT = "/v1/chat/completions"
 ENDLESS = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "temperature": 0}
@@ -117,7 +117,7 @@ def test_run_wires_model_template_defaults_and_names(monkeypatch):
         seen.update(options, card=given)
         return backend
 
-    def fake_serve(app, listener, *, drain_seconds):
+    def fake_serve(app, listener, *, drain_seconds, **more):
         seen.update(service=app.state.service, drain_seconds=drain_seconds)
         return 7
 

@@ -18,8 +18,7 @@ show_dataset_sample tools_prompt tp train_dataset_sample truncation_strategy use
 vision_batch_size vllm_enable_lora vllm_lora_modules vllm_max_lora_rank
 """
 _DEPLOY = """
-do_sample log_interval max_new_tokens owned_by repetition_penalty result_path seed ssl_certfile ssl_keyfile
-stop_words stream system temperature top_k top_p val_dataset verbose
+max_new_tokens result_path stop_words stream system val_dataset verbose
 """
 
 INFER = frozenset(_INFER.split())

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -26,17 +27,30 @@ def create_app(
     template: Template | None = None,
     *,
     served_model_names: Sequence[str] = (),
+    owned_by: str = "martlet",
     api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    adapter_dir: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
+    max_num_queued: int | None = None,
 ) -> FastAPI:
     """An ASGI application that serves `backend`. It does not own the backend: close it after the last request.
 
-    template: None for a model that cannot chat. served_model_names: see ServerOptions.
+    template: None for a model that cannot chat. served_model_names, cors_origins, adapter_dir: see ServerOptions.
     defaults: SamplingParams fields for requests that leave them open, e.g. `generation_defaults(card)`.
+    max_num_queued: the backend's own limit, which /ready reports.
     """
-    names = tuple(served_model_names) or (backend.card.name,)
-    service = Service(backend, template, names, defaults or {}, limits or Limits())
+    service = Service(
+        backend,
+        template,
+        tuple(served_model_names) or (backend.card.name,),
+        defaults or {},
+        limits or Limits(),
+        owned_by=owned_by,
+        adapter_dir=adapter_dir,
+        max_num_queued=max_num_queued,
+    )
     app = FastAPI(title="Martlet", version=__version__)
     app.state.service = service
     for room in (models, chat, completions, operations):
@@ -45,6 +59,14 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(MartletError, _on_error)
     app.add_middleware(Gate, service=service, api_keys=tuple(api_keys))
+    if cors_origins:  # in front of the gate: a browser asks whether it may call before it sends a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-martlet-ignored-fields"],
+        )
     return app
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from martlet.errors import MartletError
 from martlet.server.app import create_app
+from martlet.server.logs import log_throughput, set_up
 from martlet.server.options import ServerOptions
+from martlet.server.protocol import Protocol
 from martlet.server.service import Service
+from martlet.server.sockets import address, bind, bind_unix, check_tls
 
 log = logging.getLogger("martlet.server")
 
@@ -28,49 +31,45 @@ def run(options: ServerOptions) -> int:
     """Serve until a signal; returns the exit code. Raises MartletError when it cannot start."""
     from martlet import backends, chat, hub
 
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("martlet").setLevel(options.log_level.upper())
-    with bind(options.host, options.port) as listener:  # before the model loads: minutes later is too late to fail
+    set_up(options.log_level, options.log_format)
+    check_tls(options.ssl_certfile, options.ssl_keyfile)
+    # Before the model loads: minutes later is too late to fail.
+    listener = bind(options.host, options.port) if options.uds is None else bind_unix(options.uds)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(listener)
+        if options.uds is not None:
+            stack.callback(Path(options.uds).unlink, missing_ok=True)
         card = hub.resolve(options.model) if isinstance(options.model, str) else options.model
-        with contextlib.closing(
-            backends.load(card, backend=options.backend, load=options.load, engine=options.engine)
-        ) as backend:
-            template = None
-            if options.template or card.template or backend.tokenizer.chat_template:
-                template = chat.template_for(card, backend.tokenizer, options.template)
-            log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
-            defaults = backends.generation_defaults(card)
-            said = ", ".join(f"{name}={value}" for name, value in defaults.items())
-            log.info("sampling defaults of the model: %s", said or "none")
-            app = create_app(
-                backend,
-                template,
-                served_model_names=options.served_model_names,
-                api_keys=options.api_keys,
-                defaults=defaults,
-                limits=options.limits,
-            )
-            return serve(app, listener, drain_seconds=options.drain_seconds)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that owns the address but does not listen yet, so that clients are refused until the model is there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise MartletError(f"cannot use host {host!r}: {error.strerror or error}", param="host") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise MartletError(
-                f"port {port} of {host} is in use; stop the other server or choose another with --port", param="port"
-            ) from None
-        raise MartletError(f"cannot bind to {host} port {port}: {error.strerror}", param="port") from None
-    return listener
+        backend = stack.enter_context(
+            contextlib.closing(backends.load(card, backend=options.backend, load=options.load, engine=options.engine))
+        )
+        template = None
+        if options.template or card.template or backend.tokenizer.chat_template:
+            template = chat.template_for(card, backend.tokenizer, options.template)
+        log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
+        defaults = backends.generation_defaults(card) | options.defaults
+        said = ", ".join(f"{name}={value}" for name, value in defaults.items())
+        log.info("sampling defaults: %s", said or "none")
+        app = create_app(
+            backend,
+            template,
+            served_model_names=options.served_model_names,
+            owned_by=options.owned_by,
+            api_keys=options.api_keys,
+            cors_origins=options.cors_origins,
+            adapter_dir=options.adapter_dir,
+            defaults=defaults,
+            limits=options.limits,
+            max_num_queued=options.engine.max_num_queued,
+        )
+        return serve(
+            app,
+            listener,
+            drain_seconds=options.drain_seconds,
+            log_interval=options.log_interval,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+        )
 
 
 class Server(uvicorn.Server):
@@ -81,35 +80,56 @@ class Server(uvicorn.Server):
         yield
 
 
-def serve(app: FastAPI, listener: socket.socket, *, drain_seconds: float = 30.0) -> int:
-    """Serve `app` on a bound socket until SIGTERM or SIGINT; returns the exit code.
-
-    First signal: new requests get 503, running ones have `drain_seconds` to finish and are then aborted; exit code 0.
-    Second signal: stop at once; exit code 128 + its number. Signals are only heard in the main thread.
-    """
-    config = uvicorn.Config(
+def server_config(app: FastAPI, *, ssl_certfile: str | None = None, ssl_keyfile: str | None = None) -> uvicorn.Config:
+    """How uvicorn runs our applications, whoever starts it."""
+    return uvicorn.Config(
         app,
+        http=Protocol,
+        h11_max_incomplete_event_size=app.state.service.limits.max_header_bytes,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="off",
         ws="none",
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
         timeout_graceful_shutdown=int(_LAST_SECONDS),
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = Server(config)
-    stopping = Stopping(server, app.state.service, drain_seconds)
+
+
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    drain_seconds: float = 30.0,
+    log_interval: float = 0.0,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
+) -> int:
+    """Serve `app` on a bound socket until SIGTERM or SIGINT; returns the exit code.
+
+    First signal: new requests get 503, running ones have `drain_seconds` to finish and are then aborted; exit code 0.
+    Second signal: stop at once; exit code 128 + its number. Signals are only heard in the main thread.
+    """
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is theirs to know
+    server = Server(server_config(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile))
+    service: Service = app.state.service
+    stopping = Stopping(server, service, drain_seconds)
 
     async def main() -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stopping.on_signal, number)
-        host, port = listener.getsockname()[:2]
-        log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        where = address(listener, tls=ssl_certfile is not None)
+        log.info("serving on %s", where)
+        ticker = asyncio.ensure_future(log_throughput(service.backend, log_interval)) if log_interval > 0 else None
         try:
             await server.serve(sockets=[listener])
         except OSError as error:
-            raise MartletError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from None
+            raise MartletError(f"cannot listen on {where}: {error.strerror}", param="port") from None
+        finally:
+            if ticker is not None:
+                ticker.cancel()
 
     asyncio.run(main())
     return stopping.exit_code

@@ -10,14 +10,16 @@ from martlet.engine.request import Output
 
 
 class Inbox:
-    """Outputs for one HTTP request, in order. `close` wakes the reader for good: the client has left."""
+    """Outputs for one HTTP request, in order. `close` wakes the reader for good: the client has left. `fail` makes it
+    raise."""
 
-    __slots__ = ("_closed", "_items", "_waiter")
+    __slots__ = ("_closed", "_error", "_items", "_waiter")
 
     def __init__(self) -> None:
         self._items: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
+        self._error: Exception | None = None
 
     def put(self, output: Output) -> None:
         self._items.append(output)
@@ -27,13 +29,19 @@ class Inbox:
         self._closed = True
         self._wake()
 
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake()
+
     async def get(self) -> list[Output] | None:
         """All that has come since the last call, at least one; None once closed."""
-        if not self._items and not self._closed:
+        if not self._items and not self._closed and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._closed:
             return None
+        if self._error is not None:
+            raise self._error
         items, self._items = self._items, []
         return items
 

@@ -100,6 +100,9 @@ class Running:
             self._open.clear()
             raise
         self._watcher = asyncio.ensure_future(self._watch(receive))
+        self._deadline: asyncio.TimerHandle | None = None
+        if (seconds := service.limits.request_seconds) is not None:
+            self._deadline = asyncio.get_running_loop().call_later(seconds, self._inbox.fail, _too_slow(seconds))
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[Choice, Output]]]:
         """News of the choices, until all have ended. Raises ClientGone, or what went wrong in the backend."""
@@ -118,6 +121,8 @@ class Running:
             self._open.clear()
         self._service.dispatcher.forget(self._numbers)
         self._watcher.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     def usage(self) -> dict[str, Any]:
         prompt, output = self._record.prompt_tokens, self._record.output_tokens
@@ -137,6 +142,8 @@ class Running:
             raise output.error or RuntimeError("the backend gave an error without a cause")
         if output.finish_reason == "abort":
             raise ApiError(503, "The request was stopped: the server is shutting down.", code="shutting_down")
+        if output.queued is not None:
+            self._record.queued = max(self._record.queued or 0.0, output.queued)
         if output.index == 0:  # what the others share with it is not the cache's merit
             self._record.cached_tokens += output.cached_tokens - self._cached[number]
             self._cached[number] = output.cached_tokens
@@ -240,6 +247,15 @@ class EventStream(Response):
         usage = {"choices": [], "usage": self._running.usage()}
         last = _event(_head(job, job.shape.chunk_object) | usage) if job.include_usage else b""
         return last + b"data: [DONE]\n\n"
+
+
+def _too_slow(seconds: float) -> ApiError:
+    return ApiError(
+        503,
+        f"The request took longer than the {seconds:g} s that this server gives; ask for fewer tokens, or try later.",
+        code="deadline_exceeded",
+        headers={"retry-after": "5"},
+    )
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:

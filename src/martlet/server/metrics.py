@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from martlet.backends.base import Backend
@@ -36,6 +36,20 @@ class Metrics:
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean after the first token, of streams", _TOKEN_SECONDS
         )
+        self._queued = self._histogram("request_queue_time_seconds", "In the queue, of the slowest prompt", _SECONDS)
+        self._inference = self._histogram("request_inference_time_seconds", "After the queue", _SECONDS)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the queue to the first token, of streams", _SECONDS
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last, of streams", _SECONDS
+        )
+        self.rejections = Counter(
+            "martlet:admission_rejections",
+            "Requests refused with 429: the queue was full, or the key had too many running",
+            list(self._labels),
+            registry=self._registry,
+        ).labels(*self._labels.values())
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
         self._output = self._histogram("request_generation_tokens", "Tokens generated for a request", _TOKENS)
         self._n = self._histogram("request_params_n", "n of a request", (1, 2, 5, 10, 20, 50, 100))
@@ -50,7 +64,12 @@ class Metrics:
         self._n.observe(record.n)
         if record.max_tokens is not None:
             self._max_tokens.observe(record.max_tokens)
+        if record.queued is not None:
+            self._queued.observe(record.queued)
+            self._inference.observe(now - record.started - record.queued)
         if record.first_token is not None:
+            self._prefill.observe(record.first_token - record.started - (record.queued or 0.0))
+            self._decode.observe(now - record.first_token)
             self._first_token.observe(record.first_token - record.started)
             later = record.output_tokens - record.n * record.prompts
             if later > 0:

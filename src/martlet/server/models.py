@@ -31,7 +31,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "id": name,
         "object": "model",
         "created": service.created,
-        "owned_by": "martlet",
+        "owned_by": service.owned_by,
         "root": service.backend.card.name,
         "parent": None,
         "max_model_len": service.backend.max_model_len,

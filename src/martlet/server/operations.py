@@ -1,4 +1,4 @@
-"""GET /health and /metrics: for whoever runs the server."""
+"""GET /health, /ready, /version and /metrics: for whoever runs the server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from martlet._version import __version__
 from martlet.engine.request import Stats
 from martlet.server.service import Service
 
@@ -20,6 +21,22 @@ async def health(http: Request) -> Response:
     state, detail = condition(service.backend.stats(), service.draining)
     body = {"status": state} | ({"detail": detail} if detail else {})
     return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+
+
+@router.get("/ready", summary="200 when a new request would be taken now, else 503 with the reason")
+async def ready(http: Request) -> Response:
+    service: Service = http.app.state.service
+    stats, most = service.backend.stats(), service.max_num_queued
+    state, detail = condition(stats, service.draining)
+    if state == "ok" and most is not None and stats.waiting >= most:
+        state, detail = "busy", f"{stats.waiting} requests wait, and at most {most} may"
+    body = {"status": state} | ({"detail": detail} if detail else {})
+    return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+
+
+@router.get("/version", summary="The server's version")
+async def version() -> Response:
+    return Response(orjson.dumps({"version": __version__}), media_type="application/json")
 
 
 def condition(stats: Stats, draining: bool) -> tuple[str, str]:

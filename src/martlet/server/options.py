@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from martlet.engine.options import EngineOptions
 from martlet.hub.card import ModelCard
@@ -11,12 +13,21 @@ from martlet.runners.base import LoadOptions
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one HTTP request may ask for; more is refused with 400 or 413 and the name of the limit."""
+    """What one HTTP request may ask for; more is refused with a 4xx that names the limit. Times in seconds.
 
+    body_seconds: for a whole body to arrive. request_seconds: for a whole answer; then the request is aborted and told
+    so (None: no limit). max_requests_per_key: running at a time (None: no limit).
+    """
+
+    max_headers: int = 128
+    max_header_bytes: int = 32 * 2**10
     max_body_bytes: int = 16 * 2**20
     max_prompts: int = 2048  # prompts in one completion request
     max_sequences: int = 4096  # prompts times n
     max_messages: int = 4096
+    max_requests_per_key: int | None = None
+    body_seconds: float = 60.0
+    request_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +35,12 @@ class ServerOptions:
     """model: anything hub.resolve takes, or a card. template: a named chat template instead of the model's own.
 
     served_model_names: names clients may ask for, the first one is the default (empty: the model's own name).
-    api_keys: any of them lets a client in; empty: no keys are asked for. drain_seconds: after SIGTERM, how long
-    running requests may take to finish.
+    api_keys: any of them lets a client in; empty: no keys are asked for. cors_origins: web origins whose pages may call
+    the server, "*" for all. uds: path of a Unix socket to listen on instead of host and port. ssl_certfile,
+    ssl_keyfile: PEM files for HTTPS. adapter_dir: lets clients load adapters from below this folder.
+    defaults: SamplingParams fields for requests that leave them open, over the model's own. log_format: "text" or
+    "json". log_interval: seconds between lines about the throughput, 0 for none. drain_seconds: after SIGTERM, how
+    long running requests may take to finish.
     """
 
     model: str | ModelCard
@@ -35,8 +50,17 @@ class ServerOptions:
     template: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     served_model_names: tuple[str, ...] = ()
+    owned_by: str = "martlet"
     api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    adapter_dir: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     drain_seconds: float = 30.0
     log_level: str = "info"
+    log_format: str = "text"
+    log_interval: float = 10.0

@@ -18,7 +18,8 @@ from martlet.server.options import Limits
 
 class Service:
     """template: None for a model that cannot chat. names: what clients may ask for; the
-    first is the default. defaults: sampling settings of requests that leave them open.
+    first is the default. defaults: sampling settings of requests that leave them open. adapter_dir: clients may load
+    adapters from below it.
     """
 
     def __init__(
@@ -28,12 +29,19 @@ class Service:
         names: Sequence[str],
         defaults: Mapping[str, Any],
         limits: Limits,
+        *,
+        owned_by: str = "martlet",
+        adapter_dir: str | None = None,
+        max_num_queued: int | None = None,
     ):
         self.backend = backend
         self.template = template
         self.names = tuple(names)
         self.defaults = dict(defaults)
         self.limits = limits
+        self.owned_by = owned_by
+        self.adapter_dir = adapter_dir
+        self.max_num_queued = max_num_queued  # the backend's own limit, for /ready
         self.created = int(time.time())
         self.metrics = Metrics(backend, self.names[0])
         self.draining = False
