@@ -209,3 +209,19 @@ def test_a_stop_string_among_right_guesses_ends_the_answer_there():
     (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(stop=["b. "], max_tokens=50))])
     assert output.text == "ab ab ab a" and bytes(output.token_ids) == b"ab ab ab ab. "
     assert output.stop_reason == "b. "
+
+
+def test_steps_have_as_many_tokens_as_the_runner_allows_now():
+    """A runner may learn what its machine can do; a limit that the user set stands."""
+    for limit in (None, 8):
+        engine = make(max_num_batched_tokens=limit)
+        engine.add(ask("stream", max_tokens=20))
+        engine.step()
+        engine.add(ask("long", prompt=range(1, 50), max_tokens=2))
+        counts = []
+        for allowed in (5, 11, 3):
+            engine.runner.max_step_tokens = allowed
+            before = engine.runner.tokens_computed
+            engine.step()
+            counts.append(engine.runner.tokens_computed - before)
+        assert counts == ([8, 8, 8] if limit else [5, 11, 3])

@@ -86,6 +86,8 @@ def simulate(seed: int) -> Engine:
             engine.abort(victim)
         if rng.random() < 0.003:
             runner.fail_next = True
+        if rng.random() < 0.1:  # a runner may learn what its machine can do
+            runner.max_step_tokens = max(1, rng.randint(chunk // 2, chunk * 2))
         before = runner.tokens_computed
         outputs = engine.step()
         engine.scheduler.check()

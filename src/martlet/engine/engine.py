@@ -46,6 +46,7 @@ class Engine:
             prefix_caching=options.enable_prefix_caching,
             speculative_tokens=min(options.speculative_tokens, runner.max_drafts),
         )
+        self._follows_runner = options.max_num_batched_tokens is None
         self._random = random.Random(options.seed)
         self._requests: dict[str, list[Sequence]] = {}  # sequences of each request that have not ended
         self._forks: dict[str, list[Sequence]] = {}  # sequences that wait for their leader to compute the prompt
@@ -141,6 +142,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Launch the next step, take in the oldest one due, and return what came out."""
         self._step_began = time.monotonic()
+        if self._follows_runner:
+            self.scheduler.max_step_tokens = self.runner.max_step_tokens
         plan = self.scheduler.plan()
         if plan is not None:
             self._steps += 1

@@ -142,7 +142,8 @@ class Runner(Protocol):
 
     lag: how many steps may be in flight before the engine must ask for the oldest one's result. 0: `launch` computes
     at once (CPU); 1: the engine launches step n + 1 before it reads step n (CUDA).
-    max_step_tokens: most tokens of a step that this machine should compute, so that a mixed step stays short.
+    max_step_tokens: most tokens of a step that this machine should compute, so that a mixed step stays short. Asked for
+    before every step: a runner may learn it from the steps it ran.
     max_prefill_tokens: most tokens of a step in which nobody decodes, so that nobody's stream waits for it.
     max_drafts: most guesses a sequence may get in a step; 0 where `Batch.drafts` is not understood, or lag is not 0.
     """

@@ -22,15 +22,13 @@ from martlet.model.spec import DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
 from martlet.runners.cpu_runner.decoder import Decoder, check
+from martlet.runners.cpu_runner.pace import Pace
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
 from martlet.runners.sizing import plan_memory
 
 log = logging.getLogger("martlet")
 
 DEFAULT_ROWS = 32
-STEP_SECONDS = 0.06  # a mixed step should stay under 80 ms; this leaves room for attention over long contexts
-STEP_TOKENS = (64, 512)  # least and most tokens of a step
-PROBE_TOKENS = 32
 PREFILL_TOKENS = 512  # weights are read once for so many: prompts alone go 1.2 to 1.3 times as fast as in steps of 128
 MAX_DRAFTS = 8
 
@@ -40,6 +38,7 @@ class CpuRunner:
 
     lag = 0
     max_drafts = 0
+    max_prefill_tokens = PREFILL_TOKENS
 
     def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
         """Load `card`. progress(done, total) is called for each parameter.
@@ -76,18 +75,20 @@ class CpuRunner:
         self.logprobs, self.prompt_logprobs = np.full(rows, -1, np.int32), np.full(rows, -1, np.int32)
         self._lists: dict[int, tuple[np.ndarray, ...]] = {}  # keeps alive what `sampling` points at
         self._capacity = 0
-        self.max_step_tokens = self._probe()
-        self.max_prefill_tokens = max(PREFILL_TOKENS, self.max_step_tokens)
+        self._pace = Pace()
         log.info(
-            "loaded %s in %.2f s: %.1f M parameters, C++ (%s), %d threads, %s; up to %d tokens a step",
+            "loaded %s in %.2f s: %.1f M parameters, C++ (%s), %d threads, %s",
             card.name,
             time.perf_counter() - began,
             weights.num_parameters(spec) / 1e6,
             self.executor.isa,
             cores,
             _describe(self.decoder),
-            self.max_step_tokens,
         )
+
+    @property
+    def max_step_tokens(self) -> int:
+        return self._pace.tokens
 
     def launch(self, batch: Batch) -> Done:
         for new in batch.new_rows:
@@ -100,7 +101,10 @@ class CpuRunner:
                 cache.values[target] = cache.values[source]
         if not len(batch.rows):
             return Done(StepResult(np.empty(0, np.int32)))
-        return Done(self._run(batch))
+        began = time.perf_counter()
+        result = self._run(batch)
+        self._pace.saw(batch.num_tokens, time.perf_counter() - began)
+        return Done(result)
 
     def _enter(self, new: NewRow) -> None:
         row, params = new.row, new.params
@@ -219,18 +223,6 @@ class CpuRunner:
         queries["top"] = self.prompt_logprobs[rows[owner]]
         return queries, owner
 
-    def _probe(self) -> int:
-        """Tokens that this machine computes in STEP_SECONDS, from a timed step over KV memory nobody uses yet."""
-        tokens = min(PROBE_TOKENS, self.memory.max_model_len, self.memory.num_blocks * self.memory.block_size)
-        size = self.memory.block_size
-        self.blocks[0, : -(-tokens // size)] = np.arange(-(-tokens // size))
-        one = np.zeros(1, np.int32)
-        batch = Batch(one, one, one + tokens, np.zeros(1, bool))
-        best = min(_timed(lambda: self._run(batch)) for _ in range(2))
-        self.blocks[:] = 0
-        least, most = STEP_TOKENS
-        return int(np.clip(STEP_SECONDS / best * tokens // 16 * 16, least, most))
-
     def close(self) -> None:
         """Stop the threads and free weights and cache. The runner cannot be used afterwards."""
         self.executor.close()
@@ -277,12 +269,6 @@ def _describe(decoder: Decoder) -> str:
     formats = dict.fromkeys(c.Format(one.matrix.format).name.lower() for one in linears)
     head = c.Format(decoder.head.format).name.lower()
     return f"{'/'.join(formats)} weights, {head} head, {'bf16' if decoder.precision.kv_bf16 else 'f32'} KV"
-
-
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def _counted(
