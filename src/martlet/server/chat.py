@@ -11,6 +11,7 @@ from starlette.responses import Response
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
+from martlet.server.chunks import ChunkedShape
 from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import chat_entries
@@ -71,7 +72,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     )
 
 
-class ChatShape:
+class ChatShape(ChunkedShape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 

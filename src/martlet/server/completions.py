@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
+from martlet.server.chunks import ChunkedShape
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import CompletionLogprobs
 from martlet.server.prompts import completion_prompts
@@ -81,7 +82,7 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
     )
 
 
-class CompletionShape:
+class CompletionShape(ChunkedShape):
     """logprobs: one a choice, when asked for. echo: the prompts' texts, one a choice, when asked for."""
 
     object = "text_completion"

@@ -1,7 +1,8 @@
 """The core that every generating endpoint shares: requests into the backend, outputs into choices, usage at the end.
 
-An endpoint brings a Job: engine requests and a Shape, which knows how its JSON looks. Whatever happens to the HTTP
-request (its client leaves, a prompt fails, the server is told to stop), `Running.close` frees what is left.
+An endpoint brings a Job: engine requests and a Shape, which knows how its JSON and its events look. Whatever
+happens to the HTTP request (its client leaves, a prompt fails, the server is told to stop), `Running.close` frees what
+is left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
-from martlet.server.errors import ApiError, describe
+from martlet.server.errors import ApiError, Problem, describe
 from martlet.server.record import Record
 from martlet.server.service import Service
 
@@ -43,18 +44,34 @@ class Choice:
 
 
 class Shape(Protocol):
-    """How an endpoint's answers look."""
+    """How an endpoint's answers look: a whole `body`, or the bytes of a stream, from `begin` to `end` or `failed`."""
 
-    object: str
-    chunk_object: str
+    def body(self, job: Job, choices: list[Choice], usage: Usage) -> dict[str, Any]: ...
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """A finished choice."""
+    def begin(self, job: Job) -> bytes:
+        """Before anything has come."""
         ...
 
-    def chunks(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
-        """Pieces of a choice that `output` brings; may be none."""
+    def news(self, job: Job, choice: Choice, output: Output) -> bytes:
+        """What `output` adds to `choice`; may be nothing."""
         ...
+
+    def end(self, job: Job, choices: list[Choice], usage: Usage) -> bytes:
+        """After the last output of all choices."""
+        ...
+
+    def failed(self, job: Job, problem: Problem) -> bytes:
+        """Instead of the rest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens. cached: those of the prompt that the prefix cache gave."""
+
+    prompt: int
+    output: int
+    cached: int
 
 
 @dataclass(slots=True)
@@ -124,14 +141,9 @@ class Running:
         if self._deadline is not None:
             self._deadline.cancel()
 
-    def usage(self) -> dict[str, Any]:
-        prompt, output = self._record.prompt_tokens, self._record.output_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": output,
-            "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": self._record.cached_tokens},
-        }
+    def usage(self) -> Usage:
+        record = self._record
+        return Usage(record.prompt_tokens, record.output_tokens, record.cached_tokens)
 
     def _take(self, output: Output) -> Choice:
         number = self._numbers[output.request_id]
@@ -200,15 +212,12 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
         raise
     finally:
         running.close()
-    body = _head(job, job.shape.object) | {
-        "choices": [job.shape.choice(choice) for choice in running.choices],
-        "usage": running.usage(),
-    }
+    body = job.shape.body(job, running.choices, running.usage())
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")
 
 
 class EventStream(Response):
-    """Server-sent events: one write a wake-up, an error as an event of its own, [DONE] only after a whole answer."""
+    """Server-sent events: one write a wake-up, an error as an event of its own, the end only after a whole answer."""
 
     def __init__(self, running: Running, record: Record, headers: dict[str, str]):
         super().__init__(None, headers={"cache-control": "no-cache"} | headers, media_type="text/event-stream")
@@ -217,36 +226,27 @@ class EventStream(Response):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        running = self._running
+        running, job = self._running, self._running.job
+        shape = job.shape
+
+        async def write(events: bytes, *, last: bool = False) -> None:
+            if events or last:
+                await send({"type": "http.response.body", "body": events, "more_body": not last})
+
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
+                await write(shape.begin(job))
                 async for news in running:
-                    events = b"".join(self._events(news))
-                    if events:
-                        await send({"type": "http.response.body", "body": events, "more_body": True})
-                await send({"type": "http.response.body", "body": self._end()})
+                    await write(b"".join([shape.news(job, choice, output) for choice, output in news]))
+                await write(shape.end(job, running.choices, running.usage()), last=True)
             except ClientGone:
                 return
             except Exception as error:
                 self._record.finish = "error"
-                body = _event(describe(error, self._record.id).body)
-                await send({"type": "http.response.body", "body": body})
+                await write(shape.failed(job, describe(error, self._record.id)), last=True)
         finally:
             running.close()
-
-    def _events(self, news: list[tuple[Choice, Output]]) -> list[bytes]:
-        job = self._running.job
-        head = _head(job, job.shape.chunk_object)
-        return [
-            _event(head | {"choices": [piece]}) for choice, output in news for piece in job.shape.chunks(choice, output)
-        ]
-
-    def _end(self) -> bytes:
-        job = self._running.job
-        usage = {"choices": [], "usage": self._running.usage()}
-        last = _event(_head(job, job.shape.chunk_object) | usage) if job.include_usage else b""
-        return last + b"data: [DONE]\n\n"
 
 
 def _too_slow(seconds: float) -> ApiError:
@@ -256,14 +256,6 @@ def _too_slow(seconds: float) -> ApiError:
         code="deadline_exceeded",
         headers={"retry-after": "5"},
     )
-
-
-def _head(job: Job, kind: str) -> dict[str, Any]:
-    return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
 def _header_names(names: list[str]) -> str:
