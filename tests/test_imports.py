@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -55,7 +55,7 @@ print([m for m in {HEAVY[:3]!r} if m in sys.modules])
     ],
 )
 def test_help_and_typos_answer_at_once(words, exit_code):
-    """Best of three, because a busy machine can only make it slower."""
+    """In processor time, which a busy machine does not stretch; best of three, because one cold cache may."""
     code = f"""
 import json, sys
 from martlet.cli import main
@@ -64,9 +64,9 @@ print(json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules]]))
 """
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = sum(os.times()[2:4])  # of the children that have ended
         last = python(code).splitlines()[-1]
-        times.append(time.perf_counter() - start)
+        times.append(sum(os.times()[2:4]) - before)
         assert json.loads(last) == [exit_code, []]
         if times[-1] < 0.3:
             break
@@ -75,5 +75,5 @@ print(json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules]]))
 
 
 def test_import_martlet_is_cheap():
-    code = "import time; t = time.perf_counter(); import martlet; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import martlet; print(time.process_time() - t)"
     assert min(float(python(code)) for _ in range(3)) < 0.05
