@@ -25,7 +25,7 @@ $(VENV)/.core: pyproject.toml setup.py $(wildcard csrc/cpu/*) | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[torch,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,test]'
 	@touch $@
 
 demo: $(VENV)/.core

@@ -1,0 +1,1 @@
+"""Training: rows of text in, adapters and checkpoints out. Stands on transformers, peft and trl (`martlet[train]`)."""
