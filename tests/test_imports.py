@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -55,25 +54,24 @@ print([m for m in {HEAVY[:3]!r} if m in sys.modules])
     ],
 )
 def test_help_and_typos_answer_at_once(words, exit_code):
-    """In processor time, which a busy machine does not stretch; best of three, because one cold cache may."""
+    """What takes time is importing; seconds themselves would depend on who else uses the machine."""
     code = f"""
 import json, sys
 from martlet.cli import main
 code = main({words!r})
 print(json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules]]))
 """
-    times = []
-    for _ in range(3):
-        before = sum(os.times()[2:4])  # of the children that have ended
-        last = python(code).splitlines()[-1]
-        times.append(sum(os.times()[2:4]) - before)
-        assert json.loads(last) == [exit_code, []]
-        if times[-1] < 0.3:
-            break
-    print(f"martlet {' '.join(words)}: {min(times):.3f} s")
-    assert min(times) < 0.3
+    assert json.loads(python(code).splitlines()[-1]) == [exit_code, []]
 
 
 def test_import_martlet_is_cheap():
-    code = "import time; t = time.process_time(); import martlet; print(time.process_time() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.05
+    """Next to nothing is loaded: no library but the standard one, and few of our own modules."""
+    code = """
+import sys
+before = set(sys.modules)
+import martlet
+new = {name for name in set(sys.modules) - before if not name.startswith("martlet.")}
+print([name for name in new if name.split(".")[0] not in sys.stdlib_module_names | {"martlet"}])
+print(sum(name.startswith("martlet") for name in sys.modules) < 6)
+"""
+    assert python(code).split("\n")[:2] == ["[]", "True"]
