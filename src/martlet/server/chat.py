@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from martlet.chat import CallStart, Content, Delta, Parser, Reasoning
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         requests=[request],
         n=params.n,
         shape=ChatShape(service.backend.tokenizer, wants_logprobs=logprobs is not None),
+        parser=Parser,
         stream=stream,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
@@ -82,7 +84,16 @@ class ChatShape(ChunkedShape):
         self._started: set[int] = set()
 
     def choice(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        reply = choice.reply
+        content = None if reply.calls and not reply.content else reply.content
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if reply.reasoning:
+            message |= _thoughts(reply.reasoning)
+        if reply.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in reply.calls
+            ]
         answer = {"index": choice.index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
         return answer | _finish(choice)
 
@@ -91,10 +102,13 @@ class ChatShape(ChunkedShape):
         if choice.index not in self._started:  # the role comes once, before the text
             self._started.add(choice.index)
             pieces.append(self._piece(choice, {"role": "assistant", "content": ""}, None))
-        if output.text or (self._wants_logprobs and output.token_ids):
-            pieces.append(self._piece(choice, {"content": output.text}, self._logprobs(output.logprobs)))
+        news = [_delta(delta) for delta in choice.deltas]
+        if self._wants_logprobs and output.token_ids:  # they go with the text that their tokens brought, if any
+            news = news or [{"content": ""}]
+            pieces.append(self._piece(choice, news.pop(0), self._logprobs(output.logprobs)))
+        pieces += [self._piece(choice, delta, None) for delta in news]
         if choice.finish_reason:  # clients print delta.content as it comes: empty text rather than none
-            pieces.append(self._piece(choice, {"content": ""}, None) | _finish(choice))
+            pieces.append(self._piece(choice, {} if choice.reply.calls else {"content": ""}, None) | _finish(choice))
         return pieces
 
     def _piece(self, choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -104,6 +118,22 @@ class ChatShape(ChunkedShape):
         if not self._wants_logprobs:
             return None
         return {"content": chat_entries(self._tokenizer, entries or ()), "refusal": None}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if isinstance(delta, Content):
+        return {"content": delta.text}
+    if isinstance(delta, Reasoning):
+        return _thoughts(delta.text)
+    if isinstance(delta, CallStart):
+        function = {"name": delta.name, "arguments": ""}
+        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+
+
+def _thoughts(text: str) -> dict[str, Any]:
+    """Under both names that clients look for: DeepSeek's and vLLM's."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _finish(choice: Choice) -> dict[str, Any]:

@@ -49,12 +49,13 @@ class ChunkedShape(ABC):
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
-    return {
+    told: dict[str, Any] = {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
+    return told | {"completion_tokens_details": {"reasoning_tokens": usage.reasoning}} if usage.reasoning else told
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from martlet.chat import Delta, Parser, Reply
 from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
 from martlet.server.errors import ApiError, Problem, describe
@@ -30,10 +31,17 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Choice:
-    """One continuation as far as it has come. index counts over all prompts: prompt number times n plus sequence."""
+    """One continuation as far as it has come. index counts over all prompts: prompt number times n plus sequence.
+
+    Of an answer in a conversation: deltas, what the last output brought; reply, everything so far; and a finish_reason
+    of "stop" that ends with tool calls is "tool_calls". Of other texts: text.
+    """
 
     index: int
     request: Request
+    parser: Parser | None = None
+    deltas: list[Delta] = field(default_factory=list)
+    reply: Reply = field(default_factory=Reply)
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -67,22 +75,24 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens. cached: those of the prompt that the prefix cache gave."""
+    """Tokens. cached: those of the prompt that the prefix cache gave. reasoning: those of the output's thoughts."""
 
     prompt: int
     output: int
     cached: int
+    reasoning: int = 0
 
 
 @dataclass(slots=True)
 class Job:
-    """A validated request: what to run, and how to answer."""
+    """A validated request: what to run, and how to answer. parser: makes one for each answer of a conversation."""
 
     id: str
     model: str
     requests: list[Request]
     n: int
     shape: Shape
+    parser: Callable[[], Parser] | None = None
     stream: bool = False
     include_usage: bool = False
     ignored: list[str] = field(default_factory=list)
@@ -96,7 +106,11 @@ class Running:
 
     def __init__(self, service: Service, job: Job, record: Record, receive: Receive):
         self.job = job
-        self.choices = [Choice(r * job.n + s, request) for r, request in enumerate(job.requests) for s in range(job.n)]
+        self.choices = [
+            Choice(r * job.n + s, request, job.parser and job.parser())
+            for r, request in enumerate(job.requests)
+            for s in range(job.n)
+        ]
         self._service = service
         self._record = record
         self._open = {request.id: r for r, request in enumerate(job.requests)}
@@ -121,13 +135,19 @@ class Running:
         if (seconds := service.limits.request_seconds) is not None:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self._inbox.fail, _too_slow(seconds))
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[Choice, Output]]]:
-        """News of the choices, until all have ended. Raises ClientGone, or what went wrong in the backend."""
+    async def __aiter__(self) -> AsyncIterator[Iterator[tuple[Choice, Output]]]:
+        """News, until all choices have ended: a choice, as of the output beside it.
+
+        Raises ClientGone, or what went wrong in the backend.
+        """
         while self._open:
             outputs = await self._inbox.get()
             if outputs is None:
                 raise ClientGone
-            yield [(self._take(output), output) for output in outputs]
+            news = ((self._take(output), output) for output in outputs)
+            yield news
+            for _ in news:  # taken, whether or not anybody looks at them
+                pass
         self._record.finish = "+".join(sorted({choice.finish_reason or "stop" for choice in self.choices}))
 
     def close(self) -> None:
@@ -142,8 +162,9 @@ class Running:
             self._deadline.cancel()
 
     def usage(self) -> Usage:
-        record = self._record
-        return Usage(record.prompt_tokens, record.output_tokens, record.cached_tokens)
+        record, encode = self._record, self._service.backend.tokenizer.encode
+        reasoning = sum(len(encode(choice.reply.reasoning)) for choice in self.choices if choice.reply.reasoning)
+        return Usage(record.prompt_tokens, record.output_tokens, record.cached_tokens, reasoning)
 
     def _take(self, output: Output) -> Choice:
         number = self._numbers[output.request_id]
@@ -172,6 +193,8 @@ class Running:
             # Generated and counted, but no part of the text: OpenAI's log-probabilities end with the text.
             del output.token_ids[-1:]
             output.logprobs = output.logprobs and output.logprobs[:-1]
+        if choice.parser is not None:
+            self._parse(choice, choice.parser, output.text)
         if self.job.stream:
             self._time(choice, output)
         else:
@@ -179,6 +202,15 @@ class Running:
             choice.token_ids += output.token_ids
             choice.logprobs += output.logprobs or ()
         return choice
+
+    @staticmethod
+    def _parse(choice: Choice, parser: Parser, text: str) -> None:
+        choice.deltas = parser.feed(text)
+        if choice.finish_reason:
+            choice.deltas += parser.finish()
+        choice.reply.add(choice.deltas)
+        if choice.finish_reason == "stop" and choice.reply.calls:
+            choice.finish_reason = "tool_calls"
 
     def _time(self, choice: Choice, output: Output) -> None:
         if not output.token_ids:
