@@ -3,7 +3,7 @@
 import pytest
 
 from martlet.errors import CheckpointError, ModelNotFound
-from martlet.model import families
+from martlet.model import families, weights
 from martlet.model.spec import Rope, RopeScaling
 
 SMALL = {
@@ -14,17 +14,25 @@ SMALL = {
     "vocab_size": 100,
 }
 
+LONG = {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096}
+
 
 def read(family: str, **config):
     return families.get(family).read({"model_type": family} | SMALL | config)
 
 
 def test_unknown_family_names_the_known_ones():
-    with pytest.raises(ModelNotFound, match=r"llama, mistral, qwen2, qwen3.*Did you mean llama"):
+    with pytest.raises(ModelNotFound, match=r"baichuan.*llama, mistral.*qwen3.*Did you mean llama"):
         families.get("lama")
-    assert families.names() == ("llama", "mistral", "qwen2", "qwen3")
-    for name in families.names():
-        assert families.get(name).name == name
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_a_page_is_complete(name):
+    page = families.get(name)
+    assert page.name == name and page.about
+    spec = page.read(families.example(name))
+    assert 1_000 < weights.num_parameters(spec) < 200_000
+    assert spec.family in (name, "gemma3_text") and len(spec.layers) == 2
 
 
 def test_llama_defaults():
@@ -100,9 +108,56 @@ def test_qwen_attention():
     [
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_act": "relu6"}, "relu6.*silu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*llama3"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "proportional.*llama3.*yarn"),
     ],
 )
 def test_what_cannot_run_is_named(config, message):
     with pytest.raises(CheckpointError, match=message):
         read("llama", **config)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("baichuan", {"num_hidden_layers": 40, "max_position_embeddings": 4096}, "ALiBi"),
+        ("baichuan", {"model_max_length": 4096}, "ALiBi"),
+        ("chatglm", {"add_bias_linear": True}, "add_bias_linear"),
+        ("qwen", {"no_bias": False}, "no_bias"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}, **LONG}, "long_factor"),
+    ],
+)
+def test_what_a_family_cannot_run_is_named(family, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        read(family, **config)
+
+
+def test_gemma3_layers():
+    spec = read("gemma3_text", num_hidden_layers=7, sliding_window=5)
+    assert [layer.mixer.window for layer in spec.layers] == [5] * 5 + [None, 5]
+    assert [layer.mixer.rope.base for layer in spec.layers] == [1e4] * 5 + [1e6, 1e4]
+    assert spec.embedding_scale == 8.0 and spec.tied and spec.layers[0].mixer.scale == 1 / 16
+    assert all(layer.post_norms and layer.mixer.qk_norm for layer in spec.layers)
+
+
+def test_gemma3_scales_global_layers_only():
+    spec = read("gemma3_text", num_hidden_layers=6, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert spec.layers[0].mixer.rope == Rope(1e4, 256)
+    assert spec.layers[5].mixer.rope == Rope(1e6, 256, scaling=RopeScaling("linear", 8.0))
+
+
+def test_the_first_qwen_ends_where_its_special_cases_begin():
+    spec = read("qwen", seq_length=2048, max_position_embeddings=8192, kv_channels=8, intermediate_size=200)
+    assert spec.max_positions == 2048 and spec.layers[0].mlp.hidden == 100 and spec.layers[0].mixer.qkv_bias
+
+
+def test_yarn_stretches_the_longest_sequence():
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    spec = read("qwen2", rope_scaling=scaling, max_position_embeddings=32768)
+    assert spec.max_positions == 131072 and spec.layers[0].mixer.rope.scaling.magnitude == pytest.approx(1.1386, 1e-3)
+
+
+def test_experts_where_the_config_has_them():
+    spec = read("qwen2_moe", num_experts=8, moe_intermediate_size=16, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [layer.mlp.experts is not None for layer in spec.layers] == [False, True, False, False]
+    assert spec.layers[1].mlp.hidden == 16 and spec.layers[0].mlp.hidden == 96
+    assert spec.layers[1].mlp.experts.shared == 5632 and not spec.layers[1].mlp.experts.renormalise

@@ -48,26 +48,69 @@ def card(layout: str, family: str = "llama", **config) -> ModelCard:
 
 
 def filled(a_card: ModelCard) -> tuple[Held, dict[str, np.ndarray]]:
-    """A full checkpoint of random tensors under the file's names, and the same under ours, as they lie in the file."""
+    """A full checkpoint of random tensors under the file's names, and what of them is to become each parameter."""
     spec, rng = weights.read_spec(a_card), np.random.default_rng(0)
-    ours = {p.name: rng.standard_normal(p.shape).astype(np.float32) for p in weights.parameters(spec)}
-    family = families.get(a_card.family)
-    return Held({family.source(spec, name, a_card.format).name: array for name, array in ours.items()}), ours
+    family, tensors, ours = families.get(a_card.family), {}, {}
+    for parameter in weights.parameters(spec):
+        source = family.source(spec, parameter.name, a_card.format)
+        if source.name not in tensors:
+            tensors[source.name] = rng.standard_normal(source.shape(parameter.shape)).astype(np.float32)
+        assert tensors[source.name].shape == source.shape(parameter.shape)
+        tensor = tensors[source.name] if source.item is None else tensors[source.name][source.item]
+        ours[parameter.name] = (tensor if source.rows is None else tensor[source.rows]) + source.add
+    return Held(tensors), ours
 
 
 @pytest.mark.parametrize("family", families.names())
 @pytest.mark.parametrize("layout", ["safetensors", "gguf"])
-def test_names_are_distinct_and_everything_is_found(family, layout):
-    a_card = card(layout, family, attention_bias=True, mlp_bias=True)
+def test_every_tensor_is_used_once(family, layout):
+    """What is read from a checkpoint is all of it, no row twice: fused and stacked tensors are cut without a rest."""
+    a_card = ModelCard("tiny", Path("tiny"), layout, family, config=families.example(family))
+    if layout == "gguf" and families.get(family).gguf is None:
+        with pytest.raises(CheckpointError, match="no GGUF"):
+            filled(a_card)
+        return
     checkpoint, ours = filled(a_card)
-    assert len(checkpoint.tensors) == len(ours)
     spec = weights.read_spec(a_card)
     loaded = dict(weights.load(a_card, spec, checkpoint))
     assert list(loaded) == [p.name for p in weights.parameters(spec)] == list(ours)
-    assert sum(a.size for a in loaded.values()) == weights.num_parameters(spec)
-    permuted = {n for n in loaded if not np.array_equal(loaded[n], ours[n])}
-    interleaved = layout == "gguf" and family in ("llama", "mistral")
-    assert all(n.split(".")[2] in "qk" for n in permuted) and bool(permuted) == interleaved
+    for name, array in loaded.items():
+        assert np.allclose(array, ours[name]), name
+    read, stored = (
+        np.sort(np.concatenate([a.ravel() for a in side.values()])) for side in (loaded, checkpoint.tensors)
+    )
+    offset = families.get(family).norm_offset if layout == "safetensors" else 0.0
+    assert sum(a.size for a in loaded.values()) == weights.num_parameters(spec) == len(stored)
+    assert offset or np.array_equal(read, stored)
+
+
+def test_gemma_norms_are_stored_less_one():
+    a_card = card("safetensors", "gemma", head_dim=8)
+    checkpoint, _ = filled(a_card)
+    loaded = dict(weights.load(a_card, weights.read_spec(a_card), checkpoint))
+    assert np.allclose(loaded["norm"], checkpoint.tensors["model.norm.weight"] + 1)
+    a_card = card("gguf", "gemma", head_dim=8)
+    checkpoint, _ = filled(a_card)
+    assert np.array_equal(
+        dict(weights.load(a_card, weights.read_spec(a_card), checkpoint))["norm"],
+        checkpoint.tensors["output_norm.weight"],
+    )
+
+
+def test_parts_of_packed_tensors():
+    """Rows of a fused matrix and one matrix of a stack stay packed."""
+    a_card = card("gguf", "phi3")
+    spec = weights.read_spec(a_card)
+    checkpoint, ours = filled(a_card)
+    whole = checkpoint.tensors["blk.0.attn_qkv.weight"]
+    packed = PackedTensor("whole", whole.shape, whole.view(np.uint8), lambda data: data.view(np.float32))
+    checkpoint.tensors["blk.0.attn_qkv.weight"] = packed
+    found = dict(weights.load(a_card, spec, checkpoint))["layers.0.k"]
+    assert isinstance(found, PackedTensor) and found.shape == (16, 32)
+    assert np.array_equal(found.dequantise(), ours["layers.0.k"]) and np.array_equal(ours["layers.0.k"], whole[32:48])
+    stack = np.arange(3 * 4 * 8, dtype=np.float32).reshape(3, 4, 8)
+    packed = PackedTensor("whole", stack.shape, stack.view(np.uint8), lambda data: data.view(np.float32))
+    assert np.array_equal(packed.item_at(2).dequantise(), stack[2])
 
 
 def test_tied_models_have_no_head():

@@ -1,13 +1,17 @@
-"""Our logits against transformers', in float32: every family, every way of cutting a sequence into steps."""
+"""Our logits against transformers', in float32: every shape of decoder, every way of cutting a sequence into steps.
+
+(Every family, in fewer ways, is in test_family_logits.py.)
+"""
 
 import numpy as np
 import pytest
-from tiny_models import MODELS, VOCAB, Driver, dense, make, reference_logprobs
+from tiny_models import VOCAB, Driver, dense, make, reference_logprobs
 
 TOLERANCE = 1e-4
+SHAPES = ("llama", "llama-bias", "mistral", "qwen2-window", "qwen3", "gemma2", "qwen2_moe")
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory):
     return make(request.param, tmp_path_factory.mktemp(request.param))
 

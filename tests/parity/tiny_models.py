@@ -30,6 +30,17 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_theta": 500.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0,
+}  # fmt: skip
+LONG_ROPE = {
+    "rope_theta": 500.0,
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+}
+MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 
 
 def sketch(kind: str, heads: int, kv_heads: int, **rest) -> tuple[str, dict]:
@@ -45,6 +56,17 @@ MODELS = {
     "qwen2": sketch("Qwen2", 6, 3),
     "qwen2-window": sketch("Qwen2", 6, 3, use_sliding_window=True, sliding_window=11, max_window_layers=1),
     "qwen3": sketch("Qwen3", 4, 2, head_dim=32, tie_word_embeddings=True),
+    "qwen2-yarn": sketch("Qwen2", 6, 3, rope_parameters=YARN_ROPE),
+    "mixtral": sketch("Mixtral", 6, 2, num_local_experts=5, num_experts_per_tok=2, sliding_window=9),
+    "qwen2_moe": sketch("Qwen2Moe", 6, 3, **MOE, shared_expert_intermediate_size=36, decoder_sparse_step=2),
+    "qwen3_moe": sketch("Qwen3Moe", 4, 2, **MOE, norm_topk_prob=True, mlp_only_layers=[1], head_dim=16),
+    "glm": sketch("Glm", 4, 2, head_dim=16),
+    "glm4": sketch("Glm4", 6, 2, head_dim=16, tie_word_embeddings=True),
+    "gemma": sketch("Gemma", 4, 1, head_dim=16),
+    "gemma2": sketch("Gemma2", 4, 2, head_dim=16, sliding_window=9, query_pre_attn_scalar=30, **CAPS),
+    "gemma3_text": sketch("Gemma3", 4, 1, head_dim=16, sliding_window=9, num_hidden_layers=7),
+    "phi3": sketch("Phi3", 4, 2, sliding_window=9),
+    "phi3-long": sketch("Phi3", 4, 2, rope_parameters=LONG_ROPE, original_max_position_embeddings=24),
 }
 
 
@@ -52,7 +74,8 @@ def make(name: str, folder) -> tuple[ModelCard, torch.nn.Module]:
     """Write a random model into `folder`; its card and transformers' own copy in float32."""
     kind, settings = MODELS[name]
     torch.manual_seed(sum(map(ord, name)))
-    config = getattr(transformers, kind + "Config")(**settings, attn_implementation="eager")
+    page = "Gemma3Text" if kind == "Gemma3" else kind
+    config = getattr(transformers, page + "Config")(**settings, attn_implementation="eager")
     model = getattr(transformers, kind + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,3 +138,30 @@ def dense(entry) -> np.ndarray:
     out = np.full(len(entry.top_ids), np.nan, np.float32)
     out[entry.top_ids] = entry.top_logprobs
     return out
+
+
+PROMPT, DECODED = 37, 6
+
+
+def compare(card, reference, tolerance: float = 1e-4, **options) -> None:
+    """Our logits over a prompt in chunks and some decoding against a reference's.
+
+    reference: tokens -> log-probabilities after each of them, [T, vocab].
+    """
+    driver, found = Driver(card, **options), []
+    text = np.random.default_rng(3).integers(3, driver.runner.vocab_size, PROMPT)
+    for done in range(0, PROMPT, 10):
+        count = min(10, PROMPT - done)
+        new = [driver.enter(0, text)] if done == 0 else []
+        result = driver.step([(0, count, done + count == PROMPT)], new)
+        found += result.prompt_logprobs.get(0, [])
+    found.append(result.logprobs[0])
+    for _ in range(DECODED):
+        text = np.append(text, result.tokens[0])
+        result = driver.step([(0, 1, True)])
+        found.append(result.logprobs[0])
+    found = np.stack([dense(entry) for entry in found])
+    want = reference(text)
+    assert np.abs(want - want.mean(-1, keepdims=True)).max() > 0.3  # logits that tell one network from another
+    np.testing.assert_allclose(found, want, atol=tolerance)
+    driver.runner.close()

@@ -18,8 +18,9 @@ from martlet.hub.card import ModelCard
 class PackedTensor:
     """A quantised matrix as it lies in the file.
 
-    format: name of the block format in lower case ("q4_1", "q8_0", "q4_k", ...). shape: logical [out, in].
-    data: uint8 [out, bytes per row], the blocks of one row after another (a view of the file).
+    format: name of the block format in lower case ("q4_1", "q8_0", "q4_k", ...). shape: logical [out, in], or a stack
+    of such.
+    data: uint8 [..., bytes per row], the blocks of one row after another (a view of the file).
     dequantise: data -> float32 [out, in].
     """
 
@@ -31,9 +32,14 @@ class PackedTensor:
     def dequantise(self) -> np.ndarray:
         return self.unpack(self.data).reshape(self.shape)
 
-    def rows(self, index: np.ndarray) -> PackedTensor:
-        """The same matrix with its output rows in another order: blocks run along a row, so rows move whole."""
-        return PackedTensor(self.format, self.shape, self.data[index], self.unpack)
+    def rows(self, index: np.ndarray | slice) -> PackedTensor:
+        """Some of the rows of a matrix, in any order: blocks run along a row, so rows move whole."""
+        data = self.data[index]
+        return PackedTensor(self.format, (len(data), *self.shape[1:]), data, self.unpack)
+
+    def item_at(self, index: int) -> PackedTensor:
+        """One matrix of a stack [items, out, in]."""
+        return PackedTensor(self.format, self.shape[1:], self.data[index], self.unpack)
 
 
 Tensor = np.ndarray | PackedTensor

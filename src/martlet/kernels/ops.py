@@ -12,6 +12,7 @@ written are read, weighted by zero, and a NaN would survive that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from martlet.model.spec import Attention, FeedForward, Rope
 
 Tensor = Any
 Weight = Any  # a linear layer as the implementation likes to keep it
+Experts = Sequence[Weight]
 Plan = Any  # what an implementation computes once a step for all layers that share an Attention
 
 
@@ -90,8 +92,8 @@ class Ops(Protocol):
         """x [N, in] -> x @ matrix.T + bias, [N, out]."""
         ...
 
-    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """tokens int64 [N], table [V, W] -> [N, W]."""
+    def embedding(self, tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+        """tokens int64 [N], table [V, W] -> [N, W], times scale."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -120,7 +122,8 @@ class Ops(Protocol):
     def paged_attention(self, q: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         """Causal attention of q [N, H, D] over the cache, which holds this step's keys already -> [N, H * D].
 
-        A token at position p sees positions max(0, p - window + 1) ... p of its own sequence.
+        A token at position p sees positions max(0, p - window + 1) ... p of its own sequence. Scores are capped if the
+        Attention says so.
         """
         ...
 
@@ -128,8 +131,16 @@ class Ops(Protocol):
         """Gated: x [N, 2 * hidden] is gate then up -> act(gate) * up [N, hidden]. Else act(x), x [N, hidden]."""
         ...
 
-    def logits(self, x: Tensor, head: Weight) -> Tensor:
-        """x [S, W] -> float32 [S, V], the caller's to change."""
+    def experts(self, x: Tensor, ratings: Tensor, up: Experts, down: Experts, mlp: FeedForward) -> Tensor:
+        """A mixture of experts: x [N, W], ratings [N, E] -> [N, W].
+
+        Each token's `active` experts are those rated highest; its result is the sum of theirs, down(activation(up(x))),
+        times their weights (see martlet.model.spec.Experts). up, down: one Weight an expert.
+        """
+        ...
+
+    def logits(self, x: Tensor, head: Weight, softcap: float | None = None) -> Tensor:
+        """x [S, W] -> float32 [S, V], the caller's to change; softcap: see martlet.model.spec.DecoderSpec."""
         ...
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Tensor:

@@ -18,9 +18,9 @@ from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import Checkpoint, PackedTensor, Tensor
 from martlet.hub.dummy import DummyCheckpoint
 from martlet.model import families
-from martlet.model.spec import DecoderSpec
+from martlet.model.spec import DecoderSpec, Experts, FeedForward
 
-Kind = Literal["embedding", "norm", "linear", "bias"]
+Kind = Literal["embedding", "norm", "linear", "router", "bias"]  # a router is a small linear that nobody quantises
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,34 @@ def parameters(spec: DecoderSpec) -> Iterator[ParameterSpec]:
             yield ParameterSpec(at + "q_norm", (attention.head_dim,), "norm")
             yield ParameterSpec(at + "k_norm", (attention.head_dim,), "norm")
         yield from _linear(at + "o", spec.width, attention.q_size, attention.out_bias)
+        if layer.post_norms:
+            yield ParameterSpec(at + "attn_post_norm", (spec.width,), "norm")
         yield ParameterSpec(at + "mlp_norm", (spec.width,), "norm")
-        for part in ("gate", "up") if mlp.gated else ("up",):
-            yield from _linear(at + part, mlp.hidden, spec.width, mlp.bias)
-        yield from _linear(at + "down", spec.width, mlp.hidden, mlp.bias)
+        if mlp.experts is None:
+            yield from _feed_forward(at, spec.width, mlp.hidden, mlp)
+        else:
+            yield from _experts(at, spec.width, mlp, mlp.experts)
+        if layer.post_norms:
+            yield ParameterSpec(at + "mlp_post_norm", (spec.width,), "norm")
     yield ParameterSpec("norm", (spec.width,), "norm")
     if not spec.tied:
         yield ParameterSpec("head", (spec.vocab_size, spec.width), "linear")
+
+
+def _feed_forward(at: str, width: int, hidden: int, mlp: FeedForward) -> Iterator[ParameterSpec]:
+    for part in ("gate", "up") if mlp.gated else ("up",):
+        yield from _linear(at + part, hidden, width, mlp.bias)
+    yield from _linear(at + "down", width, hidden, mlp.bias)
+
+
+def _experts(at: str, width: int, mlp: FeedForward, experts: Experts) -> Iterator[ParameterSpec]:
+    yield ParameterSpec(at + "router", (experts.count, width), "router")
+    for number in range(experts.count):
+        yield from _feed_forward(f"{at}experts.{number}.", width, mlp.hidden, mlp)
+    if experts.shared:
+        yield from _feed_forward(at + "shared.", width, experts.shared, mlp)
+        if experts.shared_gated:
+            yield ParameterSpec(at + "shared_gate", (1, width), "router")
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[ParameterSpec]:
@@ -94,12 +115,26 @@ def _fetch(card: ModelCard, checkpoint: Checkpoint, parameter: ParameterSpec, so
     except KeyError:
         known = ", ".join(sorted(checkpoint.names())[:3])
         raise CheckpointError(f"{asked}: not in {card.path} (which holds {known}, ...)") from None
-    if tuple(found) != parameter.shape:
+    wanted = source.shape(parameter.shape)
+    if tuple(found) != wanted and not (wanted[0] == 1 and tuple(found) == wanted[1:]):
         where = checkpoint.where(source.name)
-        raise CheckpointError(f"{asked} in {where}: shape {list(found)}, wanted {list(parameter.shape)}")
-    tensor = checkpoint.tensor(source.name)
+        raise CheckpointError(f"{asked} in {where}: shape {list(found)}, wanted {list(wanted)}")
+    return _cut(checkpoint.tensor(source.name), source, parameter.shape)
+
+
+def _cut(tensor: Tensor, source: families.Source, shape: tuple[int, ...]) -> Tensor:
+    """What a source says of a tensor: its part of it, with what is to be folded in."""
+    if source.item is not None:
+        tensor = tensor.item_at(source.item) if isinstance(tensor, PackedTensor) else tensor[source.item]
+    if source.rows is not None:
+        tensor = tensor.rows(source.rows) if isinstance(tensor, PackedTensor) else tensor[source.rows]
+    if isinstance(tensor, PackedTensor) and (len(shape) == 1 or source.unit_rows):
+        tensor = tensor.dequantise()
     if isinstance(tensor, PackedTensor):
-        if source.rows is not None:
-            tensor = tensor.rows(source.rows)
-        return tensor if len(parameter.shape) == 2 else tensor.dequantise()
-    return tensor if source.rows is None else tensor[source.rows]
+        return tensor
+    if source.add:
+        tensor = tensor.astype(np.float32) + np.float32(source.add)
+    if source.unit_rows:
+        plain = tensor.astype(np.float32)
+        tensor = (plain / np.maximum(np.linalg.norm(plain, axis=1, keepdims=True), 1e-12)).astype(tensor.dtype)
+    return tensor.reshape(shape)

@@ -20,18 +20,18 @@ Progress = Callable[[int, int], None]
 def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = None) -> Runner:
     """Load a model onto a device. progress(done, total) counts parameters.
 
-    On a GPU, the CUDA runner; on a CPU, the C++ runner, or torch where that cannot run the model.
+    On a GPU, the CUDA runner; on a CPU, the C++ runner; torch on the same device where that cannot run the model.
     Raises ModelNotFound (no such family), CheckpointError, OutOfMemory, UsageError or BackendUnavailable.
     """
     if options.device.startswith("cuda") or (options.device == "auto" and _has_cuda()):
-        from martlet.runners.cuda_runner import CudaRunner
-
-        return CudaRunner(card, options, progress)
+        from martlet.runners.cuda_runner import CudaRunner as Native
+    else:
+        from martlet.runners.cpu_runner import CpuRunner as Native
     try:
-        from martlet.runners.cpu_runner import CpuRunner
-
-        return CpuRunner(card, options, progress)
+        return Native(card, options, progress)
     except BackendUnavailable as error:
+        if error.param == "device":  # torch would not find it either
+            raise
         if importlib.util.find_spec("torch") is None:
             raise BackendUnavailable(f"{error}; torch could run it: pip install 'martlet[torch]'") from None
         log.warning("%s; torch runs the model instead, more slowly", error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from martlet.kernels.reference import attention, layers, logprobs, rotary, sampling
+from martlet.kernels.reference import attention, experts, layers, logprobs, rotary, sampling
 
 __all__ = ["ReferenceOps"]
 
@@ -16,6 +16,7 @@ class ReferenceOps:
     rms_norm = staticmethod(layers.rms_norm)
     add_rms_norm = staticmethod(layers.add_rms_norm)
     activation = staticmethod(layers.activation)
+    experts = staticmethod(experts.experts)
     logits = staticmethod(layers.logits)
     rotation = staticmethod(rotary.rotation)
     rotate_and_write = staticmethod(rotary.rotate_and_write)

@@ -80,9 +80,12 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, spec: Attention, group: Group)
     size, shared = group.size, spec.heads // spec.kv_heads
     keys, values = cache.index_select(0, group.pages).view(size, -1, 2, spec.kv_heads, spec.head_dim).unbind(2)
     q = q.view(size, -1, spec.kv_heads, shared, spec.head_dim).transpose(1, 2).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, scale=spec.scale
-    )
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if spec.softcap is None:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=spec.scale)
+    else:
+        scores = (q @ keys.mT).float().mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+        out = scores.add_(group.mask).softmax(-1).to(q.dtype) @ values
     return out.unflatten(2, (-1, shared)).transpose(1, 2).reshape(-1, spec.q_size)
 
 

@@ -38,12 +38,14 @@ def linear(x: torch.Tensor, weight: Linear) -> torch.Tensor:
     return F.linear(x, weight.matrix, weight.bias)
 
 
-def embedding(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return table.index_select(0, tokens)
+def embedding(tokens: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    x = table.index_select(0, tokens)
+    return x if scale == 1.0 else x.mul_(scale)
 
 
-def logits(x: torch.Tensor, head: Linear) -> torch.Tensor:
-    return linear(x, head).float()
+def logits(x: torch.Tensor, head: Linear, softcap: float | None = None) -> torch.Tensor:
+    y = linear(x, head).float()
+    return y if softcap is None else y.div_(softcap).tanh_().mul_(softcap)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -5,11 +5,25 @@ from __future__ import annotations
 from importlib import import_module
 
 from martlet.errors import ModelNotFound, did_you_mean
-from martlet.model.families.family import Family, Source
+from martlet.model.families.family import Config, Family, Source
 
-__all__ = ["Family", "Source", "get", "names"]
+__all__ = ["COMMON", "Family", "Source", "example", "get", "names"]
 
-_PAGES = ("llama", "mistral", "qwen2", "qwen3")
+_PAGES = (
+    "baichuan", "chatglm", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "internlm2", "llama", "mistral",
+    "mixtral", "phi3", "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
+
+COMMON: Config = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+"""A decoder of a few thousand parameters; with a page's `example` it is one of that family."""
 
 
 def names() -> tuple[str, ...]:
@@ -24,3 +38,8 @@ def get(model_type: str) -> Family:
         raise ModelNotFound(f"no family {model_type!r}; the native engine runs {', '.join(_PAGES)}.{hint}")
     page: Family = import_module(f"martlet.model.families.{model_type}").FAMILY
     return page
+
+
+def example(model_type: str) -> Config:
+    """A tiny config of a family."""
+    return {"model_type": model_type, **COMMON, **get(model_type).example}

@@ -9,10 +9,31 @@ from typing import Any
 import numpy as np
 
 from martlet.errors import CheckpointError
-from martlet.model.spec import DecoderSpec, Rope, RopeScaling
+from martlet.model.spec import DecoderSpec, Layer
 
 Config = Mapping[str, Any]
-Names = Mapping[str, str]  # our name without layer number and ".weight" -> the checkpoint's, {n} for the layer
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A tensor that stacks the rows of `parts` ("q", "k", "v" or "gate", "up"), one after another.
+
+    grouped: the rows of each kv head lie together, its query heads first, then its key, then its value (InternLM2).
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    grouped: bool = False
+
+
+Names = Mapping[str, str | Fused]
+"""Our name without layer number and ".weight" -> the checkpoint's, {n} being the layer and {e} the expert."""
+
+
+def fused(name: str, *parts: str, grouped: bool = False) -> Names:
+    """The entries of a page's names for the parts of a fused tensor."""
+    return {f"layers.{part}": Fused(name, parts, grouped) for part in parts}
+
 
 HF: Names = {
     "embed": "model.embed_tokens",
@@ -24,6 +45,14 @@ HF: Names = {
     "layers.k_norm": "model.layers.{n}.self_attn.k_norm",
     "layers.o": "model.layers.{n}.self_attn.o_proj",
     "layers.mlp_norm": "model.layers.{n}.post_attention_layernorm",
+    "layers.router": "model.layers.{n}.mlp.gate",
+    "layers.experts.gate": "model.layers.{n}.mlp.experts.{e}.gate_proj",
+    "layers.experts.up": "model.layers.{n}.mlp.experts.{e}.up_proj",
+    "layers.experts.down": "model.layers.{n}.mlp.experts.{e}.down_proj",
+    "layers.shared.gate": "model.layers.{n}.mlp.shared_expert.gate_proj",
+    "layers.shared.up": "model.layers.{n}.mlp.shared_expert.up_proj",
+    "layers.shared.down": "model.layers.{n}.mlp.shared_expert.down_proj",
+    "layers.shared_gate": "model.layers.{n}.mlp.shared_expert_gate",
     "layers.gate": "model.layers.{n}.mlp.gate_proj",
     "layers.up": "model.layers.{n}.mlp.up_proj",
     "layers.down": "model.layers.{n}.mlp.down_proj",
@@ -40,7 +69,17 @@ GGUF: Names = {
     "layers.q_norm": "blk.{n}.attn_q_norm",
     "layers.k_norm": "blk.{n}.attn_k_norm",
     "layers.o": "blk.{n}.attn_output",
+    "layers.attn_post_norm": "blk.{n}.post_attention_norm",
     "layers.mlp_norm": "blk.{n}.ffn_norm",
+    "layers.mlp_post_norm": "blk.{n}.post_ffw_norm",
+    "layers.router": "blk.{n}.ffn_gate_inp",
+    "layers.experts.gate": "blk.{n}.ffn_gate_exps",
+    "layers.experts.up": "blk.{n}.ffn_up_exps",
+    "layers.experts.down": "blk.{n}.ffn_down_exps",
+    "layers.shared.gate": "blk.{n}.ffn_gate_shexp",
+    "layers.shared.up": "blk.{n}.ffn_up_shexp",
+    "layers.shared.down": "blk.{n}.ffn_down_shexp",
+    "layers.shared_gate": "blk.{n}.ffn_gate_inp_shexp",
     "layers.gate": "blk.{n}.ffn_gate",
     "layers.up": "blk.{n}.ffn_up",
     "layers.down": "blk.{n}.ffn_down",
@@ -51,43 +90,96 @@ GGUF: Names = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a parameter lies in a checkpoint. rows: its rows in our order, when the file has them in another."""
+    """Where a parameter lies in a checkpoint, and what is folded into it on the way.
+
+    rows: its rows in our order, where the tensor has them in another or holds other parameters as well; tall: how many
+    rows the tensor has then. item: which of `items` matrices, where the tensor stacks one an expert. add: added to
+    every number (norms stored as w - 1). unit_rows: every row is divided by its Euclidean length.
+    """
 
     name: str
-    rows: np.ndarray | None = None
+    rows: np.ndarray | slice | None = None
+    tall: int | None = None
+    item: int | None = None
+    items: int = 0
+    add: float = 0.0
+    unit_rows: bool = False
+
+    def shape(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the whole tensor, given that of the parameter."""
+        rows = (wanted[0] if self.tall is None else self.tall, *wanted[1:])
+        return rows if self.item is None else (self.items, *rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One page. read: Hugging Face config -> DecoderSpec, raising CheckpointError for what we cannot run.
 
+    about: what it covers, for `martlet models families`. example: what a config needs beyond COMMON to be one of this
+    family, for tests and that listing. hf, gguf: names; gguf is None where llama.cpp has no such architecture.
     gguf_interleaved: GGUF files of this family hold the rows of q and k in the order that rotates pairs (2i, 2i + 1).
+    norm_offset: what Hugging Face checkpoints leave to be added to norms (GGUF has it added already). unit_head:
+    whether the head's rows are to have length 1.
     """
 
     name: str
     read: Callable[[Config], DecoderSpec]
+    about: str = ""
+    example: Config = field(default_factory=dict)
     hf: Names = field(default_factory=lambda: HF)
-    gguf: Names = field(default_factory=lambda: GGUF)
+    gguf: Names | None = field(default_factory=lambda: GGUF)
     gguf_interleaved: bool = False
+    norm_offset: float = 0.0
+    unit_head: Callable[[DecoderSpec], bool] = lambda spec: False
 
     def source(self, spec: DecoderSpec, parameter: str, layout: str) -> Source:
         """The tensor that holds our `parameter` in a checkpoint of `layout` ("gguf", or any other for HF names)."""
-        part, layer, suffix = split_name(parameter)
-        name = (self.gguf if layout == "gguf" else self.hf)[part].format(n=layer) + suffix
-        if layout != "gguf" or not self.gguf_interleaved or part not in ("layers.q", "layers.k"):
-            return Source(name)
-        attention = spec.layers[layer].mixer
-        heads = attention.heads if part == "layers.q" else attention.kv_heads
-        return Source(name, deinterleaved_rows(heads, attention.head_dim))
+        part, n, expert, suffix = split_name(parameter)
+        names = self.gguf if layout == "gguf" else self.hf
+        if names is None:
+            raise CheckpointError(f"there are no GGUF files of family {self.name}; safetensors can be read")
+        entry = names[part]
+        name = (entry.name if isinstance(entry, Fused) else entry).format(n=n, e=expert) + suffix
+        if part == "head" and self.unit_head(spec):
+            return Source(name, unit_rows=True)
+        if part.endswith("norm"):
+            return Source(name, add=0.0 if layout == "gguf" else self.norm_offset)
+        layer = spec.layers[n]
+        if isinstance(entry, Fused):
+            return Source(name, *_place_in(entry, part.removeprefix("layers."), layer))
+        if layout == "gguf" and self.gguf_interleaved and part in ("layers.q", "layers.k"):
+            heads = layer.mixer.heads if part == "layers.q" else layer.mixer.kv_heads
+            return Source(name, deinterleaved_rows(heads, layer.mixer.head_dim), heads * layer.mixer.head_dim)
+        if expert is not None and layer.mlp.experts is not None and "{e}" not in entry:
+            return Source(name, item=expert, items=layer.mlp.experts.count)
+        return Source(name)
 
 
-def split_name(parameter: str) -> tuple[str, int, str]:
-    """("layers.q", 3, ".bias") of "layers.3.q.bias"; layer 0 for what is in no layer; the suffix may be ".weight"."""
+def split_name(parameter: str) -> tuple[str, int, int | None, str]:
+    """(part, layer, expert, suffix): ("layers.experts.up", 3, 7, ".weight") of "layers.3.experts.7.up".
+
+    Layer 0 for what is in no layer, expert None for what is in no expert; the suffix is ".weight" or ".bias".
+    """
     stem, suffix = (parameter[:-5], ".bias") if parameter.endswith(".bias") else (parameter, ".weight")
-    if not stem.startswith("layers."):
-        return stem, 0, suffix
-    _, layer, part = stem.split(".")
-    return f"layers.{part}", int(layer), suffix
+    match stem.split("."):
+        case ["layers", layer, "experts", expert, part]:
+            return f"layers.experts.{part}", int(layer), int(expert), suffix
+        case ["layers", layer, *part]:
+            return f"layers.{'.'.join(part)}", int(layer), None, suffix
+    return stem, 0, None, suffix
+
+
+def _place_in(tensor: Fused, part: str, layer: Layer) -> tuple[np.ndarray | slice, int]:
+    """Where a part's rows lie in a fused tensor, and how many rows it has."""
+    attention, hidden = layer.mixer, layer.mlp.hidden
+    sizes = {"q": attention.q_size, "k": attention.kv_size, "v": attention.kv_size, "gate": hidden, "up": hidden}
+    total, before = sum(sizes[p] for p in tensor.parts), tensor.parts[: tensor.parts.index(part)]
+    if not tensor.grouped:
+        first = sum(sizes[p] for p in before)
+        return slice(first, first + sizes[part]), total
+    groups = np.arange(total).reshape(attention.kv_heads, -1)
+    first, size = (sum(sizes[p] for p in parts) // attention.kv_heads for parts in (before, [part]))
+    return groups[:, first : first + size].reshape(-1), total
 
 
 def deinterleaved_rows(heads: int, head_dim: int) -> np.ndarray:
@@ -104,32 +196,13 @@ def need(config: Config, key: str) -> Any:
     return config[key]
 
 
-def read_rope(config: Config, head_dim: int, *, default_base: float = 10000.0) -> Rope:
-    """The rotary embedding of a config: old style (rope_theta, rope_scaling) or new (rope_parameters)."""
-    table = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    base = float(table.get("rope_theta") or config.get("rope_theta") or default_base)
-    dim = int(head_dim * float(table.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
-    kind = table.get("rope_type") or table.get("type") or "default"
-    match kind:
-        case "default":
-            scaling = None
-        case "linear":
-            scaling = RopeScaling("linear", float(need(table, "factor")))
-        case "llama3":
-            scaling = RopeScaling(
-                "llama3",
-                factor=float(need(table, "factor")),
-                low_freq_factor=float(table.get("low_freq_factor", 1.0)),
-                high_freq_factor=float(table.get("high_freq_factor", 4.0)),
-                original_max_positions=int(table.get("original_max_position_embeddings", 8192)),
-            )
-        case _:
-            raise CheckpointError(f"rope scaling {kind!r} is not supported; default, linear and llama3 are")
-    return Rope(base=base, dim=dim, scaling=scaling)
-
-
 def read_head_dim(config: Config) -> int:
     return int(config.get("head_dim") or need(config, "hidden_size") // need(config, "num_attention_heads"))
+
+
+def renamed(config: Config, names: Mapping[str, str]) -> dict[str, Any]:
+    """The config with the keys that this page's files use (names: theirs -> ours) under the usual ones too."""
+    return dict(config) | {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
 
 
 def read_activation(config: Config) -> str:

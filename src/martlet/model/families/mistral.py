@@ -11,4 +11,5 @@ def read(config: Config) -> DecoderSpec:
     return decoder("mistral", config, windows=[config.get("sliding_window", 4096)] * need(config, "num_hidden_layers"))
 
 
-FAMILY = Family("mistral", read, gguf_interleaved=True)  # GGUF stores Mistral under the architecture llama
+# GGUF stores Mistral under the architecture llama
+FAMILY = Family("mistral", read, "Mistral 7B, Zephyr", gguf_interleaved=True)

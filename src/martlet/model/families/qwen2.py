@@ -24,4 +24,4 @@ def read(config: Config) -> DecoderSpec:
     return decoder("qwen2", config, windows=read_windows(config), qkv_bias=True)
 
 
-FAMILY = Family("qwen2", read)
+FAMILY = Family("qwen2", read, "Qwen1.5, Qwen2 and Qwen2.5")

@@ -70,6 +70,8 @@ def check(spec: DecoderSpec, block_size: int) -> None:
     """Raise BackendUnavailable for a decoder that the kernels cannot run."""
     if block_size % KV_GROUP:
         raise BackendUnavailable(f"the native CPU kernels want KV blocks of a multiple of {KV_GROUP}, not {block_size}")
+    if spec.features:
+        raise BackendUnavailable(f"the native CPU kernels have no {' and no '.join(spec.features)}")
     for attention in {layer.mixer for layer in spec.layers}:
         if attention.head_dim % 16 or attention.head_dim > MAX_HEAD_DIM:
             raise BackendUnavailable(

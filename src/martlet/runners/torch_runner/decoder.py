@@ -12,20 +12,40 @@ import torch
 
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.ops import Ops, Plan, Weight
-from martlet.model.spec import Attention, DecoderSpec, Layer
+from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A feed-forward. up: rows of gate (if gated), up."""
+
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts; up and down: one an expert."""
+
+    router: Weight
+    up: list[Weight]
+    down: list[Weight]
+    shared: Dense | None
+    shared_gate: Weight | None
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A layer's weights as the kernels take them. qkv: rows of q, k, v; up: rows of gate (if gated), up."""
+    """A layer's weights as the kernels take them. qkv: rows of q, k, v."""
 
     attn_norm: torch.Tensor
     qkv: Weight
     qk_norms: torch.Tensor | None  # float32 [heads + kv_heads, head_dim]
     o: Weight
+    attn_post_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
-    up: Weight
-    down: Weight
+    mlp: Dense | Mixture
+    mlp_post_norm: torch.Tensor | None
 
 
 class Decoder:
@@ -61,7 +81,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Hidden states, ready for the head, of the tokens at `wanted`: int64 [N], int64 [S] -> [S, width]."""
         ops, eps = self.ops, self.spec.eps
-        residual = ops.embedding(tokens, self.embed)
+        residual = ops.embedding(tokens, self.embed, self.spec.embedding_scale)
         x = None
         for layer, block, cache in zip(self.spec.layers, self.blocks, caches, strict=True):
             plan = plans[layer.mixer]
@@ -71,15 +91,31 @@ class Decoder:
                 x, residual = ops.add_rms_norm(x, residual, block.attn_norm, eps)
             q = ops.rotate_and_write(ops.linear(x, block.qkv), block.qk_norms, eps, cache, plan)
             x = ops.linear(ops.paged_attention(q, cache, plan), block.o)
+            if block.attn_post_norm is not None:
+                x = ops.rms_norm(x, block.attn_post_norm, eps)
             x, residual = ops.add_rms_norm(x, residual, block.mlp_norm, eps)
-            x = ops.linear(ops.activation(ops.linear(x, block.up), layer.mlp), block.down)
+            x = self._feed_forward(x, layer.mlp, block.mlp)
+            if block.mlp_post_norm is not None:
+                x = ops.rms_norm(x, block.mlp_post_norm, eps)
         assert x is not None
         x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
         return ops.add_rms_norm(x, residual, self.norm, eps)[0]
 
+    def _feed_forward(self, x: torch.Tensor, mlp: FeedForward, weights: Dense | Mixture) -> torch.Tensor:
+        ops = self.ops
+        if isinstance(weights, Dense):
+            return ops.linear(ops.activation(ops.linear(x, weights.up), mlp), weights.down)
+        y = ops.experts(x, ops.linear(x, weights.router), weights.up, weights.down, mlp)
+        if weights.shared is not None:
+            shared = self._feed_forward(x, mlp, weights.shared)
+            if weights.shared_gate is not None:
+                shared = shared * ops.linear(x, weights.shared_gate).sigmoid()
+            y = y + shared
+        return y
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, width] -> float32 [S, vocab]."""
-        return self.ops.logits(hidden, self.head)
+        return self.ops.logits(hidden, self.head, self.spec.logit_softcap)
 
 
 def to_torch(tensor: Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -100,13 +136,26 @@ def _place(name: str) -> str:
 
 
 def _block(layer: Layer, parts: dict[str, torch.Tensor], ops: Ops) -> Block:
-    attention = layer.mixer
+    attention, mlp = layer.mixer, layer.mlp
 
     def fuse(*names: str) -> Weight:
         """Stack linears that share their input; their rows lie in this order (martlet.model.weights.fused_rows)."""
         matrix = torch.cat([parts.pop(name) for name in names]) if len(names) > 1 else parts.pop(names[0])
         biases = [parts.pop(name + ".bias") for name in names if name + ".bias" in parts]
         return ops.pack(matrix, torch.cat(biases) if biases else None)
+
+    def dense(at: str = "") -> Dense:
+        return Dense(fuse(at + "gate", at + "up") if mlp.gated else fuse(at + "up"), fuse(at + "down"))
+
+    def mixture(experts: Experts) -> Mixture:
+        each = [dense(f"experts.{number}.") for number in range(experts.count)]
+        return Mixture(
+            router=fuse("router"),
+            up=[one.up for one in each],
+            down=[one.down for one in each],
+            shared=dense("shared.") if experts.shared else None,
+            shared_gate=fuse("shared_gate") if experts.shared_gated else None,
+        )
 
     norms = None
     if attention.qk_norm:
@@ -117,7 +166,8 @@ def _block(layer: Layer, parts: dict[str, torch.Tensor], ops: Ops) -> Block:
         qkv=fuse("q", "k", "v"),
         qk_norms=norms,
         o=fuse("o"),
+        attn_post_norm=parts.get("attn_post_norm"),
         mlp_norm=parts["mlp_norm"],
-        up=fuse("gate", "up") if layer.mlp.gated else fuse("up"),
-        down=fuse("down"),
+        mlp=dense() if mlp.experts is None else mixture(mlp.experts),
+        mlp_post_norm=parts.get("mlp_post_norm"),
     )
