@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import InvalidRequest
@@ -53,6 +56,28 @@ class Backend(ABC):
 
         The sink still gets a last Output with finish_reason "abort".
         """
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Float32 [number of prompts, width]: one vector a prompt, of any length. Blocks; any thread may call it.
+
+        Raises InvalidRequest when the model makes no embeddings, or a prompt is empty or too long.
+        """
+        raise InvalidRequest(f"{self.card.name} makes no embeddings", param="model")
+
+    def adapters(self) -> Sequence[str]:
+        """Names of the LoRA adapters that requests may name."""
+        return ()
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Make an adapter available under `name`, in place of one that had it. Requests that run keep the old one.
+
+        Raises InvalidRequest or CheckpointError; then nothing has changed.
+        """
+        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run keep it. Raises InvalidRequest when there is none of that name."""
+        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
 
     @abstractmethod
     def stats(self) -> Stats: ...

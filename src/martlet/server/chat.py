@@ -59,7 +59,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     service.check_length(len(ids), max_tokens, "messages")
     name = f"chatcmpl-{request_id}"
     stream = bool(body.stream)
-    request = Request(name, ids, params, body.priority or 0, stream, body.cache_salt)
+    request = Request(name, ids, params, body.priority or 0, stream, body.cache_salt, service.adapter(model))
     return Job(
         id=name,
         model=model,

@@ -56,7 +56,7 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
     name = f"cmpl-{request_id}"
     stream = bool(body.stream)
     requests = [
-        Request(f"{name}-{at}", ids, params, body.priority or 0, stream, body.cache_salt)
+        Request(f"{name}-{at}", ids, params, body.priority or 0, stream, body.cache_salt, service.adapter(model))
         for at, (ids, _) in enumerate(prompts)
     ]
     hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()

@@ -231,7 +231,7 @@ class Running:
 async def answer(service: Service, job: Job, record: Record, receive: Receive) -> Response:
     """Run a job and answer it: at once as one JSON object, or as a stream of events."""
     running = Running(service, job, record, receive)
-    headers = {"x-martlet-ignored-fields": _header_names(job.ignored)} if job.ignored else {}
+    headers = {"x-martlet-ignored-fields": header_names(job.ignored)} if job.ignored else {}
     if job.stream:
         return EventStream(running, record, headers)
     try:
@@ -290,7 +290,7 @@ def _too_slow(seconds: float) -> ApiError:
     )
 
 
-def _header_names(names: list[str]) -> str:
+def header_names(names: list[str]) -> str:
     """Field names come from the client: only plain characters may go into a header."""
     plain = ("".join(c if c.isascii() and (c.isalnum() or c in "._-") else "?" for c in name[:64]) for name in names)
     return ", ".join(list(plain)[:32])

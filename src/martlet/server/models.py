@@ -16,7 +16,8 @@ router = APIRouter()
 @router.get("/v1/models", summary="The models that requests may name")
 async def list_models(http: Request) -> Response:
     service: Service = http.app.state.service
-    return _json({"object": "list", "data": [_card(service, name) for name in service.names]})
+    names = (*service.names, *service.backend.adapters())
+    return _json({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}", summary="One of them")
@@ -26,14 +27,15 @@ async def get_model(name: str, http: Request) -> Response:
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
-    """root is the registry's name of the model, never a folder of this machine."""
+    """root is the registry's name of the model, or the adapter's own; never a folder of this machine."""
+    adapter = service.adapter(name) is not None
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": service.owned_by,
-        "root": service.backend.card.name,
-        "parent": None,
+        "root": name if adapter else service.backend.card.name,
+        "parent": service.names[0] if adapter else None,
         "max_model_len": service.backend.max_model_len,
     }
 

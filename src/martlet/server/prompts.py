@@ -10,7 +10,7 @@ from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
 from martlet.server.errors import ApiError
 from martlet.server.options import Limits
-from martlet.server.schema import ChatBody
+from martlet.server.schema import ChatBody, TokenizeBody
 
 T = TypeVar("T")
 
@@ -22,22 +22,22 @@ async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
 
 
 async def completion_prompts(
-    prompt: Any, tokenizer: Tokenizer, vocab_size: int, limits: Limits
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int, limits: Limits, param: str = "prompt"
 ) -> list[tuple[list[int], str | None]]:
-    """(ids, text or None) of each prompt of "text", ["text"], [ids] or [[ids]]."""
+    """(ids, text or None) of each prompt of "text", ["text"], [ids] or [[ids]]. param: the field it came in."""
     prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
     if not isinstance(prompts, list) or not prompts:
-        raise InvalidRequest("prompt must be a text, a list of texts, token ids or a list of these", param="prompt")
+        raise InvalidRequest(f"{param} must be a text, a list of texts, token ids or a list of these", param=param)
     if len(prompts) > limits.max_prompts:
-        raise InvalidRequest(f"{len(prompts)} prompts; at most {limits.max_prompts} in one request", param="prompt")
+        raise InvalidRequest(f"{len(prompts)} texts; at most {limits.max_prompts} in one request", param=param)
     read = []
     for at, item in enumerate(prompts):
-        name = "prompt" if prompts is not prompt else f"prompt[{at}]"
+        name = param if prompts is not prompt else f"{param}[{at}]"
         if isinstance(item, str):
-            _check_text(item, name)
+            check_text(item, name)
             ids, text = await off_loop(len(item), tokenizer.encode_prompt, item), item
         elif _is_ids(item):
-            _check_ids(item, vocab_size, name)
+            check_ids(item, vocab_size, name)
             ids, text = item, None
         else:
             raise InvalidRequest(f"{name} must be a text or a list of token ids", param=name)
@@ -47,20 +47,20 @@ async def completion_prompts(
     return read
 
 
-def chat_messages(body: ChatBody, limits: Limits) -> list[dict[str, Any]]:
+def chat_messages(body: ChatBody | TokenizeBody, limits: Limits) -> list[dict[str, Any]]:
     """Messages for Template.render, which checks what they hold."""
     if len(body.messages) > limits.max_messages:
         raise InvalidRequest(f"{len(body.messages)} messages; at most {limits.max_messages}", param="messages")
     return [message.model_dump(exclude_unset=True) for message in body.messages]
 
 
-def text_size(body: ChatBody) -> int:
+def text_size(body: ChatBody | TokenizeBody) -> int:
     """Characters to tokenise, about."""
     contents = [message.content or "" for message in body.messages]
     return sum(len(c) if isinstance(c, str) else sum(len(part.text or "") for part in c) for c in contents)
 
 
-def prompt_style(body: ChatBody) -> dict[str, bool]:
+def prompt_style(body: ChatBody | TokenizeBody) -> dict[str, bool]:
     """Arguments of Template.render: a new answer, or more of the last message."""
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
@@ -77,7 +77,7 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
-def _check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
+def check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise InvalidRequest(
@@ -85,7 +85,7 @@ def _check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
             )
 
 
-def _check_text(text: str, name: str) -> None:
+def check_text(text: str, name: str) -> None:
     """JSON can spell half of a surrogate pair, which no tokenizer can encode."""
     try:
         text.encode()

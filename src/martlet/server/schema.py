@@ -82,6 +82,41 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = None
 
 
+class TokenizeBody(Body):
+    """Of a prompt, or of messages as the chat template writes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: Integers
+
+
+class EmbeddingBody(Body):
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+class LoadAdapterBody(Body):
+    lora_name: str
+    lora_path: str
+    load_inplace: bool | None = None
+
+
+class UnloadAdapterBody(Body):
+    lora_name: str
+
+
 # Fields of the OpenAI API and of vLLM that would change the answer and that we cannot honour yet, with the values
 # besides null that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

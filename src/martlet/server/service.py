@@ -60,12 +60,15 @@ class Service:
         """The name to answer with: the one that was asked for, or the default."""
         if asked is None:
             return self.names[0]
-        if asked not in self.names:
-            near = did_you_mean(asked, self.names)
-            raise ModelNotFound(
-                f"no model {asked[:200]!r} here; there is {', '.join(self.names)}.{near}", param="model"
-            )
+        names = (*self.names, *self.backend.adapters())
+        if asked not in names:
+            near = did_you_mean(asked, names)
+            raise ModelNotFound(f"no model {asked[:200]!r} here; there is {', '.join(names)}.{near}", param="model")
         return asked
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a model's name stands for; None for the base model."""
+        return None if model in self.names else model
 
     def check_length(self, prompt_tokens: int, max_tokens: int | None, param: str) -> None:
         """Refuse what the model's length cannot hold; the engine would cut it short without a word."""

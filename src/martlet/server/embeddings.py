@@ -1,0 +1,58 @@
+"""POST /v1/embeddings: texts or token ids to vectors of length one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from martlet.errors import InvalidRequest
+from martlet.server.generation import header_names
+from martlet.server.prompts import completion_prompts
+from martlet.server.sampling import extra_fields
+from martlet.server.schema import EmbeddingBody
+from martlet.server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings", summary="Vectors that tell what texts are about")
+async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    backend, record = service.backend, http.scope["martlet.record"]
+    model = service.model_name(body.model)
+    ignored = extra_fields(body)
+    prompts = await completion_prompts(body.input, backend.tokenizer, backend.vocab_size, service.limits, "input")
+    ids = [ids for ids, _ in prompts]
+    vectors = fit(await asyncio.to_thread(backend.embed, ids), body.dimensions)
+    form = _base64 if body.encoding_format == "base64" else np.ndarray.tolist
+    record.prompt_tokens = sum(map(len, ids))
+    answer = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": form(vector)} for index, vector in enumerate(vectors)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens},
+    }
+    headers = {"x-martlet-ignored-fields": header_names(ignored)} if ignored else {}
+    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+
+
+def fit(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """Float32 [B, W] to [B, dimensions], rows of length one: the first components carry the most (Matryoshka)."""
+    width = vectors.shape[1]
+    if dimensions is not None and not 1 <= dimensions <= width:
+        raise InvalidRequest(f"dimensions must be from 1 to {width}, got {dimensions}", param="dimensions")
+    vectors = vectors[:, :dimensions].astype(np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def _base64(vector: np.ndarray) -> Any:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
