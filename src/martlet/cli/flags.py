@@ -20,6 +20,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
 from martlet.errors import UsageError, did_you_mean
+from martlet.flag import flag
+
+__all__ = ["Command", "CommandGroup", "Flag", "HelpAsked", "flag", "flags_of", "parse", "usage"]
 
 T = TypeVar("T")
 
@@ -64,28 +67,6 @@ class Flag:
             return _BOOLEANS[word.lower()] if self.kind is bool else self.kind(word)
         except (ValueError, KeyError):
             raise UsageError(f"{label} wants {_TYPE_NAMES[self.kind]}, got {word!r}", param=self.name) from None
-
-
-def flag(
-    help: str,
-    default: Any = MISSING,
-    *,
-    choices: Iterable[str] = (),
-    aliases: Iterable[str] = (),
-    metavar: str = "",
-    commas: bool = False,
-    positional: bool = False,
-) -> Any:
-    """A dataclass field that is a flag. Without a default it must be given. commas: a list also splits at commas."""
-    metadata = {
-        "help": help,
-        "choices": tuple(choices),
-        "aliases": tuple(aliases),
-        "metavar": metavar,
-        "commas": commas,
-        "positional": positional,
-    }
-    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
 def flags_of(options: type) -> list[Flag]:
