@@ -14,4 +14,4 @@ def read(config: Config) -> DecoderSpec:
     return decoder("qwen3", config, windows=read_windows(config), qk_norm=True, qkv_bias=bias, out_bias=bias)
 
 
-FAMILY = Family("qwen3", read, "Qwen3, dense")
+FAMILY = Family("qwen3", read, "Qwen3, dense", example={"head_dim": 16})
