@@ -80,8 +80,9 @@ class LLM:
 
     model: anything hub.resolve takes. dtype: "auto", "float32", "bfloat16", "float16". max_model_len: prompt and output
     tokens together. gpu_memory_utilization: share of the free memory to use, on a GPU as on a CPU. kv_cache_tokens:
-    size of the KV cache instead. seed: makes unseeded sampling repeatable. load_format: "dummy" for random weights from
-    a config.json alone. backend: "native", "pt" or "vllm", or a Backend that is loaded already.
+    size of the KV cache instead. kv_cache_dtype: "auto", "bf16", "fp8" or "int8", where the runner has it. seed: makes
+    unseeded sampling repeatable. load_format: "dummy" for random weights from a config.json alone. backend: "native",
+    "pt" or "vllm", or a Backend that is loaded already.
 
     Raises ModelNotFound, CheckpointError, OutOfMemory, BackendUnavailable or UsageError.
     """
@@ -96,6 +97,7 @@ class LLM:
         max_num_seqs: int | None = None,
         gpu_memory_utilization: float = 0.9,
         kv_cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         device: str = "auto",
         enable_prefix_caching: bool = True,
         max_num_batched_tokens: int | None = None,
@@ -113,6 +115,7 @@ class LLM:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 kv_cache_tokens=kv_cache_tokens,
+                kv_dtype=kv_cache_dtype,
                 memory_utilization=gpu_memory_utilization,
                 seed=seed or 0,
             )

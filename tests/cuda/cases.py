@@ -65,10 +65,13 @@ class Case:
         table = OPS.rotation(self.spec.rope, 256, DEVICE)
         return OPS.plan(self.layout(), self.spec, table, self.cache.dtype)
 
-    def rotate(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(
+        self, cache: torch.Tensor | None = None, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q, cache after the step); `cache` is the case's own unless given."""
         cos, sin = rotation_table(self.spec.rope, 256)
         table = torch.from_numpy(np.concatenate([cos, sin], 1)).to(DEVICE)
-        cache = self.cache.clone()
+        cache = self.cache.clone() if cache is None else cache
         q = rotary.rotate_and_write(
             self.qkv.clone(),
             self.norms,
@@ -79,6 +82,7 @@ class Case:
             self.block_table,
             cache,
             self.spec,
+            scales,
         )
         return q, cache
 
@@ -126,6 +130,16 @@ def make_case(name: str, start: list[int], count: list[int], dtype: torch.dtype 
         torch.randn(len(positions), heads * spec.head_dim, device=DEVICE).to(dtype),
         norms,
     )
+
+
+def in_fp8(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, scales) of a cache as the FP8 cache keeps it: e4m3, the largest of a token and head at 448."""
+    scales = cache.float().abs().amax(-1).clamp(min=1e-30) / 448
+    return (cache.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
+
+
+def from_fp8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (values.float() * scales[..., None]).to(dtype)
 
 
 def reference_attention(case: Case, q: torch.Tensor) -> torch.Tensor:

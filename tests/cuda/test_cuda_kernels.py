@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, make_case, reference_attention
+from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, from_fp8, in_fp8, make_case, reference_attention
 
 from martlet.kernels.cuda import decode_attention, layers, linear, prefill_attention, sampling
 from martlet.kernels.ops import Sampling
@@ -99,10 +99,30 @@ def test_rotation_norm_and_cache_write(name):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("parts", [1, 3])
-def test_decode_attention(name, parts):
+def test_rotation_leaves_fp8_keys_and_values_with_scales(name):
+    case = make_case(name, start=[3, 0, 17], count=[1, 6, 1])
+    values, scales = in_fp8(case.cache)
+    q, values = case.rotate(values, scales.zero_())
+    want_q, want_cache = case.reference_rotate()
+    assert close(q, want_q)
+    for row, length in zip(case.rows, case.start + case.count, strict=True):
+        got = case.keys_and_values(from_fp8(values, scales), row, length)
+        want = case.reference_keys_and_values(want_cache, row, length)
+        largest = want.abs().amax(-1, keepdim=True)
+        assert ((got - want).abs() <= want.abs() / 16 + largest / 448 / 64).all()  # half a step of 3 bits, or the least
+        assert want.abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(("parts", "fp8"), [(1, False), (3, False), (3, True)])
+def test_decode_attention(name, parts, fp8):
     case = make_case(name, start=[0, 1, 33, 70, 15], count=[1] * 5)
     case.fill()
+    cache, scales = case.cache, None
+    if fp8:
+        case.cache[1] *= torch.rand_like(case.cache[1, ..., :1]) * 5  # values whose scales differ
+        cache, scales = in_fp8(case.cache)
+        case.cache = from_fp8(cache, scales)
     q = randn(5, case.spec.heads, case.spec.head_dim)
     room = decode_attention.Scratch(
         torch.empty(parts * 5 * case.spec.q_size, device=DEVICE),
@@ -114,7 +134,7 @@ def test_decode_attention(name, parts):
     rows[1] = -1  # padding
     for _ in range(2):  # the counters are back at zero after the first
         got = decode_attention.decode_attention(
-            q, case.cache, case.block_table, rows, positions, case.spec, room, tile=tile
+            q, cache, case.block_table, rows, positions, case.spec, room, tile=tile, scales=scales
         )
         keep = [0, 2, 3, 4]
         assert close(got[keep], reference_attention(case, q)[keep])
@@ -122,15 +142,21 @@ def test_decode_attention(name, parts):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_prefill_attention(name):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_prefill_attention(name, fp8):
     case = make_case(name, start=[0, 40, 7], count=[21, 5, 33])
     case.fill()
+    cache, scales = case.cache, None
+    if fp8:
+        cache, scales = in_fp8(case.cache)
+        case.cache = from_fp8(cache, scales)
     q = randn(int(case.count.sum()), case.spec.heads, case.spec.head_dim)
     tiles = torch.from_numpy(prefill_attention.tiles(case.start, case.count, 16)).to(DEVICE)
     got = torch.empty(len(q), case.spec.q_size, device=DEVICE)
     prefill_attention.prefill_attention(
-        q, case.cache, case.block_table, tiles, case.sequences(), case.spec, got, block_m=16, block_n=16, stages=2
-    )
+        q, cache, case.block_table, tiles, case.sequences(), case.spec, got, block_m=16, block_n=16, stages=2,
+        scales=scales,
+    )  # fmt: skip
     assert close(got, reference_attention(case, q))
 
 

@@ -13,6 +13,7 @@ from engines import CONFIGS, answers, card, check, options, requests
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
+from martlet.errors import UsageError
 from martlet.kernels.cuda import prefill_attention
 from martlet.runners.cuda_runner import CudaRunner
 from martlet.runners.cuda_runner.decoder import StepTensors
@@ -32,6 +33,24 @@ def test_the_engine_answers_as_on_the_reference():
     runner = CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64)
     check(answers(runner, max_tokens=2), reference("qwen3", max_tokens=2))
     runner.close()
+
+
+def test_keys_and_values_in_fp8_change_log_probabilities_little():
+    plain = TorchRunner(card("qwen3"), options("cpu"))
+    want = answers(plain, max_tokens=2)
+    runner = CudaRunner(card("qwen3"), options(DEVICE, kv_dtype="fp8"), step_tokens=64)
+    assert runner.memory.bytes_per_token == plain.memory.bytes_per_token // 4 + 2 * 2 * 4  # a scale each, two layers
+    got = answers(runner, max_tokens=2)
+    differences = [abs(a.logprob - b.logprob) for key in want for a, b in zip(got[key][2], want[key][2], strict=True)]
+    assert len(differences) == 8 and 0 < np.mean(differences) < 0.01
+    runner.close()
+
+
+def test_a_kind_of_kv_memory_that_a_runner_lacks_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"'int8'.* auto or fp8"):
+        CudaRunner(card("qwen3"), options(DEVICE, kv_dtype="int8"))
+    with pytest.raises(UsageError, match=r"'fp8'.* auto"):
+        TorchRunner(card("qwen3"), options("cpu", kv_dtype="fp8"))
 
 
 @torch.inference_mode()

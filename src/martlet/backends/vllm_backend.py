@@ -27,7 +27,8 @@ from martlet.sampling_params import SamplingParams
 log = logging.getLogger("martlet")
 
 _HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "kv_cache_tokens", "memory_utilization")
-_HONOURED += ("block_size", "max_num_batched_tokens", "enable_prefix_caching", "max_num_queued", "seed")
+_HONOURED += ("block_size", "max_num_batched_tokens", "enable_prefix_caching", "max_num_queued", "seed", "kv_dtype")
+_KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8"}
 _SAME_NAME = (
     "n",
     "temperature",
@@ -219,6 +220,10 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
     """Only what was decided is passed on; the rest is vLLM's own default."""
     if load.device == "cpu":
         raise UsageError("vLLM runs where it was built for; --device cpu cannot be asked of it", param="device")
+    if load.kv_dtype not in _KV_DTYPES:
+        raise UsageError(
+            f"kv_cache_dtype {load.kv_dtype!r}: vLLM has {', '.join(_KV_DTYPES)} of ours", param="kv_cache_dtype"
+        )
     blocks = None if load.kv_cache_tokens is None else -(-load.kv_cache_tokens // load.block_size)
     wanted = {
         "max_model_len": load.max_model_len,
@@ -226,6 +231,7 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "quantization": load.quant,
         "num_gpu_blocks_override": blocks,
+        "kv_cache_dtype": None if load.kv_dtype == "auto" else _KV_DTYPES[load.kv_dtype],
         "block_size": None if blocks is None else load.block_size,
         "seed": engine.seed,
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # SWIFT's names
+KV_DTYPES = ("auto", "bf16", "fp8", "int8")
 BACKENDS = ("auto", "native", "pt", "vllm")
 
 
@@ -66,6 +67,11 @@ class EngineFlags:
         aliases=("memory_utilization",),
     )
     kv_cache_tokens: int | None = flag("size of the KV cache in tokens (default: from the memory)", None)
+    kv_cache_dtype: str = flag(
+        "how keys and values are kept; fp8 (on a GPU) holds twice the tokens and decodes faster",
+        "auto",
+        choices=KV_DTYPES,
+    )
     enable_prefix_caching: bool = flag("keep the KV of prompts for requests that begin the same", True)
     speculative_tokens: int = flag(
         "guess this many tokens a step from the text so far and verify them together; answers stay the same", 0
@@ -129,6 +135,7 @@ def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
         max_model_len=model.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_tokens=engine.kv_cache_tokens,
+        kv_dtype=engine.kv_cache_dtype,
         memory_utilization=engine.gpu_memory_utilization,
     )
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from martlet.sampling_params import SamplingParams
 
+KV_DTYPES = ("auto", "bf16", "fp8", "int8")  # how keys and values are kept; a runner refuses what it lacks
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -23,12 +25,14 @@ class LoadOptions:
 
     device: "auto", "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16". max_model_len: longest sequence,
     at most what the model allows. max_num_seqs: sequences in a batch. kv_cache_tokens: size of the KV memory in tokens;
-    None sizes it from `memory_utilization` of the memory that is free. seed: of dummy weights.
+    None sizes it from `memory_utilization` of the memory that is free. kv_dtype: one of KV_DTYPES; "auto" is what the
+    runner computes in. seed: of dummy weights.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     quant: str | None = None
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     kv_cache_tokens: int | None = None

@@ -6,19 +6,40 @@ import logging
 
 from martlet.errors import OutOfMemory, UsageError
 from martlet.model.spec import DecoderSpec
-from martlet.runners.base import LoadOptions, MemoryPlan
+from martlet.runners.base import KV_DTYPES, LoadOptions, MemoryPlan
 
 log = logging.getLogger("martlet")
 
 
+def kv_dtype(options: LoadOptions, runner: str, *offered: str) -> str:
+    """options.kv_dtype, if `runner` has it: "auto" or one of `offered`. Raises UsageError."""
+    asked = options.kv_dtype
+    if asked == "auto" or asked in offered:
+        return asked
+    if asked not in KV_DTYPES:
+        raise UsageError(f"kv_cache_dtype {asked!r} is none of {', '.join(KV_DTYPES)}", param="kv_cache_dtype")
+    raise UsageError(
+        f"kv_cache_dtype {asked!r}: {runner} keeps keys and values as {' or '.join(('auto', *offered))}",
+        param="kv_cache_dtype",
+    )
+
+
 def plan_memory(
-    spec: DecoderSpec, options: LoadOptions, *, free: int, weights: int, element_size: int, default_rows: int
+    spec: DecoderSpec,
+    options: LoadOptions,
+    *,
+    free: int,
+    weights: int,
+    element_size: int,
+    default_rows: int,
+    scale_size: int = 0,
 ) -> MemoryPlan:
     """Blocks for at most max_num_seqs sequences of max_model_len tokens, within memory_utilization of `free` bytes.
 
-    free: bytes left after the weights. weights: bytes they take. element_size: bytes of one number in the cache. Where
-    not one sequence of max_model_len fits, max_model_len is cut and a warning says so; where not one block fits,
-    OutOfMemory. Says in one log line what it came to.
+    free: bytes left after the weights. weights: bytes they take. element_size: bytes of one number in the cache.
+    scale_size: of the scale beside each key and each value of a head, where there is one. Where not one sequence of
+    max_model_len fits, max_model_len is cut and a warning says so; where not one block fits, OutOfMemory. Says in one
+    log line what it came to.
     """
     rows = default_rows if options.max_num_seqs is None else options.max_num_seqs
     longest = spec.max_positions if options.max_model_len is None else options.max_model_len
@@ -33,7 +54,8 @@ def plan_memory(
             f"memory_utilization must be above 0 and at most 1, got {options.memory_utilization}",
             param="memory_utilization",
         )
-    block, per_token = options.block_size, spec.kv_elements_per_token * element_size
+    scales = scale_size * sum(2 * layer.mixer.kv_heads for layer in spec.layers)
+    block, per_token = options.block_size, spec.kv_elements_per_token * element_size + scales
     fit = int(free * options.memory_utilization) // (per_token * block)
     if options.kv_cache_tokens is not None:
         want = options.kv_cache_tokens // block

@@ -21,6 +21,7 @@ from martlet.model.spec import Attention
 MAX_PARTS = 64
 JOINED = 4096  # numbers of partial results a program joins at a time
 LOG2E = 1.4426950408889634
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -52,11 +53,12 @@ def _join(partial, sums, out, start, working, GROUP: tl.constexpr, GROUP_UP: tl.
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"], do_not_specialize=["PARTS"])
 def _attend(
-    q, k_cache, v_cache, block_table, rows, positions, out, partial, sums, counters,
+    q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, out, partial, sums, counters,
     scale, q_stride, block_stride, cache_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(0)
@@ -75,6 +77,15 @@ def _attend(
         here = (g < GROUP)[:, None] & (d < DIM)[None, :]
         place = (head * GROUP + g)[:, None] * DIM + d[None, :]
         query = tl.load(q + b.to(tl.int64) * q_stride + place, mask=here, other=0.0)
+        if SCALED:
+            # Two neighbours of a head are one number of 16 bits, so memory moves as it does for bfloat16: `e` counts
+            # these, and whatever has heads in it comes in two halves, even and odd elements.
+            e = tl.arange(0, BLOCK_D // 2)
+            query, unit = in_units(query)
+            query_even, query_odd = tl.split(query.reshape(BLOCK_G, BLOCK_D // 2, 2))
+            factor = unit[:, None] * (scale * PAIR_SCALE)
+            acc_even = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
+            acc_odd = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
         mine = out + b.to(tl.int64) * HEADS * DIM
         table = block_table + row.to(tl.int64) * block_stride
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -85,18 +96,37 @@ def _attend(
             at = first + t
             inside = at < high
             block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            token = block * cache_stride + head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
-            mask = inside[:, None] & (d < DIM)[None, :]
-            key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
-            scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+            token = block * cache_stride + (head * BLOCK_SIZE + at % BLOCK_SIZE) * (DIM // 2 if SCALED else DIM)
+            if SCALED:
+                mask = inside[:, None] & (e < DIM // 2)[None, :]
+                even, odd = unpacked(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0), query.dtype)
+                beside = block * (KV_HEADS * BLOCK_SIZE) + head * BLOCK_SIZE + at % BLOCK_SIZE
+                key_scale = tl.load(k_scales + beside, mask=inside, other=0.0)
+                scores = tl.dot(query_even, even.T, input_precision=PRECISION)
+                scores = tl.dot(query_odd, odd.T, scores, input_precision=PRECISION) * factor * key_scale[None, :]
+            else:
+                mask = inside[:, None] & (d < DIM)[None, :]
+                key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+                scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
             scores = tl.where(inside[None, :], scores, float("-inf"))
             top = tl.maximum(best, tl.max(scores, 1))
             weight = tl.exp2(scores - top[:, None])
             fade = tl.exp2(best - top)
             best = top
             total = total * fade + tl.sum(weight, 1)
-            value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
-            acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+            if SCALED:
+                even, odd = unpacked(tl.load(v_cache + token[:, None] + e[None, :], mask=mask, other=0), query.dtype)
+                value_scale = tl.load(v_scales + beside, mask=inside, other=0.0)
+                largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
+                scaled = (weight * (value_scale / largest)[None, :]).to(query.dtype)
+                largest *= PAIR_SCALE
+                acc_even = acc_even * fade[:, None] + tl.dot(scaled, even, input_precision=PRECISION) * largest
+                acc_odd = acc_odd * fade[:, None] + tl.dot(scaled, odd, input_precision=PRECISION) * largest
+            else:
+                value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
+                acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        if SCALED:
+            acc = tl.join(acc_even, acc_odd).reshape(BLOCK_G, BLOCK_D)
         if SPLIT:
             # Each part leaves its sum, weighted by exp2 of its scores less their maximum, and that sum's weight.
             slot = ((b * KV_HEADS + head) * PARTS + part).to(tl.int64) * GROUP + g
@@ -115,6 +145,51 @@ def _attend(
             tl.store(mine + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
 
+PAIR_SCALE = tl.constexpr(256.0)  # what `unpacked` leaves to be multiplied with
+
+
+@triton.jit
+def unpacked(pairs, dtype: tl.constexpr):
+    """(first, second) e4m3 of each int16, over 256: their bits are float16's, but for the exponent's base."""
+    if INTERPRETED:
+        first = (((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+        second = ((pairs & -0x8000) | ((pairs & 0x7F00) >> 1)).to(tl.int16).to(tl.float16, bitcast=True)
+    else:  # the same, two pairs at a time
+        first, second = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 bits, sign;
+            shl.b32 bits, $2, 7;
+            and.b32 bits, bits, 0x3F803F80;
+            shl.b32 sign, $2, 8;
+            and.b32 sign, sign, 0x80008000;
+            or.b32 $0, bits, sign;
+            shr.u32 bits, $2, 1;
+            and.b32 bits, bits, 0x3F803F80;
+            and.b32 sign, $2, 0x80008000;
+            or.b32 $1, bits, sign;
+            }
+            """,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return first.to(dtype), second.to(dtype)
+
+
+@triton.jit
+def in_units(query):
+    """(query / unit, unit) of each row, for products with float8: float16 holds both exactly, and cannot overflow."""
+    x = query.to(tl.float32)
+    unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    x = x / unit[:, None]
+    if query.dtype != tl.float32:
+        x = x.to(tl.float16)
+    return x, unit
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """tokens: context tokens a program takes at once. parts: of a sequence's context, one program each."""
@@ -125,11 +200,11 @@ class Tile:
     stages: int
 
 
-def tile_for(batch: int, spec: Attention) -> Tile:
+def tile_for(batch: int, spec: Attention, *, fp8: bool = False) -> Tile:
     """One part a sequence where that gives each multiprocessor two programs or more, else enough parts for four."""
     programs = batch * spec.kv_heads
     if programs >= 2 * launch.num_sms():
-        return Tile(tokens=64, parts=1, warps=4, stages=4)
+        return Tile(tokens=128, parts=1, warps=4, stages=3) if fp8 else Tile(tokens=64, parts=1, warps=4, stages=4)
     return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * launch.num_sms(), programs)), warps=4, stages=3)
 
 
@@ -163,29 +238,35 @@ def decode_attention(
     spec: Attention,
     room: Scratch,
     *,
+    scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Attention of q [B, H, D], token positions[b] of rows[b], over the cache -> [B, H * D]. Row -1: left undefined.
 
     The heads of a token lie together in q; tokens may lie apart.
-    cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B].
+    cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B]. scales: as in
+    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight.
     """
     batch, block_d = len(q), triton.next_power_of_2(spec.head_dim)
-    tile = tile or tile_for(batch, spec)
+    kept = cache if scales is None else cache.view(torch.int16)
+    tile = tile or tile_for(batch, spec, fp8=scales is not None)
     # float32 is for comparing with the reference; without tensor cores large tiles only spill
     tokens = 16 if q.dtype == torch.float32 else tile.tokens
-    stages = min(tile.stages, max(1, (200 << 10) // (2 * tokens * block_d * q.element_size())))  # they share 227 KiB
+    stages = min(
+        tile.stages, max(1, (200 << 10) // (2 * tokens * block_d * cache.element_size()))
+    )  # they share 227 KiB
     out = q.new_empty(batch, spec.q_size) if out is None else out
     group = spec.heads // spec.kv_heads
     group_up = triton.next_power_of_2(group)
     launch.run(
         _attend, (spec.kv_heads, batch, tile.parts),
-        q, cache[0], cache[1], block_table, rows, positions, out, room.partial, room.sums, room.counters,
-        spec.scale * LOG2E, q.stride(0), block_table.stride(0), cache.stride(1), tile.parts,
+        q, *kept, *(cache if scales is None else scales), block_table, rows, positions, out,
+        room.partial, room.sums, room.counters,
+        spec.scale * LOG2E, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
-        SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
+        SCALED=scales is not None, SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=tile.warps, stages=stages,
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from martlet.kernels.cuda import launch
-from martlet.kernels.cuda.decode_attention import LOG2E
+from martlet.kernels.cuda.decode_attention import LOG2E, in_units
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
@@ -44,11 +44,11 @@ def tiles(start: np.ndarray, count: np.ndarray, queries: int) -> np.ndarray:
 
 @triton.jit(do_not_specialize_on_alignment=["tile_list", "sequences"], do_not_specialize=["num_tiles", "num_sequences"])
 def _attend(
-    q, k_cache, v_cache, block_table, tile_list, sequences, out,
+    q, k_cache, v_cache, k_scales, v_scales, block_table, tile_list, sequences, out,
     scale, q_stride, block_stride, cache_stride, num_tiles, num_sequences,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     head = tl.program_id(0)
@@ -64,6 +64,9 @@ def _attend(
     here = (m < count)[:, None] & (d < DIM)[None, :]
     token = (offset + m).to(tl.int64)[:, None]
     query = tl.load(q + token * q_stride + head * DIM + d[None, :], mask=here, other=0.0)
+    if SCALED:
+        query, unit = in_units(query)
+        factor = unit[:, None] * scale
     position = start + m
     begin = tl.maximum(start + first - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
     end = tl.where(first < count, start + tl.minimum(first + BLOCK_M, count), 0)
@@ -80,7 +83,12 @@ def _attend(
         slot = block * cache_stride + kv_head * BLOCK_SIZE * DIM + (at % BLOCK_SIZE) * DIM
         mask = inside[:, None] & (d < DIM)[None, :]
         key = tl.load(k_cache + slot[:, None] + d[None, :], mask=mask, other=0.0)
-        scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        if SCALED:
+            beside = block * (KV_HEADS * BLOCK_SIZE) + kv_head * BLOCK_SIZE + at % BLOCK_SIZE
+            key_scale = tl.load(k_scales + beside, mask=inside, other=0.0)
+            scores = tl.dot(query, key.to(query.dtype).T, input_precision=PRECISION) * factor * key_scale[None, :]
+        else:
+            scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
             seen &= at[None, :] > position[:, None] - WINDOW
@@ -91,7 +99,14 @@ def _attend(
         best = top
         total = total * fade + tl.sum(weight, 1)
         value = tl.load(v_cache + slot[:, None] + d[None, :], mask=mask, other=0.0)
-        acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        if SCALED:
+            value_scale = tl.load(v_scales + beside, mask=inside, other=0.0)
+            largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
+            weight *= (value_scale / largest)[None, :]
+            some = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision=PRECISION)
+            acc = acc * fade[:, None] + some * largest
+        else:
+            acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
     place = out + token * (HEADS * DIM) + head * DIM + d[None, :]
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
@@ -105,6 +120,7 @@ def prefill_attention(
     spec: Attention,
     out: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     block_m: int | None = None,
     block_n: int = 64,
     warps: int = 4,
@@ -114,7 +130,8 @@ def prefill_attention(
 
     q [T, H, D], the heads of a token together; out [T, H * D]; cache [2, blocks, K, block_size, D]; block_table int32
     [rows, P]; tile_list int32 [2, tiles] from `tiles`, cut in block_m queries, and any that begin past their sequence's
-    end; sequences int32 [4, B]: row, start, count, and where the sequence's tokens begin in q.
+    end; sequences int32 [4, B]: row, start, count, and where the sequence's tokens begin in q. scales: as in
+    `rotary.rotate_and_write`.
     """
     block_m = block_m or queries_for(q.dtype)
     if q.dtype == torch.float32:
@@ -125,11 +142,11 @@ def prefill_attention(
     num_tiles = tile_list.shape[1]
     launch.run(
         _attend, (spec.heads, num_tiles),
-        q, cache[0], cache[1], block_table, tile_list, sequences, out,
+        q, *cache, *(cache if scales is None else scales), block_table, tile_list, sequences, out,
         spec.scale * LOG2E, q.stride(0), block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(spec.head_dim), STAGES=stages,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=warps, stages=stages,
+        SCALED=scales is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=warps, stages=stages,
     )  # fmt: skip
     return out
 

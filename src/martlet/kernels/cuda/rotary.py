@@ -14,12 +14,20 @@ HEADS_A_PROGRAM = 8  # twice as many where there are tokens enough to fill the G
 MANY_TOKENS = 1024
 
 
+@triton.jit
+def to_three_bits(x):
+    """float32 x with the mantissa of e4m3, nearest and ties to even: Triton's interpreter would lose a carry there."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _rotate(
-    qkv, norms, table, rows, positions, block_table, cache,
-    eps, block_stride, cache_stride, value_stride,
+    qkv, norms, table, rows, positions, block_table, cache, scales,
+    eps, block_stride, cache_stride, value_stride, value_scale_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -66,11 +74,23 @@ def _rotate(
     if row >= 0:
         block = tl.load(block_table + row.to(tl.int64) * block_stride + position // BLOCK_SIZE).to(tl.int64)
         place = cache + block * cache_stride + (position % BLOCK_SIZE) * DIM
-        place += is_v * value_stride + (head - HEADS - is_v * KV_HEADS) * (BLOCK_SIZE * DIM)
-        tl.store(place + one, x.to(kind), mask=mask & (head >= HEADS))
-        tl.store(place + two, y.to(kind), mask=mask & (head >= HEADS))
+        kv_head = head - HEADS - is_v * KV_HEADS
+        place += is_v * value_stride + kv_head * (BLOCK_SIZE * DIM)
+        kept = cache.dtype.element_ty
+        if SCALED:
+            most = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)[:, None]
+            if BLOCK_P > 0:
+                most = tl.maximum(most, tl.max(tl.abs(rest), 1)[:, None])
+            unit = tl.maximum(most, 1e-30) * (1.0 / 448.0)
+            x, y = to_three_bits(x / unit), to_three_bits(y / unit)
+            if BLOCK_P > 0:
+                rest = to_three_bits(rest / unit)
+            beside = scales + block * (KV_HEADS * BLOCK_SIZE) + kv_head * BLOCK_SIZE + position % BLOCK_SIZE
+            tl.store(beside + is_v * value_scale_stride, unit, mask=(head >= HEADS) & (head < ALL))
+        tl.store(place + one, x.to(kept), mask=mask & (head >= HEADS))
+        tl.store(place + two, y.to(kept), mask=mask & (head >= HEADS))
         if BLOCK_P > 0:
-            tl.store(place + unturned, rest.to(kind), mask=mask_rest & (head >= HEADS))
+            tl.store(place + unturned, rest.to(kept), mask=mask_rest & (head >= HEADS))
 
 
 def rotate_and_write(
@@ -83,21 +103,24 @@ def rotate_and_write(
     block_table: torch.Tensor,
     cache: torch.Tensor,
     spec: Attention,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise (if norms) and rotate q and k in place, write k and v to the cache; returns q [T, H, D], part of qkv.
 
     qkv [T, (H + 2 K) * D]; norms float32 [H + K, D]; table float32 [length, rope.dim], cos then sin; rows, positions
-    int32 [T], rows -1 are padding; block_table int32 [rows, P]; cache [2, blocks, K, block_size, D].
+    int32 [T], rows -1 are padding; block_table int32 [rows, P]; cache [2, blocks, K, block_size, D]. With scales
+    float32 [2, blocks, K, block_size] the cache is float8_e4m3fn, to be multiplied by them: a scale a token and head.
     """
     count, heads, rest = len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim - spec.rope.dim
     block_h = HEADS_A_PROGRAM * (2 if count >= MANY_TOKENS else 1)
     launch.run(
         _rotate, (count, triton.cdiv(heads, block_h)),
         qkv, table if norms is None else norms, table, rows, positions, block_table, cache,
-        eps, block_table.stride(0), cache.stride(1), cache.stride(0),
+        table if scales is None else scales,
+        eps, block_table.stride(0), cache.stride(1), cache.stride(0), 0 if scales is None else scales.stride(0),
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, ROT=spec.rope.dim,
-        INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, BLOCK_SIZE=cache.shape[3],
-        BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(spec.rope.dim // 2),
+        INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, SCALED=scales is not None,
+        BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(spec.rope.dim // 2),
         BLOCK_P=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip
     return qkv[:, : spec.q_size].view(count, spec.heads, spec.head_dim)

@@ -24,7 +24,7 @@ from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, T
 from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
-from martlet.runners.sizing import plan_memory
+from martlet.runners.sizing import kv_dtype, plan_memory
 
 log = logging.getLogger("martlet")
 
@@ -47,6 +47,7 @@ class CpuRunner:
         martlet.errors.
         """
         precision = choose_precision(card, options)
+        kv_dtype(options, "the CPU runner")
         began = time.perf_counter()
         self.spec = spec = weights.read_spec(card)
         check(spec, options.block_size)

@@ -29,7 +29,7 @@ from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import HostStep
 from martlet.runners.cuda_runner.weights import load as load_weights
 from martlet.runners.rows import Rows
-from martlet.runners.sizing import plan_memory, size
+from martlet.runners.sizing import kv_dtype, plan_memory, size
 
 __all__ = ["CudaRunner"]
 
@@ -65,6 +65,7 @@ class CudaRunner:
         if options.dtype not in DTYPES:
             raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
         self.device = _device(options.device)
+        self.kv_dtype = _kv_dtype(options, DTYPES[options.dtype])
         self.dtype = DTYPES[options.dtype]
         self.max_step_tokens = self.max_prefill_tokens = step_tokens
         self.spec = spec = read_spec(card)
@@ -78,7 +79,7 @@ class CudaRunner:
             clock.lap(f"weights of {card.name}", self.device)
             self.memory = self._plan(options, free, loaded.nbytes)
             self.decoder = Decoder(spec, loaded, self.memory.max_model_len)
-            self.state = _state(spec, self.memory, self.device, self.dtype)
+            self.state = _state(spec, self.memory, self.device, self.kv_dtype)
             self.rows = Rows(self.memory, spec.vocab_size)
             self.mailbox = Mailbox(self.device)
             self.graphs = Graphs(self.decoder, self.state, self.memory.max_rows) if graphs and self._on_gpu else None
@@ -102,7 +103,13 @@ class CudaRunner:
         activations = self.max_step_tokens * (widest + 4 * spec.width) * element
         left = (_free_memory(self.device) if self._on_gpu else free) - state - activations
         return plan_memory(
-            spec, options, free=left, weights=weight_bytes, element_size=element, default_rows=DEFAULT_ROWS
+            spec,
+            options,
+            free=left,
+            weights=weight_bytes,
+            element_size=self.kv_dtype.itemsize,
+            scale_size=4 if self.kv_dtype == torch.float8_e4m3fn else 0,
+            default_rows=DEFAULT_ROWS,
         )
 
     @torch.inference_mode()
@@ -131,8 +138,9 @@ class CudaRunner:
             changes = changes[:, :0]
         if len(batch.copies):
             source, target = self.mailbox.send(batch.copies.T.reshape(-1)).view(2, -1).long()
-            for cache in self.state.caches:
-                cache.index_copy_(1, target, cache.index_select(1, source))
+            for cache in (*self.state.caches, *filter(torch.is_tensor, self.state.scales)):
+                raw = cache.view(torch.uint8)  # torch copies no float8 by index
+                raw.index_copy_(1, target, raw.index_select(1, source))
         if not total:
             return CudaStep(self.mailbox, np.empty(0, np.int64), 0, None, [], [])
         if replay:
@@ -349,25 +357,31 @@ def _state(spec: DecoderSpec, memory: MemoryPlan, device: torch.device, dtype: t
     flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
     tokens, blocks, settings = flat.split(sizes)
     specs = list(dict.fromkeys(layer.mixer for layer in spec.layers))
+    scaled = dtype == torch.float8_e4m3fn
+
+    def kept(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(2, memory.num_blocks, *shape, dtype=dtype, device=device)
+
     return State(
         flat=flat,
         tokens=tokens.view(rows, width),
         blocks=blocks.view(rows, pages),
         settings=settings.view(rows, sampling.SETTINGS),
         caches=[
-            torch.zeros(
-                2,
-                memory.num_blocks,
-                layer.mixer.kv_heads,
-                memory.block_size,
-                layer.mixer.head_dim,
-                dtype=dtype,
-                device=device,
-            )
+            kept(layer.mixer.kv_heads, memory.block_size, layer.mixer.head_dim, dtype=dtype) for layer in spec.layers
+        ],
+        scales=[
+            kept(layer.mixer.kv_heads, memory.block_size, dtype=torch.float32) if scaled else None
             for layer in spec.layers
         ],
         room=decode_attention.scratch(rows, specs, device),
     )
+
+
+def _kv_dtype(options: LoadOptions, dtype: torch.dtype) -> torch.dtype:
+    offered = ("bf16", "fp8") if dtype == torch.bfloat16 else ("fp8",)
+    asked = kv_dtype(options, f"the CUDA runner, computing in {str(dtype).removeprefix('torch.')},", *offered)
+    return torch.float8_e4m3fn if asked == "fp8" else dtype
 
 
 def _device(asked: str) -> torch.device:

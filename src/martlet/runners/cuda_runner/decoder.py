@@ -45,7 +45,8 @@ class State:
 
     flat: int32, all that the host may change, one tensor so that one kernel writes any change; the next three are
     views of it. tokens [rows, max_model_len + 1]. blocks [rows, P], the block tables. settings [rows, SETTINGS].
-    caches: [2, blocks, K, block_size, D] a layer. room: where split attention leaves its parts.
+    caches: [2, blocks, K, block_size, D] a layer; scales: float32 [2, blocks, K, block_size] a layer, or None where the
+    cache needs none (`rotary.rotate_and_write`). room: where split attention leaves its parts.
     """
 
     flat: torch.Tensor
@@ -53,6 +54,7 @@ class State:
     blocks: torch.Tensor
     settings: torch.Tensor
     caches: list[torch.Tensor]
+    scales: list[torch.Tensor] | list[None]
     room: decode_attention.Scratch
 
 
@@ -77,8 +79,8 @@ class Decoder:
         )
         delta = None
         through = self._narrow if len(x) == 1 else self._wide
-        for layer, block, cache in zip(self.spec.layers, self.weights.blocks, state.caches, strict=True):
-            delta = through(x, delta, layer, block, cache, step, state)
+        for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
+            delta = through(x, delta, layer, block, number, step, state)
         return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -95,14 +97,14 @@ class Decoder:
         delta: None,
         layer: Layer,
         block: Block,
-        cache: torch.Tensor,
+        number: int,
         step: StepTensors,
         state: State,
     ) -> None:
         """A layer in place on x [1, W]."""
         eps, mlp = self.spec.eps, layer.mlp
         qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
-        linear(self._attend(qkv, layer.mixer, block, cache, step, state), block.o, residual=x, out=x)
+        linear(self._attend(qkv, layer.mixer, block, number, step, state), block.o, residual=x, out=x)
         hidden = linear(x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated)
         linear(hidden, block.down, residual=x, out=x)
 
@@ -112,7 +114,7 @@ class Decoder:
         delta: torch.Tensor | None,
         layer: Layer,
         block: Block,
-        cache: torch.Tensor,
+        number: int,
         step: StepTensors,
         state: State,
     ) -> torch.Tensor:
@@ -120,30 +122,34 @@ class Decoder:
         eps, mlp = self.spec.eps, layer.mlp
         y = layers.add_rms_norm(x, delta, block.attn_norm, eps)
         qkv = _product(y, block.qkv, max((first + padded for first, _, padded in step.fresh), default=0))
-        y = self._attend(qkv, layer.mixer, block, cache, step, state)
+        y = self._attend(qkv, layer.mixer, block, number, step, state)
         y = layers.add_rms_norm(x, F.linear(y, block.o.matrix, block.o.bias), block.mlp_norm, eps)
         hidden = layers.activation(F.linear(y, block.up.matrix, block.up.bias), mlp.activation, mlp.gated)
         return F.linear(hidden, block.down.matrix, block.down.bias)
 
     def _attend(
-        self, qkv: torch.Tensor, spec: Attention, block: Block, cache: torch.Tensor, step: StepTensors, state: State
+        self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
     ) -> torch.Tensor:
-        """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache."""
+        """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache of layer `number`."""
         table, n = self.rotations[spec.rope], step.decoding
+        cache, scales = state.caches[number], state.scales[number]
         q = rotary.rotate_and_write(
             qkv[: len(step.rows)], block.qk_norms, self.spec.eps, table, step.rows, step.positions, state.blocks, cache,
-            spec,
+            spec, scales,
         )  # fmt: skip
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
             return _fresh(qkv, *step.fresh[0], spec)
         out = q.new_empty(len(q), spec.q_size)
         if n:
             decode_attention.decode_attention(
-                q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room, out=out[:n]
-            )
+                q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room,
+                scales=scales, out=out[:n],
+            )  # fmt: skip
         if step.tiles is not None:
             assert step.sequences is not None
-            prefill_attention.prefill_attention(q, cache, state.blocks, step.tiles, step.sequences, spec, out)
+            prefill_attention.prefill_attention(
+                q, cache, state.blocks, step.tiles, step.sequences, spec, out, scales=scales
+            )
         for first, count, padded in step.fresh:
             out[first : first + count] = _fresh(qkv, first, count, padded, spec)
         return out

@@ -19,7 +19,7 @@ from martlet.model.spec import Attention, DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
 from martlet.runners.rows import Rows
-from martlet.runners.sizing import plan_memory
+from martlet.runners.sizing import kv_dtype, plan_memory
 from martlet.runners.torch_runner.decoder import Decoder
 
 __all__ = ["TorchRunner", "default_device"]
@@ -46,6 +46,7 @@ class TorchRunner:
                 "a quantised checkpoint is unpacked when it is loaded",
                 param="quant",
             )
+        kv_dtype(options, "the torch runner")
         self.device = _device(options.device)
         if self.device == "cpu":
             torch.set_num_threads(machine.usable_cores())
