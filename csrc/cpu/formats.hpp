@@ -38,7 +38,8 @@ enum Format : int32_t {
 //   kActBF16     rounded to bf16; as pairs, or as f32 where the processor has no product of pairs (kPairDot)
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 4 high parts, then 4 low parts, and so on
 //   kActByte64   groups of 64, value = scale * s8
-enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64 };
+//   kActWord32, kActWord64   the same integers as whole words, for many rows where that is faster (kWords)
+enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActWord32, kActWord64 };
 
 // Behind the integers of a row: one of these for each group.
 struct Group {
@@ -84,18 +85,25 @@ constexpr int64_t panel_bytes(Format f, int64_t k) {
 
 // Where a prepared row's groups begin, and bytes of the whole row, a multiple of 64.
 constexpr int64_t groups_at(ActKind kind, int64_t k) {
-  return kind == kActSplit32 ? 2 * round_up(k, 32) : kind == kActByte64 ? round_up(k, 64) : 0;
+  return kind == kActSplit32 || kind == kActWord32 ? 2 * round_up(k, 32)
+         : kind == kActByte64                      ? round_up(k, 64)
+         : kind == kActWord64                      ? 2 * round_up(k, 64)
+                                                   : 0;
+}
+constexpr ActKind as_words(ActKind kind) {
+  return kind == kActSplit32 ? kActWord32 : kind == kActByte64 ? kActWord64 : kind;
 }
 constexpr int64_t act_bytes(ActKind kind, int64_t k) {
   switch (kind) {
     case kActF32:
     case kActBF16: return round_up(4 * round_up(k, 2), 64);
-    case kActSplit32: return round_up(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)), 64);
+    case kActSplit32:
+    case kActWord32: return round_up(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)), 64);
     default: return round_up(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)), 64);
   }
 }
 
-// Most bytes that a panel takes when its quants are widened to bytes and its scales to floats.
-constexpr int64_t widened_bytes(int64_t k) { return round_up(k, 32) / 32 * (2 * 128 + 1024); }
+// Most bytes that a panel takes when its quants are widened to words and its scales to floats.
+constexpr int64_t widened_bytes(int64_t k) { return round_up(k, 64) / 32 * (2 * 128 + 2048); }
 
 }  // namespace martlet

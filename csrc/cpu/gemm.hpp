@@ -13,7 +13,7 @@ namespace MARTLET_ISA {
 
 constexpr int kStep = 4 * kPanel;             // bytes of one step of a panel
 constexpr int kWide = L >= 8 ? 2 : 4;         // vectors of outputs that a tile keeps in registers
-constexpr int kDenseRows = L == 16 ? 12 : L == 8 ? 4 : 1;  // rows that a tile keeps in registers: f32, bf16
+constexpr int kDenseRows = L == 16 ? 12 : L == 8 ? 6 : 1;  // rows that a tile keeps in registers: f32, bf16
 constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 2 : 1;    // int8
 constexpr int kSplitRows = L == 16 ? 4 : L == 8 ? 2 : 1;   // block formats
 
@@ -37,7 +37,7 @@ INLINE U nibble_at(const uint8_t* quants, int j, int v) {
 constexpr int kAhead = 8192, kFewRows = 4;
 
 struct Plain {  // no minimum, one scale a block, 8 steps
-  static constexpr bool kMin = false, kSixBit = true;
+  static constexpr bool kMin = false;
   static constexpr int kParts = 1, kOffset = 0, kSteps = 8;
   static constexpr int kBytes = 0;  // of a block in memory; 0 for one that is near already
   static constexpr ActKind kActs = kActSplit32;
@@ -48,8 +48,7 @@ struct Reader;
 
 template <>
 struct Reader<kInt8> : Plain {
-  static constexpr bool kSixBit = false;
-  static constexpr int kOffset = 7, kSteps = 16;  // weights are stored plus 2^kOffset
+  static constexpr int kBits = 8, kOffset = 7, kSteps = 16;  // weights are stored plus 2^kOffset
   static constexpr int kBytes = kLayouts[kInt8].block;
   static constexpr ActKind kActs = kActByte64;
   const uint8_t* at;
@@ -59,10 +58,10 @@ struct Reader<kInt8> : Plain {
   INLINE F minimum(int) const { return F{}; }
 };
 
-template <Format f, int kBits, bool kWithMin>
+template <Format f, int kWidth, bool kWithMin>
 struct SimpleReader : Plain {
-  static constexpr bool kMin = kWithMin, kSixBit = kBits < 8;
-  static constexpr int kOffset = kWithMin ? 0 : kBits - 1, kBytes = kLayouts[f].block;
+  static constexpr bool kMin = kWithMin;
+  static constexpr int kBits = kWidth, kOffset = kWithMin ? 0 : kBits - 1, kBytes = kLayouts[f].block;
   const uint8_t *at, *q;
   INLINE SimpleReader(const uint8_t* panel, int b) : at(block_at(f, panel, b)), q(at + (kWithMin ? 128 : 64)) {}
   INLINE U quants(int j, int v) const {
@@ -84,10 +83,10 @@ struct Reader<kQ5_1> : SimpleReader<kQ5_1, 5, true> { using SimpleReader::Simple
 template <>
 struct Reader<kQ8_0> : SimpleReader<kQ8_0, 8, false> { using SimpleReader::SimpleReader; };
 
-template <Format f, int kBits>
+template <Format f, int kWidth>
 struct SuperReader : Plain {  // q4_K, q5_K: d * scale * q - dmin * minimum
   static constexpr bool kMin = true;
-  static constexpr int kBytes = kLayouts[f].block;
+  static constexpr int kBits = kWidth, kBytes = kLayouts[f].block;
   const uint8_t *head, *at, *q;
   INLINE SuperReader(const uint8_t* panel, int b)
       : head(header_at(f, panel, b)), at(block_at(f, panel, b)), q(at + 64) {}
@@ -105,7 +104,7 @@ struct Reader<kQ5_K> : SuperReader<kQ5_K, 5> { using SuperReader::SuperReader; }
 
 template <>
 struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half block
-  static constexpr int kParts = 2, kOffset = 5, kBytes = kLayouts[kQ6_K].block;
+  static constexpr int kBits = 6, kParts = 2, kOffset = 5, kBytes = kLayouts[kQ6_K].block;
   const uint8_t *head, *at, *q;
   INLINE Reader(const uint8_t* panel, int b)
       : head(header_at(kQ6_K, panel, b)), at(block_at(kQ6_K, panel, b)), q(at + 64) {}
@@ -122,8 +121,8 @@ struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half b
 template <Format f>
 struct Widened : Plain {
   using Source = Reader<f>;
-  static constexpr bool kMin = Source::kMin, kSixBit = Source::kSixBit;
-  static constexpr int kParts = Source::kParts, kOffset = Source::kOffset;
+  static constexpr bool kMin = Source::kMin;
+  static constexpr int kBits = Source::kBits, kParts = Source::kParts, kOffset = Source::kOffset;
   static constexpr int kScales = kParts + kMin, kWidened = kScales * kStep + 8 * kStep;
   const uint8_t* at;
   INLINE Widened(const uint8_t* scratch, int b) : at(scratch + (int64_t)b * kWidened) {}
@@ -153,6 +152,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
                        const float* channel_scale) {
   constexpr int kInts = R::kActs == kActSplit32 ? 2 : 1;  // integers an activation is made of
   constexpr int kBlock = 4 * R::kSteps, kPartSteps = R::kSteps / R::kParts;
+  constexpr int kSteps = least(kRun<R::kBits>, kPartSteps), kOffset = R::kBits == 8 ? kByteOffset : R::kOffset;
   const uint8_t* groups = acts + groups_at(R::kActs, k);
   F acc[M][kWide] = {};
   for (int b = 0; b * kBlock < k; ++b) {
@@ -166,18 +166,33 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
       I sum[M][kWide], high[M][kWide] = {};
       for (int m = 0; m < M; ++m)
         for (int w = 0; w < kWide; ++w)
-          sum[m][w] = R::kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << R::kOffset : I{};
+          sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kOffset : I{};
 #pragma GCC unroll 16
-      for (int j = part * kPartSteps; j < (part + 1) * kPartSteps; ++j) {
-        U q[kWide];
-        for (int w = 0; w < kWide; ++w) q[w] = block.quants(j, v0 + w);
-        for (int m = 0; m < M; ++m) {
-          const uint8_t* x = a + m * stride + 4 * kInts * j;
-          if (kInts == 2)
-            for (int w = 0; w < kWide; ++w) high[m][w] = dot4<R::kSixBit>(high[m][w], q[w], splat(scalar<uint32_t>(x)));
-          for (int w = 0; w < kWide; ++w)
-            sum[m][w] = dot4<R::kSixBit>(sum[m][w], q[w], splat(scalar<uint32_t>(x + 4 * (kInts - 1))));
+      for (int j0 = part * kPartSteps; j0 < (part + 1) * kPartSteps; j0 += kSteps) {
+        Quads run[M][kWide], high_run[M][kWide];
+        for (int m = 0; m < M; ++m)
+          for (int w = 0; w < kWide; ++w) {
+            run[m][w] = start_quads(sum[m][w]);
+            high_run[m][w] = start_quads(high[m][w]);
+          }
+#pragma GCC unroll 8
+        for (int j = j0; j < j0 + kSteps; ++j) {
+          U q[kWide];
+          for (int w = 0; w < kWide; ++w) q[w] = block.quants(j, v0 + w);
+          for (int m = 0; m < M; ++m) {
+            const uint8_t* x = a + m * stride + 4 * kInts * j;
+            if (kInts == 2)
+              for (int w = 0; w < kWide; ++w)
+                high_run[m][w] = dot4<R::kBits>(high_run[m][w], q[w], splat(scalar<uint32_t>(x)));
+            for (int w = 0; w < kWide; ++w)
+              run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 4 * (kInts - 1))));
+          }
         }
+        for (int m = 0; m < M; ++m)
+          for (int w = 0; w < kWide; ++w) {
+            sum[m][w] = add_quads(sum[m][w], run[m][w]);
+            if (kInts == 2) high[m][w] = add_quads(high[m][w], high_run[m][w]);
+          }
       }
       for (int w = 0; w < kWide; ++w) {
         const F d = block.scale(v0 + w, part);
@@ -209,16 +224,19 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   for (int j = 0; j < steps; ++j) {
     if (M <= kFewRows) fetch(panel + (int64_t)j * kStep + kAhead, kStep);
     const uint8_t* x = acts + (int64_t)j * (kBF16 && !kPairDot ? 8 : 4);
-    for (int i = 0; i < kWide; ++i) {
-      const U w = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
-      for (int m = 0; m < M; ++m) {
-        const uint8_t* at = x + m * stride;
-        if (!kBF16) acc[m][i] = fma((F)w, splat(scalar<float>(at)), acc[m][i]);
-        else if (kPairDot) acc[m][i] = dot2(acc[m][i], w, splat(scalar<uint32_t>(at)));
-        else
-          acc[m][i] = fma(high_bf16(w), splat(scalar<float>(at + 4)),
-                          fma(low_bf16(w), splat(scalar<float>(at)), acc[m][i]));
-      }
+    U w[kWide];
+    for (int i = 0; i < kWide; ++i) w[i] = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
+    if (kBF16 && kPairDot) {
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < kWide; ++i) acc[m][i] = dot2(acc[m][i], w[i], splat(scalar<uint32_t>(x + m * stride)));
+      continue;
+    }
+    for (int half = 0; half < (kBF16 ? 2 : 1); ++half) {
+      F value[kWide];
+      for (int i = 0; i < kWide; ++i) value[i] = !kBF16 ? (F)w[i] : half ? high_bf16(w[i]) : low_bf16(w[i]);
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < kWide; ++i)
+          acc[m][i] = fma(value[i], splat(scalar<float>(x + m * stride + 4 * half)), acc[m][i]);
     }
   }
   for (int m = 0; m < M; ++m)
@@ -229,10 +247,11 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
 
 template <int M, class Tile>
 void rows_of(const Tile& tile, const uint8_t* acts, int64_t stride, int rows, float* out) {
-  for (; rows >= M; rows -= M, acts += M * stride, out += M * kPanel)
-    for (int v0 = 0; v0 < kPanel / L; v0 += kWide) tile.template run<M>(v0, acts, out);
+  const int whole = rows / M;
+  for (int v0 = 0; v0 < kPanel / L; v0 += kWide)  // outside, so that the inner loop's weights stay near
+    for (int i = 0; i < whole; ++i) tile.template run<M>(v0, acts + i * M * stride, out + i * M * kPanel);
   if constexpr (M > 1)
-    if (rows) rows_of<(M > 6 ? 6 : M - 1)>(tile, acts, stride, rows, out);
+    if (rows % M) rows_of<(M > 6 ? 6 : M - 1)>(tile, acts + whole * M * stride, stride, rows % M, out + whole * M * kPanel);
 }
 
 template <class R>
@@ -258,10 +277,104 @@ struct DenseTile {
   }
 };
 
+// ---- Words: many rows meet a panel widened to 16 bits, [half][block]([scales and minima][16] f32, [steps][16][2]). ----
+
+constexpr int kWordRows = kWords ? 6 : 1 << 30;  // fewer do not pay for the widening
+constexpr int kWordTile = 6, kHalf = kPanel / 2, kHalfStep = 4 * kHalf;
+
+template <Format f>
+struct Words {
+  using Source = Reader<f>;
+  static constexpr int kParts = Source::kParts, kSteps = 2 * Source::kSteps, kInputs = 4 * Source::kSteps;
+  static constexpr int kScales = f == kInt8 ? 0 : kParts + Source::kMin, kBlock = (kScales + kSteps) * kHalfStep;
+  static constexpr ActKind kActs = as_words(Source::kActs);
+
+  static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
+    for (int v0 = 0; v0 < kPanel / L; v0 += kWide)
+      for (int b = 0; b < blocks; ++b, out += kBlock) {
+        const Source from(panel, b);
+        fetch(from.at + kAhead, v0 ? 0 : Source::kBytes);
+        for (int w = 0; w < kWide; ++w) {
+          uint8_t* to = out + w * 4 * L;
+          for (int part = 0; part < kScales - Source::kMin; ++part)
+            store(to + part * kHalfStep, from.scale(v0 + w, part));
+          if (Source::kMin) store(to + kParts * kHalfStep, from.minimum(v0 + w));
+          to += kScales * kHalfStep;
+#pragma GCC unroll 16
+          for (int j = 0; j < Source::kSteps; ++j)
+            for (int pair = 0; pair < 2; ++pair)
+              store(to + (2 * j + pair) * kHalfStep,
+                    byte_pair(from.quants(j, v0 + w), pair, Source::kOffset ? 1 << Source::kOffset : 0));
+        }
+      }
+  }
+};
+
+// M rows by half a panel.
+template <class W, int M>
+INLINE void words_tile(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, float* out,
+                       const float* channel_scale) {
+  constexpr int kPartSteps = W::kSteps / W::kParts;
+  const uint8_t* g = acts + groups_at(W::kActs, k);
+  F acc[M][kWide] = {};
+  for (int b = 0; b * W::kInputs < k; ++b, half += W::kBlock, g += sizeof(Group)) {
+    const uint8_t *steps = half + W::kScales * kHalfStep, *x = acts + 2 * (int64_t)b * W::kInputs;
+    for (int part = 0; part < W::kParts; ++part) {
+      I sum[M][kWide] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < kPartSteps; ++j, steps += kHalfStep, x += 4) {
+        U q[kWide];
+        for (int w = 0; w < kWide; ++w) q[w] = load<U>(steps + w * 4 * L);
+        for (int m = 0; m < M; ++m) {
+          const U pair = splat(scalar<uint32_t>(x + m * stride));
+          for (int w = 0; w < kWide; ++w) sum[m][w] = dot2_words(sum[m][w], q[w], pair);
+        }
+      }
+      for (int w = 0; w < kWide; ++w) {
+        const F d = W::kScales ? load<F>(half + part * kHalfStep + w * 4 * L) : splat(1.0f);
+        for (int m = 0; m < M; ++m)
+          acc[m][w] = fma(d * scalar<float>(g + m * stride), to_float(sum[m][w]), acc[m][w]);
+      }
+    }
+    if (W::kScales > W::kParts)
+      for (int w = 0; w < kWide; ++w) {
+        const F low = load<F>(half + W::kParts * kHalfStep + w * 4 * L);
+        for (int m = 0; m < M; ++m)
+          acc[m][w] = fma(low, splat(scalar<float>(g + m * stride + offsetof(Group, scaled_sum))), acc[m][w]);
+      }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int w = 0; w < kWide; ++w)
+      store(out + m * kPanel + w * L, channel_scale ? acc[m][w] * load<F>(channel_scale + w * L) : acc[m][w]);
+}
+
+template <class W, int M>
+void words_rows(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, int rows, float* out,
+                const float* channel_scale) {
+  for (; rows >= M; rows -= M, acts += M * stride, out += M * kPanel)
+    words_tile<W, M>(half, acts, stride, k, out, channel_scale);
+  if constexpr (M > 1)
+    if (rows) words_rows<W, M - 1>(half, acts, stride, k, rows, out, channel_scale);
+}
+
+template <Format f>
+void words_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
+                 const float* channel_scale, float* out) {
+  using W = Words<f>;
+  if constexpr (kWords) {
+    const int blocks = k / W::kInputs;
+    W::widen(panel, blocks, scratch);
+    for (int half = 0; half < 2; ++half)
+      words_rows<W, kWordTile>(scratch + (int64_t)half * blocks * W::kBlock, acts, stride, k, rows, out + half * kHalf,
+                               channel_scale ? channel_scale + half * kHalf : nullptr);
+  }
+}
+
 template <Format f>
 void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
                  float* out) {
   const int padded = (int)padded_inputs(f, k);
+  if (kWords && rows >= kWordRows) return words_panel<f>(panel, padded, acts, stride, rows, scratch, nullptr, out);
   if (f != kQ8_0 && rows > 2 * kSplitRows) {
     Widened<f>::widen(panel, padded / 32, scratch);
     rows_of<kSplitRows>(BlockTile<Widened<f>>{scratch, stride, padded, nullptr}, acts, stride, rows, out);
@@ -270,8 +383,8 @@ void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t strid
   }
 }
 
-// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart. scratch: room for a
-// widened panel (scratch_bytes).
+// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, integers as words from
+// kWordRows rows on. scratch: room for a widened panel (widened_bytes).
 void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                    uint8_t* scratch, float* out) {
   switch (f) {
@@ -280,6 +393,8 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kInt8: {
       const int padded = (int)padded_inputs(f, k);
       const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);
+      if (kWords && rows >= kWordRows)
+        return words_panel<kInt8>(panel, padded, acts, stride, rows, scratch, scale, out);
       return rows_of<kByteRows>(BlockTile<Reader<kInt8>>{panel, stride, padded, scale}, acts, stride, rows, out);
     }
     case kQ4_0: return block_panel<kQ4_0>(panel, k, acts, stride, rows, scratch, out);

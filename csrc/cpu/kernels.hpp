@@ -8,6 +8,7 @@ namespace martlet {
 
 struct Kernels {
   bool pair_dot;  // queries of a bf16 cache are bf16 too, else f32
+  int word_rows;  // from so many rows on, integer activations are words (as_words)
   void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);
   void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                         uint8_t* scratch, float* out);

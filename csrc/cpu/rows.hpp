@@ -43,8 +43,9 @@ INLINE void put_lanes(void* out, V v, int64_t bytes) {
 
 template <ActKind kKind>
 INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
-  constexpr int kGroup = kKind == kActSplit32 ? 32 : 64, kVectors = kGroup / L;
-  constexpr float kMost = kKind == kActSplit32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
+  constexpr bool kLong = kKind == kActSplit32 || kKind == kActWord32;
+  constexpr int kGroup = kLong ? 32 : 64, kVectors = kGroup / L;
+  constexpr float kMost = kLong ? 16256.0f : 127.0f;  // 16256 = 128 * 127
   uint8_t* groups = out + groups_at(kKind, k);
   for (int g = 0; g * kGroup < k; ++g) {
     F v[kVectors], peak = {};
@@ -58,7 +59,9 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
     for (int i = 0; i < kVectors; ++i) {
       const I q = round_to_int(v[i] * inverse);
       halves[i * 2 / kVectors] += q;
-      if (kKind == kActByte64) {
+      if (kKind == kActWord32 || kKind == kActWord64) {
+        store(out + 2 * (g * kGroup + i * L), to_words(q));
+      } else if (kKind == kActByte64) {
         store(out + g * kGroup + i * L, to_bytes(q));
       } else {
         const I high = (q + 64) >> 7;
@@ -80,6 +83,8 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
   switch (kind) {
     case kActSplit32: return quantise<kActSplit32>(x, norm, factor, k, out);
     case kActByte64: return quantise<kActByte64>(x, norm, factor, k, out);
+    case kActWord32: return quantise<kActWord32>(x, norm, factor, k, out);
+    case kActWord64: return quantise<kActWord64>(x, norm, factor, k, out);
     case kActBF16:
       for (int i = 0; i < k; i += L) {
         const Halves v = to_bf16(normed(x, norm, factor, i, least(L, k - i)));

@@ -68,9 +68,9 @@ INLINE F max(F a, F b) { return a > b ? a : b; }
 INLINE F min(F a, F b) { return a < b ? a : b; }
 INLINE F abs(F a) { return (F)((U)a & 0x7fffffffu); }
 template <class T>
-INLINE T least(T a, T b) { return a < b ? a : b; }
+constexpr INLINE T least(T a, T b) { return a < b ? a : b; }
 template <class T>
-INLINE T most(T a, T b) { return a > b ? a : b; }
+constexpr INLINE T most(T a, T b) { return a > b ? a : b; }
 
 INLINE F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
@@ -122,26 +122,69 @@ INLINE bool any(I mask) {  // of a comparison
 #endif
 }
 
-// acc[i] += sum of four u8 * s8 products, exactly. Six-bit weights take a shorter way on AVX2.
-template <bool kSixBit>
-INLINE I dot4(I acc, U weights, U acts) {
+// Sums of four products of weights (u8, of kBits) and activations (s8, above -128) are exact and go into a Quads:
+// up to kRun of them, then add_quads puts them into 32-bit sums. Eight-bit weights are stored plus 128; whether the
+// products still hold that offset says kByteOffset. AVX2 has only pairs that saturate 16 bits: narrow weights leave
+// room there for several pairs, and eight-bit ones shed their offset and hand their sign to the activations, so that
+// no pair exceeds 2 * 128 * 127.
 #if defined(__AVX512VNNI__)
+constexpr int kByteOffset = 7;
+template <int kBits>
+constexpr int kRun = 1;
+typedef I Quads;
+template <int kBits>
+INLINE Quads dot4(Quads acc, U weights, U acts) {
   return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, (__m512i)acts);
+}
+INLINE Quads start_quads(I sum) { return sum; }
+INLINE I add_quads(I, Quads run) { return run; }
 #elif defined(__AVX512F__)
 #error "the AVX-512 build needs VNNI"
 #elif defined(__AVX2__)
-  const __m256i w = (__m256i)weights, a = (__m256i)acts, ones = _mm256_set1_epi16(1);
-  if (kSixBit) return acc + (I)_mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones);
-  // u8 * s8 pairs would saturate 16 bits: split w = 128 + signed part, both of which fit.
-  const __m256i high = _mm256_set1_epi8((char)0x80), part = _mm256_xor_si256(w, high);
-  const __m256i low = _mm256_maddubs_epi16(_mm256_abs_epi8(part), _mm256_sign_epi8(a, part));
-  return acc + (I)_mm256_madd_epi16(low, ones) + (I)_mm256_madd_epi16(_mm256_maddubs_epi16(high, a), ones);
+constexpr int kByteOffset = 0;
+template <int kBits>
+constexpr int kRun = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+typedef int16_t Quads __attribute__((vector_size(4 * L)));  // two 16-bit sums in each lane
+template <int kBits>
+INLINE Quads dot4(Quads acc, U weights, U acts) {
+  const __m256i w = (__m256i)weights, a = (__m256i)acts;
+  if (kBits < 8) return acc + (Quads)_mm256_maddubs_epi16(w, a);
+  const __m256i part = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
+  return acc + (Quads)_mm256_maddubs_epi16(_mm256_abs_epi8(part), _mm256_sign_epi8(a, part));
+}
+INLINE Quads start_quads(I) { return Quads{}; }
+INLINE I add_quads(I sum, Quads run) { return sum + (I)_mm256_madd_epi16((__m256i)run, _mm256_set1_epi16(1)); }
 #else
+constexpr int kByteOffset = 7;
+template <int kBits>
+constexpr int kRun = 1;
+typedef I Quads;
+template <int kBits>
+INLINE Quads dot4(Quads acc, U weights, U acts) {
   for (int shift = 0; shift < 32; shift += 8)
     acc += (I)((weights >> shift) & 255u) * ((I)(acts << (24 - shift)) >> 24);
   return acc;
-#endif
 }
+INLINE Quads start_quads(I sum) { return sum; }
+INLINE I add_quads(I, Quads run) { return run; }
+#endif
+
+// Whether many rows are better multiplied as 16-bit words, two in a lane: without VNNI that takes half the operations.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kWords = true;
+INLINE I dot2_words(I acc, U a, U b) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+// Bytes 0 and 1, or 2 and 3, of each lane as words minus an offset.
+INLINE U byte_pair(U bytes, int pair, int offset) {
+  const __m128i low = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+  const __m128i high = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+  const __m256i words = _mm256_shuffle_epi8((__m256i)bytes, _mm256_broadcastsi128_si256(pair ? high : low));
+  return (U)_mm256_sub_epi16(words, _mm256_set1_epi16((short)offset));
+}
+#else
+constexpr bool kWords = false;
+INLINE I dot2_words(I acc, U, U) { return acc; }
+INLINE U byte_pair(U bytes, int, int) { return bytes; }
+#endif
 
 // Two bf16 in each 32-bit lane, as two vectors of floats.
 INLINE F low_bf16(U pairs) { return (F)(pairs << 16); }
@@ -210,7 +253,15 @@ INLINE F load_bytes(const int8_t* p) {
 #endif
 }
 
-// The low bytes of L integers.
+// The low halves and the low bytes of L integers.
+INLINE Halves to_words(I v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packs_epi32((__m256i)v, (__m256i)v);  // all fit
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector((U)v, Halves);
+#endif
+}
 INLINE Bytes to_bytes(I v) {
 #if defined(__AVX512F__)
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);

@@ -48,7 +48,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
   const auto reserve_linear = [&](const Matrix& w) {
-    const int64_t row = act_bytes(kLayouts[w.format].act, w.k);
+    const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
     acts = std::max(acts, rows * row);
     for (Own& own : own_) {
       own.acts.reserve(kOwnRows * row);
@@ -109,7 +109,7 @@ void Executor::warm(const Worker& worker, const Matrix& w) const {
 
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
                                  float eps, const int32_t* index, int rows) {
-  const ActKind kind = kLayouts[w.format].act;
+  const ActKind plain = kLayouts[w.format].act, kind = rows < kernels_.word_rows ? plain : as_words(plain);
   const int64_t bytes = act_bytes(kind, w.k);
   uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
   const auto work = [&](int begin, int end) {
