@@ -117,6 +117,7 @@ def test_deploy_reads_keys_limits_and_defaults(monkeypatch, tmp_path):
         (["--api_key_file", "no/such/file"], "api_key_file"),
         (["--max_requests_per_key", "2"], "max_requests_per_key"),
         (["--request_timeout", "0"], "request_timeout"),
+        (["--adapter_dir", "no/such/folder"], "adapter_dir"),
         (["--temperature", "-1"], "temperature"),
     ],
 )

@@ -76,6 +76,8 @@ def run(options: DeployOptions) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, got {options.port}", param="port")
+    if options.adapter_dir is not None and not Path(options.adapter_dir).is_dir():
+        raise UsageError(f"--adapter_dir: there is no folder {options.adapter_dir}", param="adapter_dir")
     keys = (*options.api_key, *_read_keys(options.api_key_file))
     limits = _limits(options, keys)
     from martlet import server

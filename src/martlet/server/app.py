@@ -15,7 +15,7 @@ from martlet._version import __version__
 from martlet.backends.base import Backend
 from martlet.chat import Template
 from martlet.errors import MartletError
-from martlet.server import adapters, chat, completions, embeddings, models, operations, tokens
+from martlet.server import adapters, chat, completions, embeddings, messages, models, operations, responses, tokens
 from martlet.server.errors import describe, describe_validation
 from martlet.server.gate import Gate
 from martlet.server.options import Limits
@@ -53,7 +53,7 @@ def create_app(
     )
     app = FastAPI(title="Martlet", version=__version__)
     app.state.service = service
-    for room in (models, chat, completions, embeddings, tokens, adapters, operations):
+    for room in (models, chat, completions, responses, messages, embeddings, tokens, adapters, operations):
         app.include_router(room.router)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_error)
@@ -70,10 +70,10 @@ def create_app(
     return app
 
 
-async def _on_invalid(_request: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return describe_validation(error.errors()).response()
+    return describe_validation(error.errors()).response(request.scope)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return describe(error, request.scope["martlet.record"].id).response()
+    return describe(error, request.scope["martlet.record"].id).response(request.scope)

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from martlet.chat import CallStart, Content, Delta, Parser, Reasoning
+from martlet.chat import CallStart, Content, Delta, Parser, Reasoning, Template
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
@@ -42,20 +42,14 @@ async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
 async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     model = service.model_name(body.model)
     ignored = extra_fields(body) + check_stream_options(body)
-    if service.template is None:
-        raise ApiError(400, f"{model} has no chat template; use /v1/completions", param="model")
-    template = service.template
+    template = chat_template(service, model)
     logprobs = chat_logprobs(body, service.backend.max_logprobs)
     max_tokens = chat_max_tokens(body)
     params = sampling_params(
         body, service.defaults, ends=(template.stop_ids, template.stop), max_tokens=max_tokens, logprobs=logprobs
     )
     params.check_vocabulary(service.backend.vocab_size)
-    messages = chat_messages(body, service.limits)
-    style = prompt_style(body)
-    ids = await off_loop(text_size(body), lambda: template.render(messages, **style))
-    if not ids:
-        raise InvalidRequest("messages make an empty prompt", param="messages")
+    ids = await chat_prompt(service, body)
     service.check_length(len(ids), max_tokens, "messages")
     name = f"chatcmpl-{request_id}"
     stream = bool(body.stream)
@@ -72,6 +66,23 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         ignored=ignored,
         own_stops=frozenset((*template.stop_ids, *template.stop)) - asked_stops(body),
     )
+
+
+def chat_template(service: Service, model: str) -> Template:
+    if service.template is None:
+        raise ApiError(400, f"{model} has no chat template; use /v1/completions", param="model")
+    return service.template
+
+
+async def chat_prompt(service: Service, body: ChatBody) -> list[int]:
+    """Token ids of a conversation."""
+    template = chat_template(service, service.model_name(body.model))
+    messages = chat_messages(body, service.limits)
+    style = prompt_style(body)
+    ids = await off_loop(text_size(body), lambda: template.render(messages, **style))
+    if not ids:
+        raise InvalidRequest("messages make an empty prompt", param="messages")
+    return ids
 
 
 class ChatShape(ChunkedShape):

@@ -10,12 +10,21 @@ from typing import Any
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from martlet.errors import InvalidRequest, MartletError, ModelNotFound, Overloaded
 
 log = logging.getLogger("martlet.server")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _CODES = {InvalidRequest: None, ModelNotFound: "model_not_found", Overloaded: "overloaded"}
 
 
@@ -50,14 +59,28 @@ class Problem:
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
 
-    def response(self) -> Response:
-        return Response(orjson.dumps(self.body), self.status, self.headers, media_type="application/json")
+    def response(self, scope: Scope) -> Response:
+        """In the shape of the API that was called."""
+        path = scope.get("raw_path") or b""
+        anthropic = path == b"/v1/messages" or path.startswith(b"/v1/messages/")
+        body = anthropic_body(self, scope["martlet.record"].id) if anthropic else self.body
+        return Response(orjson.dumps(body), self.status, self.headers, media_type="application/json")
 
 
 def problem(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Problem:
     kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
     return Problem(status, {"error": error}, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def anthropic_body(found: Problem, request_id: str) -> dict[str, Any]:
+    """The body that Anthropic's clients read; the field at fault stands in the message."""
+    error = found.body["error"]
+    kind = _ANTHROPIC_TYPES.get(found.status) or ("invalid_request_error" if found.status < 500 else "api_error")
+    param, message = error["param"], error["message"]
+    if param and param not in message:
+        message = f"{param}: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def describe(error: BaseException, request_id: str) -> Problem:

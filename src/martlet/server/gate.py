@@ -66,13 +66,13 @@ class Gate:
         try:
             refused = self._refusal(scope, path, record)
             if refused is not None:
-                await refused.response()(scope, receive, tagged_send)
+                await refused.response(scope)(scope, receive, tagged_send)
             else:
                 await self._app(scope, self._bounded(receive), tagged_send)
         except Exception as error:
             found = describe(error, record.id)
             if status == 0:
-                await found.response()(scope, receive, tagged_send)
+                await found.response(scope)(scope, receive, tagged_send)
         finally:
             self._running[record.key] -= not probe
             service.leave(record.id)

@@ -81,13 +81,20 @@ def chat_max_tokens(body: ChatBody) -> int | None:
     return limit
 
 
-def extra_fields(body: Body, prefix: str = "") -> list[str]:
-    """Names of fields that had no effect. Raises ApiError for one that we know and would have to honour."""
+def extra_fields(
+    body: Body, prefix: str = "", unsupported_fields: Mapping[str, tuple[Any, ...]] = UNSUPPORTED
+) -> list[str]:
+    """Names of fields that had no effect. Raises ApiError for one that we know and would have to honour.
+
+    unsupported_fields: name -> values besides null that ask for nothing.
+    """
     ignored = []
     for name, value in (body.model_extra or {}).items():
-        if name not in UNSUPPORTED:
+        if name not in unsupported_fields:
             ignored.append(prefix + name)
-        elif value is not None and not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
+            continue
+        idle = unsupported_fields[name]
+        if value is not None and not any(type(value) is type(same) and value == same for same in idle):
             raise unsupported(prefix + name)
     return ignored
 

@@ -26,11 +26,10 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class GenerationBody(Body):
-    """What chat completions and completions share. Bounds are checked by SamplingParams, once for every door."""
+class SamplingBody(Body):
+    """What all generating endpoints share. Bounds are checked by SamplingParams, once for every door."""
 
     model: str | None = None
-    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -43,15 +42,21 @@ class GenerationBody(Body):
     stop_token_ids: Integers | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     logit_bias: LogitBias = None
     allowed_token_ids: Integers | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     priority: int | None = None
     cache_salt: str | None = None
+
+
+class GenerationBody(SamplingBody):
+    """What chat completions and completions share besides."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    stream_options: StreamOptions | None = None
 
 
 class CompletionBody(GenerationBody):
