@@ -40,7 +40,9 @@ def test_every_route_but_health_needs_a_key(app, url):
         response = httpx.request(method, url + path)
         assert response.status_code == (200 if path in ("/health", "/ready") else 401), path
         if response.status_code == 401:
-            assert response.json()["error"]["code"] == "invalid_api_key"
+            error = response.json()["error"]
+            assert error["type"] == "authentication_error"
+            assert error.get("code") == (None if path.startswith("/v1/messages") else "invalid_api_key")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -79,6 +81,17 @@ def test_the_client_sees_an_authentication_error(url):
         "/HEALTH",
         "/v1//models",
         "http://health/v1/models",
+        "//v1/models",
+        "/v1/../v1/models",
+        "/ready/../v1/models",
+        "/v1/%6dodels",
+        "/%76%31/models",
+        "/v1/models%00",
+        "/health%00/../v1/models",
+        "/health\\..\\v1\\models",
+        "/health;/../v1/models",
+        "/.%2e/v1/models",
+        "*",
     ],
 )
 def test_no_spelling_of_a_path_gets_around(url, target):
