@@ -89,8 +89,9 @@ INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, in
 }
 
 // Softmax over positions lo ... hi - 1 of a chunk (relative), which may be none; the weights of all others become 0.
+// cap: of the scores, 0 for none.
 template <Kv kKind>
-INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, float* peak, float* total) {
+INLINE void softmax(float* scores, int lo, int hi, int tiles, float cap, uint8_t* weights, float* peak, float* total) {
   const I lane = [] {
     I v;
     for (int i = 0; i < L; ++i) v[i] = i;
@@ -101,6 +102,7 @@ INLINE void softmax(float* scores, int lo, int hi, int tiles, uint8_t* weights, 
   for (int i = lo / L * L; i < hi; i += L) {
     const I at = lane + i;
     F s = load<F>(scores + i);
+    if (cap != 0.0f) s = capped(s, cap);
     s = (at >= lo) & (at < hi) ? s : lowest;
     store(scores + i, s);
     best = max(best, s);
@@ -164,7 +166,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   for (int r = 0; r < rows; ++r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
-    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, weights + (int64_t)r * kChunk * C::kBytes,
+    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, op.softcap, weights + (int64_t)r * kChunk * C::kBytes,
                    part.peak + r, part.total + r);
   }
   values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);

@@ -18,6 +18,8 @@ struct Kernels {
   void (*attend_chunk)(const AttentionOp&, const AttentionTask&, int chunk, float* scratch, Softmax part);
   void (*merge_chunk)(int rows, int dim, Softmax state, Softmax part);
   void (*finish_attention)(const AttentionOp&, const AttentionTask&, Softmax state);
+  void (*norm_add)(const float* x, const float* norm, float eps, int n, float* y);
+  void (*soft_cap)(float* x, int n, float cap);
   void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
   // scratch: sampler_bytes(n). seen: n zeros, left as zeros.
   int (*sample)(const Sampling&, const int32_t* tokens, int known, const float* logits, int n, void* scratch,

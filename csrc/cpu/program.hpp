@@ -18,21 +18,23 @@ struct Matrix {
   int32_t reserved;
 };
 
-enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead };
+enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead, kNormAdd, kRoute, kExperts, kCombine };
 
-// y[t] = row tokens[t] of the table.
+// y[t] = row tokens[t] of the table, times scale.
 struct EmbedOp {
   Matrix table;
   float* y;
   int64_t y_stride;  // in elements, as all strides of activations
+  float scale;
+  int32_t reserved;
 };
 
-// cosines[t][i], sines[t][i] of position(t) * frequency[i].
+// cosines[t][i], sines[t][i] of position(t) * frequency[i], times magnitude.
 struct AnglesOp {
   const double* frequencies;
   float *cosines, *sines;  // [T][half]
   int32_t half;
-  int32_t reserved;
+  float magnitude;
 };
 
 enum Activation : int32_t { kSilu, kGeluTanh, kGelu };
@@ -75,7 +77,45 @@ struct AttentionOp {
   int32_t window;       // tokens seen, itself included; 0: all
   int32_t bf16;         // cache of bf16, else f32
   float scale, eps;
+  float softcap;  // scores s become softcap * tanh(s / softcap); 0: they stay
+};
+
+// y += rmsnorm(x) of [T][n].
+struct NormAddOp {
+  const float* x;
+  const float* norm;
+  float* y;
+  int64_t x_stride, y_stride;
+  int32_t n;
+  float eps;
+};
+
+// Each token's `active` experts, those rated highest, and their weights: softmax over all ratings, or over the chosen.
+// A token and one of its experts are a pair. Pairs sorted by expert are what ExpertsOp works on until the next RouteOp.
+struct RouteOp {
+  const float* ratings;  // [T][count]
+  int64_t stride;
+  int32_t count, active, renormalise;
   int32_t reserved;
+};
+
+// `linear` with the matrix of each pair's expert. x: rows of tokens if `gather`, else of pairs in their order; y: rows
+// of pairs in their order. linear.w is that of any expert, for its sizes.
+struct ExpertsOp {
+  LinearOp linear;
+  const Matrix* experts;  // [count]
+  int32_t gather;
+  int32_t reserved;
+};
+
+// y[t] (+)= weighted sum of the token's pairs, plus sigmoid(gate[t]) * shared[t] (gate null: times 1; shared null: none).
+struct CombineOp {
+  const float* pairs;
+  const float *shared, *gate;
+  float* y;
+  int64_t pairs_stride, shared_stride, gate_stride, y_stride;
+  int32_t n;
+  int32_t add;
 };
 
 // Logits of the queries' tokens, and what is asked of them.
@@ -85,7 +125,7 @@ struct HeadOp {
   const float* norm;
   int64_t x_stride;
   float eps;
-  int32_t reserved;
+  float softcap;  // of the logits; 0: none
 };
 
 struct Op {

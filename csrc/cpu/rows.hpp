@@ -154,6 +154,25 @@ void finish(const LinearOp& op, int panel, const float* products, int row0, int 
   }
 }
 
+// y += x, normed.
+void norm_add(const float* x, const float* norm, float eps, int n, float* y) {
+  const float factor = rms_factor(x, n, eps);
+  int i = 0;
+  for (; i + L <= n; i += L) store(y + i, load<F>(y + i) + normed(x, norm, factor, i, L));
+  for (; i < n; ++i) y[i] += x[i] * factor * norm[i];
+}
+
+// x = cap * tanh(x / cap).
+void soft_cap(float* x, int n, float cap) {
+  for (int i = 0; i < n; i += L) {
+    const int lanes = least(L, n - i);
+    F v = {};
+    if (lanes == L) v = load<F>(x + i);
+    else std::memcpy(&v, x + i, 4 * (size_t)lanes);
+    put_lanes(x + i, capped(v, cap), 4 * lanes);
+  }
+}
+
 // out = head x, normed when `norm` is given, rotated, times scale.
 INLINE void rotate_head(const AttentionOp& op, const float* x, const float* norm, const float* cosines,
                         const float* sines, float scale, float* out) {

@@ -316,5 +316,11 @@ INLINE F exp(F x) {
   return x < -87.3f ? F{} : scaled;
 }
 
+// cap * tanh(x / cap), from the exponential of a number that is never positive.
+INLINE F capped(F x, float cap) {
+  const F e = exp(abs(x) * (-2.0f / cap)), y = (1.0f - e) / (1.0f + e) * cap;
+  return x < 0.0f ? -y : y;
+}
+
 }  // namespace MARTLET_ISA
 }  // namespace martlet

@@ -33,6 +33,10 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
           attention(worker, *(const AttentionOp*)ops[i].op);
           break;
         case kHead: head(worker, *(const HeadOp*)ops[i].op); break;
+        case kNormAdd: norm_add(worker, *(const NormAddOp*)ops[i].op); break;
+        case kRoute: route(worker, *(const RouteOp*)ops[i].op); break;
+        case kExperts: experts(worker, *(const ExpertsOp*)ops[i].op); break;
+        case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
       }
   });
 }
@@ -45,19 +49,23 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
     for (int i = 0; i < batch.count[s]; ++i) tokens_.push_back({s, batch.start[s] + i});
   decode_ = (int)tokens_.size() == batch.n_seqs;
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
+  int64_t times = 1;  // rows a token has in the linears of experts
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
   const auto reserve_linear = [&](const Matrix& w) {
     const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
-    acts = std::max(acts, rows * row);
+    acts = std::max(acts, times * rows * row);
     for (Own& own : own_) {
       own.acts.reserve(kOwnRows * row);
       own.panel.reserve(widened_bytes(w.k));
-      own.products.reserve(rows * kPanel * 4);
+      own.products.reserve(times * rows * kPanel * 4);
     }
   };
   for (int i = 0; i < n_ops; ++i) {
     if (ops[i].kind == kLinear) reserve_linear(((const LinearOp*)ops[i].op)->w);
+    if (ops[i].kind == kRoute) times = ((const RouteOp*)ops[i].op)->active;
+    if (ops[i].kind == kExperts) reserve_linear(((const ExpertsOp*)ops[i].op)->linear.w);
+    if (ops[i].kind == kCombine) times = 1;
     if (ops[i].kind == kAttention) {
       const AttentionOp& op = *(const AttentionOp*)ops[i].op;
       if (!plan_of(op)) plans_.push_back(plan(op));
@@ -107,9 +115,14 @@ void Executor::warm(const Worker& worker, const Matrix& w) const {
   for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(w.panels + at, 0, 2);
 }
 
+ActKind Executor::act_kind(const Matrix& w, int rows) const {
+  const ActKind plain = kLayouts[w.format].act;
+  return rows < kernels_.word_rows ? plain : as_words(plain);
+}
+
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
                                  float eps, const int32_t* index, int rows) {
-  const ActKind plain = kLayouts[w.format].act, kind = rows < kernels_.word_rows ? plain : as_words(plain);
+  const ActKind kind = act_kind(w, rows);
   const int64_t bytes = act_bytes(kind, w.k);
   uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
   const auto work = [&](int begin, int end) {
@@ -127,7 +140,10 @@ void Executor::embed(Worker& worker, const EmbedOp& op) {
     for (int t = begin; t < end; ++t) {
       const int token = batch_->tokens[batch_->rows[tokens_[t].seq] * batch_->tokens_stride + tokens_[t].position];
       const uint8_t* panel = op.table.panels + token / kPanel * panel_bytes(format, op.table.k);
-      unpack_row(format, panel, token % kPanel, op.table.k, op.y + t * op.y_stride);
+      float* y = op.y + t * op.y_stride;
+      unpack_row(format, panel, token % kPanel, op.table.k, y);
+      if (op.scale != 1.0f)
+        for (int i = 0; i < op.table.k; ++i) y[i] *= op.scale;
     }
   });
 }
@@ -138,8 +154,8 @@ void Executor::angles(Worker& worker, const AnglesOp& op) {
     for (int64_t t = begin; t < end; ++t)
       for (int i = 0; i < op.half; ++i) {
         const double angle = tokens_[t].position * op.frequencies[i];
-        op.cosines[t * op.half + i] = (float)std::cos(angle);
-        op.sines[t * op.half + i] = (float)std::sin(angle);
+        op.cosines[t * op.half + i] = (float)(std::cos(angle) * op.magnitude);
+        op.sines[t * op.half + i] = (float)(std::sin(angle) * op.magnitude);
       }
   });
 }
@@ -296,7 +312,11 @@ void Executor::head(Worker& worker, const HeadOp& op) {
           const float* row = products + r * kPanel;
           const int slot = logit_slot_[first + r];
           if (slot < 0) kernels_.take_best(row, p * kPanel, columns, &best[first + r].value, &best[first + r].token);
-          else std::copy(row, row + columns, logits + (int64_t)slot * vocab + p * kPanel);
+          else {
+            float* to = logits + (int64_t)slot * vocab + p * kPanel;
+            std::copy(row, row + columns, to);
+            if (op.softcap != 0.0f) kernels_.soft_cap(to, columns, op.softcap);
+          }
         }
       }
     });

@@ -64,6 +64,16 @@ class Executor {
     const uint8_t* acts;
     int64_t stride;
   };
+  // Where the tokens of a mixture of experts go. Pair p = token * active + choice.
+  struct Routing {
+    int active = 0;
+    std::vector<int32_t> expert;   // of each pair
+    std::vector<float> weight;     // of each pair
+    std::vector<int32_t> place;    // of each pair among the pairs sorted by expert
+    std::vector<int32_t> token;    // of each sorted pair
+    std::vector<int32_t> first;    // [experts + 1], where each expert's pairs begin
+    std::vector<int32_t> working;  // experts that have any
+  };
 
   void lay_out(const Op* ops, int n_ops, const Batch& batch);
   Plan plan(const AttentionOp& op) const;
@@ -75,8 +85,13 @@ class Executor {
   void attention(Worker&, const AttentionOp&);
   void attend(Worker&, const AttentionOp&, const Plan&, const Task&);
   void head(Worker&, const HeadOp&);
+  void norm_add(Worker&, const NormAddOp&);
+  void route(Worker&, const RouteOp&);
+  void experts(Worker&, const ExpertsOp&);
+  void combine(Worker&, const CombineOp&);
   Rows prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
                const int32_t* index, int rows);
+  ActKind act_kind(const Matrix&, int rows) const;  // what rows are turned into when so many meet a matrix
   void warm(const Worker&, const Matrix&) const;
   void store_key_value(const AttentionOp&, int token, int kv_head) const;
   const int32_t* table(int seq) const { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; }
@@ -93,6 +108,7 @@ class Executor {
   std::vector<Token> tokens_;
   bool decode_ = false;  // one token of each sequence
   std::vector<Plan> plans_;
+  Routing routing_;
   std::vector<int32_t> query_tokens_, logit_slot_;
   Scratch acts_, queries_, parts_, logits_;
   std::unique_ptr<std::atomic<int>[]> done_;  // finished chunks of each split (tile, kv head)

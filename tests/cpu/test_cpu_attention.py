@@ -48,7 +48,7 @@ class Layer:
         op = self.op
         op.qkv, op.y, op.qkv_stride, op.y_stride = qkv.ctypes.data, y.ctypes.data, qkv.shape[1], y.shape[1]
         op.cosines, op.sines = cosines.ctypes.data, sines.ctypes.data
-        angles = c.AnglesOp(self.frequencies.ctypes.data, cosines.ctypes.data, sines.ctypes.data, half)
+        angles = c.AnglesOp(self.frequencies.ctypes.data, cosines.ctypes.data, sines.ctypes.data, half, 1.0)
         batch, *_ = self.rows.batch(rows, start, count)
         self.executor.run(c.Program([angles, op]), batch)
         return y

@@ -47,7 +47,13 @@ class Matrix(ctypes.Structure):
 
 class EmbedOp(ctypes.Structure):
     KIND = 0
-    _fields_ = [("table", Matrix), ("y", c_void_p), ("y_stride", c_int64)]
+    _fields_ = [
+        ("table", Matrix),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("scale", c_float),
+        ("reserved", c_int32),
+    ]
 
 
 class AnglesOp(ctypes.Structure):
@@ -57,7 +63,7 @@ class AnglesOp(ctypes.Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("half", c_int32),
-        ("reserved", c_int32),
+        ("magnitude", c_float),
     ]
 
 
@@ -100,7 +106,7 @@ class AttentionOp(ctypes.Structure):
         ("bf16", c_int32),
         ("scale", c_float),
         ("eps", c_float),
-        ("reserved", c_int32),
+        ("softcap", c_float),
     ]
 
 
@@ -112,11 +118,57 @@ class HeadOp(ctypes.Structure):
         ("norm", c_void_p),
         ("x_stride", c_int64),
         ("eps", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class NormAddOp(ctypes.Structure):
+    KIND = 5
+    _fields_ = [
+        ("x", c_void_p),
+        ("norm", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("y_stride", c_int64),
+        ("n", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class RouteOp(ctypes.Structure):
+    KIND = 6
+    _fields_ = [
+        ("ratings", c_void_p),
+        ("stride", c_int64),
+        ("count", c_int32),
+        ("active", c_int32),
+        ("renormalise", c_int32),
         ("reserved", c_int32),
     ]
 
 
-AnyOp = EmbedOp | AnglesOp | LinearOp | AttentionOp | HeadOp
+class ExpertsOp(ctypes.Structure):
+    KIND = 7
+    _fields_ = [("linear", LinearOp), ("experts", c_void_p), ("gather", c_int32), ("reserved", c_int32)]
+
+
+class CombineOp(ctypes.Structure):
+    KIND = 8
+    _fields_ = [
+        ("pairs", c_void_p),
+        ("shared", c_void_p),
+        ("gate", c_void_p),
+        ("y", c_void_p),
+        ("pairs_stride", c_int64),
+        ("shared_stride", c_int64),
+        ("gate_stride", c_int64),
+        ("y_stride", c_int64),
+        ("n", c_int32),
+        ("add", c_int32),
+    ]
+
+
+AnyOp = EmbedOp | AnglesOp | LinearOp | AttentionOp | HeadOp | NormAddOp | RouteOp | ExpertsOp | CombineOp
 
 
 class Op(ctypes.Structure):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +19,20 @@ from martlet.kernels.cpu.program import (
     AnglesOp,
     AnyOp,
     AttentionOp,
+    CombineOp,
     EmbedOp,
     Epilogue,
+    ExpertsOp,
     HeadOp,
     LinearOp,
     Matrix,
+    NormAddOp,
     Program,
+    RouteOp,
     address,
 )
-from martlet.model.rope import inverse_frequencies
-from martlet.model.spec import Attention, DecoderSpec, FeedForward, Layer, Rope
+from martlet.model.rope import inverse_frequencies, magnitude
+from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
 from martlet.runners.cpu_runner.packing import Packer, Precision, contiguous, source_format
 
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
@@ -45,6 +51,33 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Dense:
+    """A feed-forward: one linear up, or gate and up where their formats differ."""
+
+    up: list[Linear]
+    down: Linear
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*self.up, self.down]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts. up, down: one linear an expert; their matrices stand in arrays that C reads."""
+
+    router: Linear
+    up: list[Linear]
+    down: list[Linear]
+    shared: Dense | None
+    shared_gate: Linear | None
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*self.up, *self.down, *(self.shared.linears if self.shared else [])]
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """The linears of one layer in the order they run, and its norms (float32)."""
 
@@ -53,9 +86,14 @@ class Block:
     q_norm: np.ndarray | None
     k_norm: np.ndarray | None
     o: Linear
+    attn_post_norm: np.ndarray | None
     mlp_norm: np.ndarray
-    up: list[Linear]
-    down: Linear
+    mlp: Dense | Mixture
+    mlp_post_norm: np.ndarray | None
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*self.qkv, self.o, *self.mlp.linears]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +108,10 @@ def check(spec: DecoderSpec, block_size: int) -> None:
     """Raise BackendUnavailable for a decoder that the kernels cannot run."""
     if block_size % KV_GROUP:
         raise BackendUnavailable(f"the native CPU kernels want KV blocks of a multiple of {KV_GROUP}, not {block_size}")
-    if spec.features:
-        raise BackendUnavailable(f"the native CPU kernels have no {' and no '.join(spec.features)}")
+    if any(layer.mlp.experts and (layer.mlp.bias or not layer.mlp.gated) for layer in spec.layers):
+        raise BackendUnavailable("the native CPU kernels run experts that are gated and have no biases")
+    if any(layer.mlp.experts and layer.mlp.experts.shared and layer.post_norms for layer in spec.layers):
+        raise BackendUnavailable("the native CPU kernels have no shared experts with a norm behind")
     for attention in {layer.mixer for layer in spec.layers}:
         if attention.head_dim % 16 or attention.head_dim > MAX_HEAD_DIM:
             raise BackendUnavailable(
@@ -123,24 +163,49 @@ class Decoder:
         return linears
 
     def _block(self, layer: Layer, tensors: dict[str, Tensor]) -> Block:
+        added = Epilogue.STORE if layer.post_norms else Epilogue.ADD
+        post = layer.post_norms
         return Block(
             attn_norm=_floats(tensors["attn_norm"]),
             qkv=self._linears(["q", "k", "v"], tensors, Epilogue.STORE),
             q_norm=_floats(tensors["q_norm"]) if layer.mixer.qk_norm else None,
             k_norm=_floats(tensors["k_norm"]) if layer.mixer.qk_norm else None,
-            o=self._linears(["o"], tensors, Epilogue.ADD)[0],
+            o=self._linears(["o"], tensors, added)[0],
+            attn_post_norm=_floats(tensors["attn_post_norm"]) if post else None,
             mlp_norm=_floats(tensors["mlp_norm"]),
-            up=self._up(layer.mlp, tensors),
-            down=self._linears(["down"], tensors, Epilogue.ADD)[0],
+            mlp=self._mixture(layer.mlp, tensors) if layer.mlp.experts else self._dense(layer.mlp, tensors, added),
+            mlp_post_norm=_floats(tensors["mlp_post_norm"]) if post else None,
         )
 
-    def _up(self, mlp: FeedForward, tensors: dict[str, Tensor]) -> list[Linear]:
+    def _dense(self, mlp: FeedForward, tensors: Mapping[str, Tensor], added: Epilogue, at: str = "") -> Dense:
+        return Dense(self._up(mlp, tensors, at), self._linears([at + "down"], tensors, added)[0])
+
+    def _mixture(self, mlp: FeedForward, tensors: Mapping[str, Tensor]) -> Mixture:
+        experts = mlp.experts
+        assert experts is not None
+        each = [self._dense(mlp, tensors, Epilogue.STORE, f"experts.{n}.") for n in range(experts.count)]
+        if any(len(one.up) > 1 for one in each):
+            raise BackendUnavailable("the native CPU kernels want gate and up of an expert in one format")
+        return Mixture(
+            router=self._router(tensors["router"]),
+            up=[one.up[0] for one in each],
+            down=[one.down for one in each],
+            shared=self._dense(mlp, tensors, Epilogue.STORE, "shared.") if experts.shared else None,
+            shared_gate=self._router(tensors["shared_gate"]) if experts.shared_gated else None,
+        )
+
+    def _router(self, tensor: Tensor) -> Linear:
+        """A small matrix that decides where tokens go: as precise as the file has it."""
+        matrix = self._table(tensor, Precision("stored"))
+        return Linear(matrix, None, matrix.n)
+
+    def _up(self, mlp: FeedForward, tensors: Mapping[str, Tensor], at: str = "") -> list[Linear]:
         if not mlp.gated:
-            return self._linears(["up"], tensors, Epilogue.ACTIVATE)
-        gate, up = tensors["gate"], tensors["up"]
+            return self._linears([at + "up"], tensors, Epilogue.ACTIVATE)
+        gate, up = tensors[at + "gate"], tensors[at + "up"]
         if source_format(gate) != source_format(up):
-            (first,) = self._linears(["gate"], tensors, Epilogue.ACTIVATE)
-            (second,) = self._linears(["up"], tensors, Epilogue.MULTIPLY)
+            (first,) = self._linears([at + "gate"], tensors, Epilogue.ACTIVATE)
+            (second,) = self._linears([at + "up"], tensors, Epilogue.MULTIPLY)
             return [first, second]
         matrix = self._packer.interleave(gate, up, self.precision.target(source_format(gate)))
         bias = None
@@ -148,7 +213,7 @@ class Decoder:
             sides = np.zeros((2, matrix.n // 2), np.float32)
             sides[0, : mlp.hidden], sides[1, : mlp.hidden] = _floats(tensors["gate.bias"]), _floats(tensors["up.bias"])
             bias = np.ascontiguousarray(sides.reshape(2, -1, PANEL // 2).swapaxes(0, 1)).reshape(-1)
-        return [Linear(matrix, bias, mlp.hidden, Epilogue.GATED)]
+        return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED)]
 
     def caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """Zeroed KV memory, in whole cache lines; the system gives pages only as they are written."""
@@ -156,29 +221,41 @@ class Decoder:
         sizes = [layer.mixer.kv_size * block_size * element for layer in self.spec.layers]
         return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
-    def program(self, tokens: int, caches: list[Cache]) -> Program:
-        """The whole step, for at most `tokens` tokens."""
-        return _Builder(self, tokens, caches).build()
+    def program(self, tokens: int, caches: list[Cache], longest: int) -> Program:
+        """The whole step, for at most `tokens` tokens of sequences of up to `longest`."""
+        return _Builder(self, tokens, caches, longest).build()
 
 
 class _Builder:
     """Lists the operations and owns the activations between them, float32 [tokens, size]."""
 
-    def __init__(self, decoder: Decoder, tokens: int, caches: list[Cache]):
-        self.decoder, self.tokens, self.caches = decoder, tokens, caches
+    def __init__(self, decoder: Decoder, tokens: int, caches: list[Cache], longest: int):
+        self.decoder, self.tokens, self.caches, self.longest = decoder, tokens, caches, longest
         layers = decoder.spec.layers
+        self.keep: list[Any] = [decoder]
         self.x = self._buffer(decoder.spec.width)
         self.qkv = self._buffer(max(layer.mixer.q_size + 2 * layer.mixer.kv_size for layer in layers))
         self.mixed = self._buffer(max(layer.mixer.q_size for layer in layers))
-        self.hidden = self._buffer(max(layer.mlp.hidden for layer in layers))
-        self.keep: list[np.ndarray | Decoder] = [decoder, self.x, self.qkv, self.mixed, self.hidden]
+        mixtures = [layer.mlp.experts for layer in layers if layer.mlp.experts]
+        self.hidden = self._buffer(
+            max(layer.mlp.experts.shared if layer.mlp.experts else layer.mlp.hidden for layer in layers)
+        )
+        # What is normed before it is added, or weighted.
+        needed = bool(mixtures) or any(layer.post_norms for layer in layers)
+        self.y = self._buffer(decoder.spec.width if needed else 0)
+        if mixtures:
+            pairs = max(experts.active for experts in mixtures)
+            self.ratings, self.gate = self._buffer(max(experts.count for experts in mixtures)), self._buffer(1)
+            self.expert_hidden = self._buffer(max(x.mlp.hidden for x in layers if x.mlp.experts), pairs)
+            self.expert_y = self._buffer(decoder.spec.width, pairs)
 
-    def _buffer(self, size: int) -> np.ndarray:
-        return np.zeros((self.tokens, size), np.float32)
+    def _buffer(self, size: int, times: int = 1) -> np.ndarray:
+        self.keep.append(np.zeros((self.tokens * times, size), np.float32))
+        return self.keep[-1]
 
     def build(self) -> Program:
         decoder, spec = self.decoder, self.decoder.spec
-        ops: list[AnyOp] = [EmbedOp(decoder.embed, address(self.x), self.x.shape[1])]
+        ops: list[AnyOp] = [EmbedOp(decoder.embed, address(self.x), self.x.shape[1], spec.embedding_scale)]
         angles: dict[Rope, AnglesOp] = {}
         for rope in dict.fromkeys(layer.mixer.rope for layer in spec.layers):
             angles[rope] = self._angles(rope)
@@ -186,22 +263,64 @@ class _Builder:
         for layer, block, cache in zip(spec.layers, decoder.blocks, self.caches, strict=True):
             ops += [self._linear(one, self.x, self.qkv, norm=block.attn_norm) for one in block.qkv]
             ops.append(self._attention(layer.mixer, block, cache, angles[layer.mixer.rope]))
-            ops.append(self._linear(block.o, self.mixed, self.x))
-            ops += [
-                self._linear(one, self.x, self.hidden, norm=block.mlp_norm, activation=layer.mlp.activation)
-                for one in block.up
-            ]
-            ops.append(self._linear(block.down, self.hidden, self.x))
-        ops.append(HeadOp(decoder.head, address(self.x), address(decoder.norm), self.x.shape[1], spec.eps))
+            to = self.y if layer.post_norms else self.x
+            ops.append(self._linear(block.o, self.mixed, to))
+            if block.attn_post_norm is not None:
+                ops.append(self._norm_add(block.attn_post_norm))
+            if isinstance(block.mlp, Mixture):
+                assert layer.mlp.experts is not None
+                ops += self._mixture(layer.mlp, layer.mlp.experts, block.mlp, block.mlp_norm, to)
+            else:
+                ops += self._dense(layer.mlp, block.mlp, block.mlp_norm, to)
+            if block.mlp_post_norm is not None:
+                ops.append(self._norm_add(block.mlp_post_norm))
+        cap = spec.logit_softcap or 0.0
+        ops.append(HeadOp(decoder.head, address(self.x), address(decoder.norm), self.x.shape[1], spec.eps, cap))
         program = Program(ops)
         program.keep = self.keep
         return program
 
+    def _dense(self, mlp: FeedForward, weights: Dense, norm: np.ndarray, to: np.ndarray) -> list[AnyOp]:
+        up = [self._linear(one, self.x, self.hidden, norm=norm, activation=mlp.activation) for one in weights.up]
+        return [*up, self._linear(weights.down, self.hidden, to)]
+
+    def _mixture(
+        self, mlp: FeedForward, experts: Experts, weights: Mixture, norm: np.ndarray, to: np.ndarray
+    ) -> list[AnyOp]:
+        ops: list[AnyOp] = [self._linear(weights.router, self.x, self.ratings, norm=norm)]
+        stride = self.ratings.shape[1]
+        ops.append(RouteOp(address(self.ratings), stride, experts.count, experts.active, experts.renormalise))
+        up = self._linear(weights.up[0], self.x, self.expert_hidden, norm=norm, activation=mlp.activation)
+        ops.append(ExpertsOp(up, self._matrices(weights.up), True))
+        down = self._linear(weights.down[0], self.expert_hidden, self.expert_y)
+        ops.append(ExpertsOp(down, self._matrices(weights.down), False))
+        shared = gate = None
+        if weights.shared is not None:
+            shared = address(self.y)
+            ops += self._dense(mlp, weights.shared, norm, self.y)
+        if weights.shared_gate is not None:
+            ops.append(self._linear(weights.shared_gate, self.x, self.gate, norm=norm))
+            gate = address(self.gate)
+        width, strides = self.decoder.spec.width, (self.expert_y.shape[1], self.y.shape[1], 1, to.shape[1])
+        ops.append(CombineOp(address(self.expert_y), shared, gate, address(to), *strides, width, to is self.x))
+        return ops
+
+    def _matrices(self, linears: list[Linear]) -> int:
+        """The address of their matrices in a row."""
+        array = (Matrix * len(linears))(*(linear.matrix for linear in linears))
+        self.keep.append(array)
+        return ctypes.addressof(array)
+
+    def _norm_add(self, norm: np.ndarray) -> NormAddOp:
+        strides = self.y.shape[1], self.x.shape[1]
+        width, eps = self.decoder.spec.width, self.decoder.spec.eps
+        return NormAddOp(address(self.y), address(norm), address(self.x), *strides, width, eps)
+
     def _angles(self, rope: Rope) -> AnglesOp:
-        frequencies = np.ascontiguousarray(inverse_frequencies(rope))
+        frequencies = np.ascontiguousarray(inverse_frequencies(rope, self.longest))
+        self.keep.append(frequencies)
         cosines, sines = self._buffer(rope.dim // 2), self._buffer(rope.dim // 2)
-        self.keep += [frequencies, cosines, sines]
-        return AnglesOp(address(frequencies), address(cosines), address(sines), rope.dim // 2)
+        return AnglesOp(address(frequencies), address(cosines), address(sines), rope.dim // 2, magnitude(rope))
 
     def _linear(
         self, linear: Linear, x: np.ndarray, y: np.ndarray, *, norm: np.ndarray | None = None, activation: str = "silu"
@@ -241,6 +360,7 @@ class _Builder:
             bf16=self.decoder.precision.kv_bf16,
             scale=attention.scale,
             eps=self.decoder.spec.eps,
+            softcap=attention.softcap or 0.0,
         )
 
 

@@ -139,7 +139,7 @@ class CpuRunner:
         ends = np.cumsum(count, dtype=np.int32)
         if ends[-1] > self._capacity:
             self._capacity = int(ends[-1])
-            self.program = self.decoder.program(self._capacity, self.caches)
+            self.program = self.decoder.program(self._capacity, self.caches, self.memory.max_model_len)
         sequences = np.flatnonzero(batch.sample)
         drafted = np.zeros(len(rows), np.int32) if batch.drafts is None else self._put_drafts(batch, rows)
         queries, owners = self._sample_queries(rows, ends, sequences, drafted)
@@ -266,7 +266,7 @@ def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
 
 def _describe(decoder: Decoder) -> str:
     """Which formats the matrices run in: 'q4_1 weights, q8_0 head, bfloat16 KV'."""
-    linears = [one for block in decoder.blocks for one in (*block.qkv, block.o, *block.up, block.down)]
+    linears = [one for block in decoder.blocks for one in block.linears]
     formats = dict.fromkeys(c.Format(one.matrix.format).name.lower() for one in linears)
     head = c.Format(decoder.head.format).name.lower()
     return f"{'/'.join(formats)} weights, {head} head, {'bf16' if decoder.precision.kv_bf16 else 'f32'} KV"
