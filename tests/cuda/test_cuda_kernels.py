@@ -88,6 +88,48 @@ def test_linear_with_all_around_it(dtype, programs, gated):
     assert close(out, residual.float() + x.float() @ matrix[:n].float().T, dtype)
 
 
+def test_fp8_rows_out_of_norm_and_activation():
+    x, delta, gain = randn(3, 200), randn(3, 200), randn(200)
+    want = OPS.rms_norm(x + delta, gain, 1e-5)
+    for got, plain in (
+        (layers.add_rms_norm(x.clone(), delta, gain, 1e-5, fp8=True), want),
+        (layers.activation(x, "silu", True, fp8=True), OPS.activation(x.clone(), FeedForward(100))),
+        (layers.in_fp8(x), x),
+    ):
+        values, scales = in_fp8(plain)
+        assert torch.allclose(got.scales, scales, rtol=1e-5)
+        assert (got.values.float() - values.float()).abs().max() <= 32  # a step at the top, where sums round otherwise
+        assert ((from_fp8(got.values, got.scales) - plain).norm() / plain.norm()) < 0.04
+
+
+def fp8_linear(n: int, k: int, bias: bool = True) -> tuple[linear.Linear, torch.Tensor]:
+    """(weights, their matrix as it is multiplied)."""
+    values, scales = in_fp8(randn(n, k, scale=k**-0.5) * torch.rand(n, 1, device=DEVICE))
+    return linear.Linear(values, randn(n) if bias else None, scales), from_fp8(values, scales)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_linear_of_one_row_with_fp8_weights(gated):
+    k, n = 200, 37
+    x, gain, residual = randn(1, k), randn(k), randn(1, n)
+    weight, matrix = fp8_linear(2 * n if gated else n, k)
+    want = OPS.rms_norm(x, gain, 1e-5) @ matrix.T + weight.bias
+    want = OPS.activation(want, FeedForward(n, gated=gated)) + residual
+    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual)
+    assert close(got, want)
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 48), (37, 40)])  # sizes that torch's product takes, and others
+def test_product_with_fp8_weights(n, k):
+    x = randn(3, k)
+    weight, matrix = fp8_linear(n, k)
+    rows = layers.in_fp8(x)
+    want = from_fp8(rows.values, rows.scales) @ matrix.T + weight.bias
+    out = torch.empty(3, n, device=DEVICE)
+    assert close(linear.product(x, weight, torch.float32), want, torch.bfloat16)
+    assert close(linear.product(rows, weight, torch.float32, out=out), want, torch.bfloat16) and out.any()
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_rotation_norm_and_cache_write(name):
     case = make_case(name, start=[3, 0, 17, 5], count=[1, 6, 1, 2])

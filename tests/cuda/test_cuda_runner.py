@@ -13,12 +13,15 @@ from engines import CONFIGS, answers, card, check, options, requests
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
 from martlet.errors import UsageError
 from martlet.kernels.cuda import prefill_attention
-from martlet.runners.cuda_runner import CudaRunner
+from martlet.model.weights import read_spec
+from martlet.runners.cuda_runner import CudaRunner, weights
 from martlet.runners.cuda_runner.decoder import StepTensors
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep, Mixed
 from martlet.runners.torch_runner import TorchRunner
+from martlet.sampling_params import SamplingParams
 
 gpu = pytest.mark.gpu
 
@@ -35,15 +38,31 @@ def test_the_engine_answers_as_on_the_reference():
     runner.close()
 
 
-def test_keys_and_values_in_fp8_change_log_probabilities_little():
-    plain = TorchRunner(card("qwen3"), options("cpu"))
-    want = answers(plain, max_tokens=2)
-    runner = CudaRunner(card("qwen3"), options(DEVICE, kv_dtype="fp8"), step_tokens=64)
-    assert runner.memory.bytes_per_token == plain.memory.bytes_per_token // 4 + 2 * 2 * 4  # a scale each, two layers
-    got = answers(runner, max_tokens=2)
-    differences = [abs(a.logprob - b.logprob) for key in want for a, b in zip(got[key][2], want[key][2], strict=True)]
-    assert len(differences) == 8 and 0 < np.mean(differences) < 0.01
+def test_weights_keys_and_values_in_fp8_change_log_probabilities_little():
+    plain = TorchRunner(card("llama"), options("cpu"))
+    runner = CudaRunner(card("llama"), options(DEVICE, quant="fp8", kv_dtype="fp8"), step_tokens=64)
+    assert runner.memory.bytes_per_token == plain.memory.bytes_per_token // 4 + 2 * 2 * 2 * 4  # and the scales
+    params = SamplingParams(temperature=0, max_tokens=2, n=2, logprobs=1, prompt_logprobs=1, ignore_eos=True)
+    found = []
+    for one in (plain, runner):
+        outputs = drain(Engine(one), [Request("0", list(range(30, 49)), params)])
+        found.append([e.logprob for o in outputs for e in (*(o.prompt_logprobs or [None])[1:], o.logprobs[0])])
+    assert len(found[0]) >= 20 and 0 < np.abs(np.subtract(*found)).mean() < 0.02
     runner.close()
+
+
+def test_fp8_weights_are_those_of_the_checkpoint_with_a_scale_a_row():
+    spec = read_spec(card("qwen2"))
+    plain, small = (
+        weights.load(card("qwen2"), spec, torch.device("cpu"), torch.float32, fp8=fp8) for fp8 in (False, True)
+    )
+    for one, other in zip(plain.blocks, small.blocks, strict=True):
+        for name in ("qkv", "o", "up", "down"):
+            want, got = getattr(one, name), getattr(other, name)
+            assert got.matrix.dtype == torch.float8_e4m3fn and not want.fp8
+            error = (got.matrix.float() * got.scales[:, None] - want.matrix).abs()
+            assert (error <= want.matrix.abs() / 16 + got.scales[:, None] / 512).all()
+    assert torch.equal(plain.head.matrix, small.head.matrix) and small.nbytes < plain.nbytes
 
 
 def test_a_kind_of_kv_memory_that_a_runner_lacks_is_refused_by_name():

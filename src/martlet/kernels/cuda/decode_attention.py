@@ -248,7 +248,7 @@ def decode_attention(
     cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B]. scales: as in
     `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight.
     """
-    batch, block_d = len(q), triton.next_power_of_2(spec.head_dim)
+    batch, block_d = len(q), max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim))
     kept = cache if scales is None else cache.view(torch.int16)
     tile = tile or tile_for(batch, spec, fp8=scales is not None)
     # float32 is for comparing with the reference; without tensor cores large tiles only spill

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,10 @@ from martlet.kernels.cuda.launch import wait
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """silu, gelu_tanh or gelu of float32 x."""
-    if ACTIVATION == "silu":
+    """silu, gelu_tanh or gelu of float32 x; "" leaves it."""
+    if ACTIVATION == "":
+        return x
+    elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
@@ -21,6 +25,34 @@ def activate(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "gelu")
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def to_three_bits(x):
+    """float32 x with the mantissa of e4m3, nearest and ties to even: Triton's interpreter would lose a carry there."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_fp8(out, scales, t, k, x, mask, WIDTH):
+    """Row t of out, e4m3, and its scale: the largest of x comes to 448."""
+    unit = tl.maximum(tl.max(tl.where(mask, tl.abs(x), 0.0), 0), 1e-30) * (1.0 / 448.0)
+    tl.store(out + t.to(tl.int64) * WIDTH + k, to_three_bits(x / unit).to(out.dtype.element_ty), mask=mask)
+    tl.store(scales + t, unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """Rows in e4m3: values float8_e4m3fn [T, K], to be multiplied by scales float32 [T]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+def _room_for_fp8(count: int, width: int, device: torch.device) -> Fp8:
+    values = torch.empty(count, width, dtype=torch.float8_e4m3fn, device=device)
+    return Fp8(values, torch.empty(count, dtype=torch.float32, device=device))
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "changes"], do_not_specialize=["changes_stride"])
@@ -84,8 +116,8 @@ def scatter(state: torch.Tensor, changes: torch.Tensor) -> None:
 
 
 @triton.jit(do_not_specialize_on_alignment=["picks"])
-def _norm(x, delta, gain, out, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.constexpr, BLOCK: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+def _norm(x, delta, gain, out, scales, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.constexpr, FP8: tl.constexpr,
+          BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     t = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     mask = k < WIDTH
@@ -99,7 +131,10 @@ def _norm(x, delta, gain, out, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.co
             tl.store(x + source * WIDTH + k, v, mask=mask)
     v = v.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(v * v) / WIDTH + eps)
-    tl.store(out + t.to(tl.int64) * WIDTH + k, (v * scale * g).to(out.dtype.element_ty), mask=mask)
+    if FP8:
+        _store_fp8(out, scales, t, k, v * scale * g, mask, WIDTH)
+    else:
+        tl.store(out + t.to(tl.int64) * WIDTH + k, (v * scale * g).to(out.dtype.element_ty), mask=mask)
 
 
 def add_rms_norm(
@@ -108,22 +143,32 @@ def add_rms_norm(
     gain: torch.Tensor,
     eps: float,
     picks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone."""
+    fp8: bool = False,
+) -> torch.Tensor | Fp8:
+    """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone.
+
+    fp8: as Fp8.
+    """
     count, width = len(x) if picks is None else len(picks), x.shape[1]
-    out = x.new_empty(count, width)
+    out = _room_for_fp8(count, width, x.device) if fp8 else x.new_empty(count, width)
     if count:
         block = triton.next_power_of_2(width)
         launch.run(
             _norm, (count,),
-            x, x if delta is None else delta, gain, out, gain if picks is None else picks, width, eps,
-            ADD=delta is not None, PICK=picks is not None, BLOCK=block, warps=min(max(block // 512, 1), 16),
+            x, x if delta is None else delta, gain, *_places(out), gain if picks is None else picks, width, eps,
+            ADD=delta is not None, PICK=picks is not None, FP8=fp8, BLOCK=block, warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return out
 
 
+def _places(out: torch.Tensor | Fp8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, scales) for a kernel; without scales the values stand in for them."""
+    return (out.values, out.scales) if isinstance(out, Fp8) else (out, out)
+
+
 @triton.jit
-def _activation(x, out, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _activation(x, out, scales, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FP8: tl.constexpr,
+                BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = k < HIDDEN
@@ -131,14 +176,25 @@ def _activation(x, out, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.constexpr, B
     y = activate(tl.load(x + t * HIDDEN * (2 if GATED else 1) + k, mask=mask).to(tl.float32), ACTIVATION)
     if GATED:
         y *= tl.load(x + t * HIDDEN * 2 + HIDDEN + k, mask=mask).to(tl.float32)
-    tl.store(out + t * HIDDEN + k, y.to(out.dtype.element_ty), mask=mask)
+    if FP8:
+        _store_fp8(out, scales, t, k, y, mask, HIDDEN)
+    else:
+        tl.store(out + t * HIDDEN + k, y.to(out.dtype.element_ty), mask=mask)
 
 
-def activation(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
-    """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x)."""
+def activation(x: torch.Tensor, kind: str, gated: bool, fp8: bool = False) -> torch.Tensor | Fp8:
+    """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x). fp8: as Fp8."""
     count, hidden = x.shape[0], x.shape[1] // (2 if gated else 1)
-    out = x.new_empty(count, hidden)
-    block = min(triton.next_power_of_2(hidden), 1024)
-    grid = count, triton.cdiv(hidden, block)
-    launch.run(_activation, grid, x, out, hidden, GATED=gated, ACTIVATION=kind, BLOCK=block)
+    out = _room_for_fp8(count, hidden, x.device) if fp8 else x.new_empty(count, hidden)
+    block = triton.next_power_of_2(hidden)
+    block = block if fp8 else min(block, 1024)  # a row's scale takes all of it
+    launch.run(
+        _activation, (count, triton.cdiv(hidden, block)), x, *_places(out), hidden,
+        GATED=gated, ACTIVATION=kind, FP8=fp8, BLOCK=block, warps=min(max(block // 512, 4), 16),
+    )  # fmt: skip
     return out
+
+
+def in_fp8(x: torch.Tensor) -> Fp8:
+    """x [T, K] as it is, in FP8."""
+    return activation(x, "", False, fp8=True)

@@ -10,28 +10,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.launch import wait
-from martlet.kernels.cuda.layers import activate
+from martlet.kernels.cuda.layers import Fp8, activate, in_fp8
 
 OVERLAP_BYTES = 24 << 20  # matrices up to this size overlap with their predecessor; longer reads are disturbed by it
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """matrix [out, in] (gated: [2 * out, in], gate rows then up rows), bias of as many entries or None."""
+    """matrix [out, in] (gated: [2 * out, in], gate rows then up rows), bias of as many entries or None.
+
+    scales: float32, one a row, if the matrix is float8_e4m3fn and to be multiplied by them.
+    """
 
     matrix: torch.Tensor
     bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    @property
+    def fp8(self) -> bool:
+        return self.scales is not None
 
 
 @triton.jit
 def _one_row(
-    x, gain, w, bias, residual, out, eps, N, K,
-    NORM: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, gain, w, scales, bias, residual, out, eps, N, K,
+    SCALED: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # The weights of the next piece, of this block of outputs or of the program's next one, are always under way.
@@ -77,6 +87,10 @@ def _one_row(
             scale = 1.0 / tl.sqrt(tl.sum(squares) / K + eps)
             y *= scale
             up *= scale
+        if SCALED:
+            y *= tl.load(scales + n, mask=inside, other=0.0)
+            if GATED:
+                up *= tl.load(scales + N + n, mask=inside, other=0.0)
         if BIAS:
             y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
             if GATED:
@@ -100,8 +114,13 @@ class Tile:
     programs: int | None = None
 
 
-def tile_for(n: int, k: int) -> Tile:
-    """The fastest tile of those measured on an H200 for a product with n outputs (gated: pairs of rows), k inputs."""
+def tile_for(n: int, k: int, *, fp8: bool = False) -> Tile:
+    """The fastest tile of those measured on an H200 for a product with n outputs (gated: pairs of rows), k inputs.
+
+    FP8: as many bytes at a time, so twice the inputs.
+    """
+    if fp8:
+        return Tile(4, 1024, 4) if n * k >= 1 << 24 or n >= 16 * launch.num_sms() else Tile(4, 1024, 8)
     if n * k >= 1 << 24:
         return Tile(4, 512, 4)
     return Tile(8, 512, 4) if n >= 16 * launch.num_sms() else Tile(4, 1024, 8)
@@ -127,15 +146,39 @@ def linear(
     k = x.shape[1]
     n = weight.matrix.shape[0] // (2 if gated else 1)
     out = x.new_empty(1, n, dtype=dtype or x.dtype) if out is None else out
-    tile = tile or tile_for(n, k)
+    tile = tile or tile_for(n, k, fp8=weight.fp8)
     blocks = triton.cdiv(n, tile.block_n)
     programs = blocks if tile.programs is None else min(blocks, tile.programs * launch.num_sms())
     launch.run(
         _one_row, (programs,),
-        x, x if gain is None else gain, weight.matrix, x if weight.bias is None else weight.bias,
-        x if residual is None else residual, out, eps, n, k,
-        NORM=gain is not None, GATED=gated, ACTIVATION=activation, BIAS=weight.bias is not None,
+        x, x if gain is None else gain, weight.matrix, x if weight.scales is None else weight.scales,
+        x if weight.bias is None else weight.bias, x if residual is None else residual, out, eps, n, k,
+        SCALED=weight.fp8, NORM=gain is not None, GATED=gated, ACTIVATION=activation, BIAS=weight.bias is not None,
         RESIDUAL=residual is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN=k % tile.block_k == 0,
         warps=tile.warps, overlap=weight.matrix.nbytes <= OVERLAP_BYTES,
     )  # fmt: skip
     return out
+
+
+def product(x: torch.Tensor | Fp8, weight: Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ matrix.T + bias for many rows -> [T, N] of `dtype`, in `out` if given. FP8 weights turn x into FP8.
+
+    cuBLAS for plain weights; for FP8 ones torch's product of rows with scales, which wants sizes in multiples of 16.
+    """
+    if weight.scales is None:
+        assert isinstance(x, torch.Tensor)
+        if out is None:
+            return F.linear(x, weight.matrix, weight.bias)
+        if weight.bias is None:
+            return torch.mm(x, weight.matrix.T, out=out)
+        return torch.addmm(weight.bias, x, weight.matrix.T, out=out)
+    x = x if isinstance(x, Fp8) else in_fp8(x)
+    if all(size % 16 == 0 for size in weight.matrix.shape):
+        result = torch._scaled_mm(
+            x.values, weight.matrix.T, scale_a=x.scales[:, None], scale_b=weight.scales[None], out_dtype=torch.bfloat16
+        )
+    else:
+        result = (x.values.float() @ weight.matrix.float().T) * x.scales[:, None] * weight.scales
+    if weight.bias is not None:
+        result = result + weight.bias
+    return result.to(dtype) if out is None else out.copy_(result)

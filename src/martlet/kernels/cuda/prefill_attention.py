@@ -136,6 +136,8 @@ def prefill_attention(
     block_m = block_m or queries_for(q.dtype)
     if q.dtype == torch.float32:
         block_n, warps = min(block_n, 32), 4
+    if scales is not None:
+        stages = min(stages, 2)  # three spill registers
     bytes_a_row = 2 * triton.next_power_of_2(spec.head_dim) * q.element_size()
     while block_n * bytes_a_row * stages + block_m * bytes_a_row // 2 > 200 << 10 and block_n > 16:
         block_n //= 2  # keys and values of all stages, and the queries, share 227 KiB

@@ -8,17 +8,11 @@ import triton.language as tl
 
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.launch import wait
+from martlet.kernels.cuda.layers import to_three_bits
 from martlet.model.spec import Attention
 
 HEADS_A_PROGRAM = 8  # twice as many where there are tokens enough to fill the GPU
 MANY_TOKENS = 1024
-
-
-@triton.jit
-def to_three_bits(x):
-    """float32 x with the mantissa of e4m3, nearest and ties to even: Triton's interpreter would lose a carry there."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])

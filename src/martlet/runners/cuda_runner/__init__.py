@@ -60,8 +60,8 @@ class CudaRunner:
         step_tokens: int = STEP_TOKENS,
     ):
         """Load `card`. progress(done, total) counts parameters. Raises any of martlet.errors."""
-        if options.quant is not None:
-            raise UsageError(f"quant {options.quant!r}: this runner has none yet", param="quant")
+        if options.quant not in (None, "fp8"):
+            raise UsageError(f"quant {options.quant!r}: the CUDA runner has fp8", param="quant")
         if options.dtype not in DTYPES:
             raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
         self.device = _device(options.device)
@@ -75,7 +75,9 @@ class CudaRunner:
         clock = _Clock()
         with torch.inference_mode():
             free = _free_memory(self.device)
-            loaded = load_weights(card, spec, self.device, self.dtype, seed=options.seed, progress=progress)
+            loaded = load_weights(
+                card, spec, self.device, self.dtype, fp8=options.quant == "fp8", seed=options.seed, progress=progress
+            )
             clock.lap(f"weights of {card.name}", self.device)
             self.memory = self._plan(options, free, loaded.nbytes)
             self.decoder = Decoder(spec, loaded, self.memory.max_model_len)

@@ -1,7 +1,8 @@
 """The one decoder on a GPU: which kernels a step is, from token rows to logits.
 
 Two ways through a layer. A step of one token reads weights and little else: six fused kernels a layer. A wider one is
-cuBLAS for the products and light kernels between them.
+cuBLAS for the products and light kernels between them. With FP8 weights the first reads half the bytes, and the second
+multiplies FP8 by FP8, made where the product's input is made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
-from martlet.kernels.cuda.linear import Linear, linear
+from martlet.kernels.cuda.layers import Fp8
+from martlet.kernels.cuda.linear import Linear, linear, product
 from martlet.model.rope import rotation_table
 from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
 from martlet.runners.cuda_runner.weights import Block, Weights
@@ -120,12 +122,12 @@ class Decoder:
     ) -> torch.Tensor:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
         eps, mlp = self.spec.eps, layer.mlp
-        y = layers.add_rms_norm(x, delta, block.attn_norm, eps)
-        qkv = _product(y, block.qkv, max((first + padded for first, _, padded in step.fresh), default=0))
-        y = self._attend(qkv, layer.mixer, block, number, step, state)
-        y = layers.add_rms_norm(x, F.linear(y, block.o.matrix, block.o.bias), block.mlp_norm, eps)
-        hidden = layers.activation(F.linear(y, block.up.matrix, block.up.bias), mlp.activation, mlp.gated)
-        return F.linear(hidden, block.down.matrix, block.down.bias)
+        y = layers.add_rms_norm(x, delta, block.attn_norm, eps, fp8=block.qkv.fp8)
+        rows = max((first + padded for first, _, padded in step.fresh), default=0)
+        y = self._attend(_padded(y, block.qkv, len(x), rows, x.dtype), layer.mixer, block, number, step, state)
+        y = layers.add_rms_norm(x, product(y, block.o, x.dtype), block.mlp_norm, eps, fp8=block.up.fp8)
+        hidden = layers.activation(product(y, block.up, x.dtype), mlp.activation, mlp.gated, fp8=block.down.fp8)
+        return product(hidden, block.down, x.dtype)
 
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
@@ -159,14 +161,11 @@ def _fresh(qkv: torch.Tensor, first: int, count: int, padded: int, spec: Attenti
     return prefill_attention.fresh_attention(qkv[first : first + padded], count, spec)
 
 
-def _product(x: torch.Tensor, weight: Linear, rows: int) -> torch.Tensor:
-    """x @ matrix.T + bias, followed by zeros up to `rows` rows."""
-    if rows <= len(x):
-        return F.linear(x, weight.matrix, weight.bias)
-    out = x.new_empty(rows, len(weight.matrix))
-    out[len(x) :] = 0
-    if weight.bias is None:
-        torch.mm(x, weight.matrix.T, out=out[: len(x)])
-    else:
-        torch.addmm(weight.bias, x, weight.matrix.T, out=out[: len(x)])
+def _padded(y: torch.Tensor | Fp8, weight: Linear, count: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """The product of y [count, K], followed by zeros up to `rows` rows."""
+    if rows <= count:
+        return product(y, weight, dtype)
+    out = torch.empty(rows, len(weight.matrix), dtype=dtype, device=weight.matrix.device)
+    out[count:] = 0
+    product(y, weight, dtype, out=out[:count])
     return out

@@ -6,7 +6,8 @@ GPU empties one while the other fills. A dummy checkpoint's weights repeat, so o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from martlet.kernels.cuda.linear import Linear
 from martlet.model import weights
 from martlet.model.spec import DecoderSpec, Layer
 
+FP8_MAX = 448.0  # of e4m3
 STAGE_BYTES = 32 << 20  # a pinned buffer; tensors go through in pieces of this size
 
 
@@ -51,22 +53,28 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    fp8: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """All parameters of `card` on `device`. progress(done, total) counts parameters. Raises CheckpointError."""
-    places, keep = allocate(spec, device, dtype)
+    """All parameters of `card` on `device`. progress(done, total) counts parameters. Raises CheckpointError.
+
+    fp8: the layers' matrices become e4m3 with a scale a row; embedding, norms and head stay in `dtype`.
+    """
+    places, keep = allocate(spec, device, dtype, fp8=fp8)
     if card.format == "dummy":
         dummy = DummyCheckpoint(seed)
         for name, place in places.items():
-            _repeat(dummy.random(name, (min(place.numel(), PERIOD),)), place)
+            with place.filled(dtype) as values:
+                _repeat(dummy.random(name, (min(values.numel(), PERIOD),)), values)
     else:
         checkpoint = open_checkpoint(card)
         stage = Stage(device)
         try:
             for done, (name, tensor) in enumerate(weights.load(card, spec, checkpoint), 1):
                 array = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor
-                stage.copy(np.ascontiguousarray(array), places[name])
+                with places[name].filled(dtype) as values:
+                    stage.copy(np.ascontiguousarray(array), values)
                 if progress is not None:
                     progress(done, len(places))
         finally:
@@ -80,9 +88,34 @@ def load(
     return keep
 
 
-def allocate(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Weights]:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a parameter goes: a view of a fused tensor. scales: float32, one a row, where it is kept in FP8.
+
+    A checkpoint in FP8 with scales a row may copy both; anything else goes through `filled`.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    @contextmanager
+    def filled(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor of `dtype` to be filled inside: the place itself, or what goes there in FP8 afterwards."""
+        if self.scales is None:
+            yield self.values
+            return
+        whole = self.values.new_empty(self.values.shape, dtype=dtype)
+        yield whole
+        largest = whole.abs().amax(1).float().clamp_(min=1e-30)
+        self.scales.copy_(largest / FP8_MAX)
+        self.values.copy_(whole * (FP8_MAX / largest)[:, None])
+
+
+def allocate(
+    spec: DecoderSpec, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
+) -> tuple[dict[str, Place], Weights]:
     """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them."""
-    places: dict[str, torch.Tensor] = {}
+    places: dict[str, Place] = {}
     total = 0
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -92,16 +125,21 @@ def allocate(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> tup
         return tensor
 
     def vector(name: str, size: int) -> torch.Tensor:
-        places[name] = new(size)
-        return places[name]
+        places[name] = Place(new(size))
+        return places[name].values
 
     def fused(prefix: str, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
         rows = sum(size for _, size in parts)
-        linear = Linear(new(rows, columns), new(rows) if bias else None)
+        linear = Linear(
+            new(rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype),
+            new(rows) if bias else None,
+            new(rows, dtype=torch.float32) if fp8 else None,
+        )
         for part, span in weights.fused_rows(parts).items():
-            places[prefix + part] = linear.matrix[span]
+            scales = None if linear.scales is None else linear.scales[span]
+            places[prefix + part] = Place(linear.matrix[span], scales)
             if linear.bias is not None:
-                places[prefix + part + ".bias"] = linear.bias[span]
+                places[prefix + part + ".bias"] = Place(linear.bias[span])
         return linear
 
     def block(number: int, layer: Layer) -> Block:
@@ -109,7 +147,7 @@ def allocate(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> tup
         qk_norms = None
         if attention.qk_norm:
             qk_norms = new(attention.heads + attention.kv_heads, attention.head_dim, dtype=torch.float32)
-            places[at + "q_norm"], places[at + "k_norm"] = qk_norms[0], qk_norms[attention.heads]
+            places[at + "q_norm"], places[at + "k_norm"] = Place(qk_norms[0]), Place(qk_norms[attention.heads])
         qkv = [("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)]
         up = [("gate", mlp.hidden), ("up", mlp.hidden)] if mlp.gated else [("up", mlp.hidden)]
         return Block(
@@ -122,12 +160,13 @@ def allocate(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> tup
             down=fused(at, [("down", spec.width)], mlp.hidden, mlp.bias),
         )
 
-    places["embed"] = embed = new(spec.vocab_size, spec.width)
+    embed = new(spec.vocab_size, spec.width)
+    places["embed"] = Place(embed)
     blocks = [block(number, layer) for number, layer in enumerate(spec.layers)]
     norm = vector("norm", spec.width)
     if not spec.tied:
-        places["head"] = new(spec.vocab_size, spec.width)
-    return places, Weights(embed, blocks, norm, Linear(places.get("head", embed)), total)
+        places["head"] = Place(new(spec.vocab_size, spec.width))
+    return places, Weights(embed, blocks, norm, Linear(places.get("head", places["embed"]).values), total)
 
 
 class Stage:
