@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.fp8 import PAIR_SCALE, in_units, unpacked
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
 MAX_PARTS = 64
 JOINED = 4096  # numbers of partial results a program joins at a time
 LOG2E = 1.4426950408889634
-INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -143,51 +143,6 @@ def _attend(
                       AT_ONCE)  # fmt: skip
         else:
             tl.store(mine + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
-
-
-PAIR_SCALE = tl.constexpr(256.0)  # what `unpacked` leaves to be multiplied with
-
-
-@triton.jit
-def unpacked(pairs, dtype: tl.constexpr):
-    """(first, second) e4m3 of each int16, over 256: their bits are float16's, but for the exponent's base."""
-    if INTERPRETED:
-        first = (((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-        second = ((pairs & -0x8000) | ((pairs & 0x7F00) >> 1)).to(tl.int16).to(tl.float16, bitcast=True)
-    else:  # the same, two pairs at a time
-        first, second = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 bits, sign;
-            shl.b32 bits, $2, 7;
-            and.b32 bits, bits, 0x3F803F80;
-            shl.b32 sign, $2, 8;
-            and.b32 sign, sign, 0x80008000;
-            or.b32 $0, bits, sign;
-            shr.u32 bits, $2, 1;
-            and.b32 bits, bits, 0x3F803F80;
-            and.b32 sign, $2, 0x80008000;
-            or.b32 $1, bits, sign;
-            }
-            """,
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return first.to(dtype), second.to(dtype)
-
-
-@triton.jit
-def in_units(query):
-    """(query / unit, unit) of each row, for products with float8: float16 holds both exactly, and cannot overflow."""
-    x = query.to(tl.float32)
-    unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
-    x = x / unit[:, None]
-    if query.dtype != tl.float32:
-        x = x.to(tl.float16)
-    return x, unit
 
 
 @dataclass(frozen=True, slots=True)

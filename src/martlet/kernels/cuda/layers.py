@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.fp8 import Fp8, room_for, to_three_bits
 from martlet.kernels.cuda.launch import wait
 
 
@@ -28,31 +27,11 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def to_three_bits(x):
-    """float32 x with the mantissa of e4m3, nearest and ties to even: Triton's interpreter would lose a carry there."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _store_fp8(out, scales, t, k, x, mask, WIDTH):
     """Row t of out, e4m3, and its scale: the largest of x comes to 448."""
     unit = tl.maximum(tl.max(tl.where(mask, tl.abs(x), 0.0), 0), 1e-30) * (1.0 / 448.0)
     tl.store(out + t.to(tl.int64) * WIDTH + k, to_three_bits(x / unit).to(out.dtype.element_ty), mask=mask)
     tl.store(scales + t, unit)
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8:
-    """Rows in e4m3: values float8_e4m3fn [T, K], to be multiplied by scales float32 [T]."""
-
-    values: torch.Tensor
-    scales: torch.Tensor
-
-
-def _room_for_fp8(count: int, width: int, device: torch.device) -> Fp8:
-    values = torch.empty(count, width, dtype=torch.float8_e4m3fn, device=device)
-    return Fp8(values, torch.empty(count, dtype=torch.float32, device=device))
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "changes"], do_not_specialize=["changes_stride"])
@@ -150,7 +129,7 @@ def add_rms_norm(
     fp8: as Fp8.
     """
     count, width = len(x) if picks is None else len(picks), x.shape[1]
-    out = _room_for_fp8(count, width, x.device) if fp8 else x.new_empty(count, width)
+    out = room_for(count, width, x.device) if fp8 else x.new_empty(count, width)
     if count:
         block = triton.next_power_of_2(width)
         launch.run(
@@ -185,7 +164,7 @@ def _activation(x, out, scales, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.cons
 def activation(x: torch.Tensor, kind: str, gated: bool, fp8: bool = False) -> torch.Tensor | Fp8:
     """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x). fp8: as Fp8."""
     count, hidden = x.shape[0], x.shape[1] // (2 if gated else 1)
-    out = _room_for_fp8(count, hidden, x.device) if fp8 else x.new_empty(count, hidden)
+    out = room_for(count, hidden, x.device) if fp8 else x.new_empty(count, hidden)
     block = triton.next_power_of_2(hidden)
     block = block if fp8 else min(block, 1024)  # a row's scale takes all of it
     launch.run(

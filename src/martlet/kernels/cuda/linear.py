@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.fp8 import PAIR_SCALE, Fp8, unpacked
 from martlet.kernels.cuda.launch import wait
-from martlet.kernels.cuda.layers import Fp8, activate, in_fp8
+from martlet.kernels.cuda.layers import activate, in_fp8
 
 OVERLAP_BYTES = 24 << 20  # matrices up to this size overlap with their predecessor; longer reads are disturbed by it
 
@@ -44,8 +45,12 @@ def _one_row(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # SCALED: two neighbours in e4m3 are one number of 16 bits, and K counts these.
     # The weights of the next piece, of this block of outputs or of the program's next one, are always under way.
     k = tl.arange(0, BLOCK_K)
+    WIDE: tl.constexpr = 2 * BLOCK_K if SCALED else BLOCK_K  # inputs at a time
+    width = 2 * K if SCALED else K
+    i = tl.arange(0, WIDE)
     lane = tl.arange(0, BLOCK_N)
     skip = N.to(tl.int64) * K  # from a gate row to its up row
     block = tl.program_id(0)
@@ -61,7 +66,7 @@ def _one_row(
         next_row = tl.minimum(after * BLOCK_N + lane, N - 1).to(tl.int64)
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_K], tl.float32)
+        squares = tl.zeros([WIDE], tl.float32)
         for begin in range(0, K, BLOCK_K):
             weights = coming
             if GATED:
@@ -73,10 +78,18 @@ def _one_row(
             coming = tl.load(at, mask=more[None, :], other=0.0)
             if GATED:
                 coming_up = tl.load(at + skip, mask=more[None, :], other=0.0)
-            v = tl.load(x + begin + k, mask=begin + k < K, other=0.0).to(tl.float32)
+            at_x = (2 * begin if SCALED else begin) + i
+            v = tl.load(x + at_x, mask=at_x < width, other=0.0).to(tl.float32)
             if NORM:
                 squares += v * v
-                v *= tl.load(gain + begin + k, mask=begin + k < K, other=0.0).to(tl.float32)
+                v *= tl.load(gain + at_x, mask=at_x < width, other=0.0).to(tl.float32)
+            if SCALED:
+                v, second = tl.split(v.reshape(BLOCK_K, 2))
+                weights, others = unpacked(weights, tl.float32)
+                acc += others * second[None, :]
+                if GATED:
+                    weights_up, others = unpacked(weights_up, tl.float32)
+                    acc_up += others * second[None, :]
             acc += weights.to(tl.float32) * v[None, :]
             if GATED:
                 acc_up += weights_up.to(tl.float32) * v[None, :]
@@ -84,13 +97,13 @@ def _one_row(
         y = tl.sum(acc, 1)
         up = tl.sum(acc_up, 1)
         if NORM:
-            scale = 1.0 / tl.sqrt(tl.sum(squares) / K + eps)
+            scale = 1.0 / tl.sqrt(tl.sum(squares) / width + eps)
             y *= scale
             up *= scale
         if SCALED:
-            y *= tl.load(scales + n, mask=inside, other=0.0)
+            y *= tl.load(scales + n, mask=inside, other=0.0) * PAIR_SCALE
             if GATED:
-                up *= tl.load(scales + N + n, mask=inside, other=0.0)
+                up *= tl.load(scales + N + n, mask=inside, other=0.0) * PAIR_SCALE
         if BIAS:
             y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
             if GATED:
@@ -106,7 +119,10 @@ def _one_row(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_n outputs and block_k inputs at a time. programs: most on a multiprocessor; None: one for each block_n."""
+    """block_n outputs and block_k inputs (FP8: pairs of them) at a time.
+
+    programs: most on a multiprocessor; None: one for each block_n.
+    """
 
     block_n: int
     block_k: int
@@ -114,13 +130,8 @@ class Tile:
     programs: int | None = None
 
 
-def tile_for(n: int, k: int, *, fp8: bool = False) -> Tile:
-    """The fastest tile of those measured on an H200 for a product with n outputs (gated: pairs of rows), k inputs.
-
-    FP8: as many bytes at a time, so twice the inputs.
-    """
-    if fp8:
-        return Tile(4, 1024, 4) if n * k >= 1 << 24 or n >= 16 * launch.num_sms() else Tile(4, 1024, 8)
+def tile_for(n: int, k: int) -> Tile:
+    """The fastest tile of those measured on an H200 for a product with n outputs (gated: pairs of rows), k inputs."""
     if n * k >= 1 << 24:
         return Tile(4, 512, 4)
     return Tile(8, 512, 4) if n >= 16 * launch.num_sms() else Tile(4, 1024, 8)
@@ -143,15 +154,16 @@ def linear(
 
     gain [K]: RMSNorm in front. gated: act(gate) * up. residual [1, N] may be `out` itself. dtype: of the result.
     """
-    k = x.shape[1]
+    matrix = weight.matrix.view(torch.int16) if weight.fp8 else weight.matrix
+    k = matrix.shape[1]
     n = weight.matrix.shape[0] // (2 if gated else 1)
     out = x.new_empty(1, n, dtype=dtype or x.dtype) if out is None else out
-    tile = tile or tile_for(n, k, fp8=weight.fp8)
+    tile = tile or tile_for(n, k)
     blocks = triton.cdiv(n, tile.block_n)
     programs = blocks if tile.programs is None else min(blocks, tile.programs * launch.num_sms())
     launch.run(
         _one_row, (programs,),
-        x, x if gain is None else gain, weight.matrix, x if weight.scales is None else weight.scales,
+        x, x if gain is None else gain, matrix, x if weight.scales is None else weight.scales,
         x if weight.bias is None else weight.bias, x if residual is None else residual, out, eps, n, k,
         SCALED=weight.fp8, NORM=gain is not None, GATED=gated, ACTIVATION=activation, BIAS=weight.bias is not None,
         RESIDUAL=residual is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN=k % tile.block_k == 0,

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from martlet.kernels.cuda import launch
-from martlet.kernels.cuda.decode_attention import LOG2E, in_units
+from martlet.kernels.cuda.decode_attention import LOG2E
+from martlet.kernels.cuda.fp8 import in_units
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
+from martlet.kernels.cuda.fp8 import to_three_bits
 from martlet.kernels.cuda.launch import wait
-from martlet.kernels.cuda.layers import to_three_bits
 from martlet.model.spec import Attention
 
 HEADS_A_PROGRAM = 8  # twice as many where there are tokens enough to fill the GPU

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
-from martlet.kernels.cuda.layers import Fp8
+from martlet.kernels.cuda.fp8 import Fp8
 from martlet.kernels.cuda.linear import Linear, linear, product
 from martlet.model.rope import rotation_table
 from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
