@@ -52,6 +52,7 @@ class ModelFlags:
     quant: str | None = flag(
         "smaller weights, made when the model is loaded, where the runner can", None, metavar="NAME"
     )
+    packed_cache: bool = flag("keep weights as the CPU kernels want them on disk, for faster starts", True)
     max_model_len: int | None = flag("longest sequence, prompt and answer together (default: the model's)", None)
 
 
@@ -137,6 +138,7 @@ def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
         kv_cache_tokens=engine.kv_cache_tokens,
         kv_dtype=engine.kv_cache_dtype,
         memory_utilization=engine.gpu_memory_utilization,
+        packed_cache=model.packed_cache,
     )
 
 

@@ -26,7 +26,8 @@ class LoadOptions:
     device: "auto", "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16". max_model_len: longest sequence,
     at most what the model allows. max_num_seqs: sequences in a batch. kv_cache_tokens: size of the KV memory in tokens;
     None sizes it from `memory_utilization` of the memory that is free. kv_dtype: one of KV_DTYPES; "auto" is what the
-    runner computes in. seed: of dummy weights.
+    runner computes in. seed: of dummy weights. packed_cache: keep packed weights in the user's cache, so that the next
+    start is faster.
     """
 
     device: str = "auto"
@@ -39,6 +40,7 @@ class LoadOptions:
     memory_utilization: float = 0.9
     block_size: int = 16
     seed: int = 0
+    packed_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

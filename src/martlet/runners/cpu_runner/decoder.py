@@ -33,6 +33,7 @@ from martlet.kernels.cpu.program import (
 )
 from martlet.model.rope import inverse_frequencies, magnitude
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
+from martlet.runners.cpu_runner.packed_cache import PackedCache
 from martlet.runners.cpu_runner.packing import Packer, Precision, contiguous, source_format
 
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
@@ -123,14 +124,19 @@ def check(spec: DecoderSpec, block_size: int) -> None:
 
 
 class Decoder:
-    """A decoder ready to run. weight_bytes: what its packed weights take."""
+    """A decoder ready to run. weight_bytes: what its packed weights take. cache: where they may lie packed already."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Iterable[tuple[str, Tensor]], executor: Executor, precision: Precision
+        self,
+        spec: DecoderSpec,
+        weights: Iterable[tuple[str, Tensor]],
+        executor: Executor,
+        precision: Precision,
+        cache: PackedCache | None = None,
     ):
         self.spec, self.precision = spec, precision
         self.blocks: list[Block] = []
-        self._packer = packer = Packer(executor)
+        self._packer = packer = Packer(executor, cache)
         for place, group in groupby(weights, key=lambda item: _place(item[0])):
             tensors = {name.removeprefix(place + "."): contiguous(tensor) for name, tensor in group}
             match place:
@@ -145,7 +151,9 @@ class Decoder:
                     self.blocks.append(self._block(spec.layers[len(self.blocks)], tensors))
         if spec.tied:
             self.head = self.embed
-        self.weight_bytes = packer.arena.used
+        self.weight_bytes = packer.bytes
+        if cache is not None:
+            cache.keep()
 
     def _table(self, tensor: Tensor, precision: Precision) -> Matrix:
         return self._packer.stack([tensor], precision.target(source_format(tensor), table=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from martlet.errors import BackendUnavailable
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.cpu.library import Executor, panel_bytes
 from martlet.kernels.cpu.program import PANEL, Format, Matrix
+from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
 
 REGION = 32 << 20  # bytes taken from the system at a time
 _ARRAYS = {
@@ -71,28 +71,24 @@ class Arena:
     """Zeroed memory in huge pages, which a stream of weights is read from faster. Freed with the last array in it."""
 
     def __init__(self) -> None:
-        self.used = 0
         self._free = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray:
         """uint8 [size], at an address that is a multiple of 64."""
         padded = -(-size // 64) * 64
         if padded > len(self._free):
-            region = mmap.mmap(-1, max(REGION, padded))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                region.madvise(mmap.MADV_HUGEPAGE)
-            self._free = np.frombuffer(region, np.uint8)
+            self._free = np.frombuffer(huge_pages(max(REGION, padded)), np.uint8)
         taken, self._free = self._free[:padded], self._free[padded:]
-        self.used += padded
         return taken[:size]
 
 
 class Packer:
-    """Packs matrices into an arena with the executor's threads."""
+    """Packs matrices into an arena with the executor's threads, or takes them from `cache`. bytes: of all so far."""
 
-    def __init__(self, executor: Executor):
-        self.executor = executor
+    def __init__(self, executor: Executor, cache: PackedCache | None = None):
+        self.executor, self.cache = executor, cache
         self.arena = Arena()
+        self.bytes = 0
 
     def stack(self, parts: Sequence[Tensor], target: Format) -> Matrix:
         """One matrix of all rows of `parts`, which share width and source format."""
@@ -115,8 +111,14 @@ class Packer:
         inputs, sources = parts[0].shape[1], {source_format(part) for part in parts}
         if len(sources) != 1 or any(part.shape[1] != inputs for part in parts):
             raise ValueError(f"matrices of {sources} and widths {[part.shape[1] for part in parts]} do not stack")
-        out = self.arena.take(len(rows) // PANEL * panel_bytes(target, inputs))
-        self.executor.pack(sources.pop(), target, rows, inputs, out)
+        entry = (source := sources.pop(), target, outputs, inputs)
+        out = None if self.cache is None else self.cache.take(entry)
+        if out is None:
+            out = self.arena.take(len(rows) // PANEL * panel_bytes(target, inputs))
+            self.executor.pack(source, target, rows, inputs, out)
+        if self.cache is not None:
+            self.cache.put(entry, out)
+        self.bytes += len(out)
         matrix = Matrix(out.ctypes.data, target, outputs, inputs)
         matrix.memory = out  # a struct of ctypes takes attributes: the panels live as long as the matrix
         return matrix

@@ -23,6 +23,7 @@ from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
 from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
+from martlet.runners.cpu_runner.packed_cache import packed_cache
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
 from martlet.runners.sizing import kv_dtype, plan_memory
 
@@ -56,7 +57,9 @@ class CpuRunner:
         checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
         try:
             stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
-            self.decoder = Decoder(spec, stream, self.executor, precision)
+            kept = options.packed_cache and card.format != "dummy"
+            cache = packed_cache(card, spec, precision, self.executor) if kept else None
+            self.decoder = Decoder(spec, stream, self.executor, precision, cache)
         finally:
             checkpoint.close()
         self.memory = plan_memory(

@@ -1,0 +1,182 @@
+"""Packed weights kept on disk, so that the next start copies them into memory instead of packing them again.
+
+A file holds the matrices of one model in the order in which they are packed. Its name is a digest of all they depend
+on: the checkpoint's files (path, inode, size, times, first bytes), the decoder, the precision, the instruction set, the
+library, and the code that decides how weights are laid out. What is different has another name, so nothing stale is
+ever found; a checksum tells a damaged file, which is made again. The weights are copied rather than
+mapped: huge pages stream faster in every step than the page cache's small ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from martlet.hub.cache import cache_dir
+from martlet.hub.card import ModelCard
+from martlet.kernels.cpu.library import Executor, library
+from martlet.model.spec import DecoderSpec
+
+log = logging.getLogger("martlet")
+
+SMALLEST = 16 << 20  # bytes: smaller models are packed at once anyway
+CAPACITY = 4 << 30  # bytes of all files together; the least recently used go first
+MARGIN = 2 << 30  # bytes left free on the disk
+ALIGN = 64  # bytes: a cache line
+HEAD = 64 << 10  # bytes at the beginning of a checkpoint's file that count for its identity
+ROOMS = ("hub", "model", "runners/cpu_runner")  # the code that decides what is packed, and in which order
+
+Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a matrix was packed from and as
+
+
+class PackedCache:
+    """The packed matrices of one model, to be asked for in the order in which they are packed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._listed: list[tuple[Entry, np.ndarray]] = []  # what the file holds; empty when there is none to be used
+        self._packed: list[tuple[Entry, np.ndarray]] = []  # what the model took
+        try:
+            with path.open("rb", buffering=0) as file:
+                self._listed = _read(file)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            log.warning("packed weights in %s cannot be used (%s); they are made again", path, error)
+
+    def take(self, entry: Entry) -> np.ndarray | None:
+        """The next matrix, or None when it has to be packed."""
+        number = len(self._packed)
+        if number < len(self._listed) and self._listed[number][0] == entry:
+            return self._listed[number][1]
+        return None
+
+    def put(self, entry: Entry, matrix: np.ndarray) -> None:
+        """The model has its next matrix, from here or packed just now."""
+        self._packed.append((entry, matrix))
+
+    def keep(self) -> None:
+        """Write what the model took, unless all of it was here. Never fails a start."""
+        same = len(self._packed) == len(self._listed) and all(
+            ours is theirs for (_, ours), (_, theirs) in zip(self._packed, self._listed, strict=True)
+        )
+        try:
+            if same and self._listed:
+                os.utime(self.path)  # used just now: last to be removed
+            else:
+                self._write()
+        except OSError as error:
+            log.info("packed weights are not kept: %s", error)
+        self._packed, self._listed = [], []
+
+    def _write(self) -> None:
+        size = sum(len(matrix) for _, matrix in self._packed)
+        if not SMALLEST <= size <= CAPACITY:
+            return
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < size + MARGIN:
+            log.info("packed weights are not kept: the disk of %s has less than %d GiB to spare", folder, MARGIN >> 30)
+            return
+        _make_room(folder, size)
+        handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _write(file, self._packed)
+            os.replace(scratch, self.path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+
+
+def packed_cache(card: ModelCard, spec: DecoderSpec, precision: object, executor: Executor) -> PackedCache:
+    """The cache of a checkpoint as it lies on the disk now."""
+    files = [card.path] if card.path.is_file() else sorted(card.path.glob("*.safetensors"))
+    known = [executor.isa, Path(library()._name).name, repr(precision), repr(spec), code_digest()]
+    for path in files:
+        path = path.resolve()
+        stat = path.stat()
+        with path.open("rb") as file:
+            head = hashlib.sha256(file.read(HEAD)).hexdigest()
+        known.append(f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {head}")
+    digest = hashlib.sha256("\0".join(known).encode()).hexdigest()[:32]
+    return PackedCache(cache_dir() / "packed" / f"{digest}.bin")
+
+
+@cache
+def code_digest() -> str:
+    """Of the sources of ROOMS."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Remove what was not used for longest, killed writers' files too, until `size` more bytes fit into CAPACITY."""
+    files = sorted(((p.stat(), p) for p in folder.iterdir() if p.is_file()), key=lambda found: found[0].st_mtime)
+    room = CAPACITY - size - sum(stat.st_size for stat, _ in files)
+    for stat, path in files:
+        if room < 0:
+            path.unlink(missing_ok=True)  # whoever reads it has it open
+            room += stat.st_size
+
+
+# The file: its header's length (8 bytes), the header's SHA-256, the header in JSON, the matrices, each padded to ALIGN.
+
+
+def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> None:
+    matrices = [np.pad(matrix, (0, -len(matrix) % ALIGN)) if len(matrix) % ALIGN else matrix for _, matrix in packed]
+    checksum = sum(map(_checksum, matrices)) % 2**64
+    listed = [[*map(int, entry), len(matrix)] for entry, matrix in packed]
+    header = json.dumps({"checksum": checksum, "matrices": listed}).encode()
+    file.write(len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header)
+    for matrix in matrices:
+        file.write(matrix)
+
+
+def _read(file: BinaryIO) -> list[tuple[Entry, np.ndarray]]:
+    """All matrices, in one piece of memory. Raises ValueError when the file is damaged."""
+    size, digest = int.from_bytes(file.read(8), "little"), file.read(32)
+    header = file.read(min(size, SMALLEST))
+    if hashlib.sha256(header).digest() != digest:
+        raise ValueError("the header is damaged")
+    known = json.loads(header)
+    ends = np.cumsum([-(-length // ALIGN) * ALIGN for *_, length in known["matrices"]])
+    if os.fstat(file.fileno()).st_size != 40 + len(header) + int(ends[-1]):
+        raise ValueError("the file is truncated")
+    data = np.frombuffer(huge_pages(int(ends[-1])), np.uint8)
+    view, done = memoryview(data), 0
+    while done < len(data):  # the system reads at most 2 GiB at a time
+        done += file.readinto(view[done:]) or len(data)
+    if _checksum(data) != known["checksum"]:
+        raise ValueError("the checksum differs")
+    starts = np.append(0, ends).tolist()
+    return [
+        (tuple(entry), data[start : start + length])
+        for (*entry, length), start in zip(known["matrices"], starts, strict=False)
+    ]
+
+
+def _checksum(data: np.ndarray) -> int:
+    """Sum of its 64-bit words: sees lost and changed pages, and costs little beside reading them."""
+    return int(np.add.reduce(data.view(np.uint64)))
+
+
+def huge_pages(size: int) -> mmap.mmap:
+    """Zeroed memory, in huge pages where the system has them: only private memory gets them when asked for."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    return region
