@@ -29,6 +29,7 @@ class EchoRunner:
     lag = 0
     max_step_tokens = max_prefill_tokens = 256
     max_drafts = 0
+    max_adapters = 0
 
     def __init__(self, max_model_len: int = 512, max_rows: int = 16, num_blocks: int = 256):
         self.memory = MemoryPlan(16, num_blocks, max_rows, max_model_len, bytes_per_token=4)

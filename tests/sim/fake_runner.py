@@ -1,18 +1,27 @@
 """A runner whose network is a hash of the context, read back from the KV blocks through the block table.
 
-A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
+An adapter is a tag that is written into the KV of the tokens computed with it. A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
 a wrong answer, not only as a broken invariant.
 """
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
 from martlet.runners.base import Batch, MemoryPlan, StepResult
 
 VOCAB = 97
+
+
+@dataclass(frozen=True, eq=False)
+class FakeAdapter:
+    """tag: 0 is the base model's. broken: cannot be put into a slot."""
+
+    tag: int
+    broken: bool = False
 
 
 def next_token(context: np.ndarray, seed: int) -> int:
@@ -25,7 +34,15 @@ class FakeRunner:
 
     vocab_size = VOCAB
 
-    def __init__(self, memory: MemoryPlan, *, lag: int = 0, max_step_tokens: int = 64, max_prefill_tokens: int = 64):
+    def __init__(
+        self,
+        memory: MemoryPlan,
+        *,
+        lag: int = 0,
+        max_step_tokens: int = 64,
+        max_prefill_tokens: int = 64,
+        max_adapters: int = 0,
+    ):
         self.memory, self.lag = memory, lag
         self.max_step_tokens, self.max_prefill_tokens = max_step_tokens, max_prefill_tokens
         self.max_drafts = 0 if lag else 8
@@ -33,9 +50,18 @@ class FakeRunner:
         self.tokens = np.full((memory.max_rows, memory.max_model_len + 1), -1, np.int32)
         self.tables = np.full((memory.max_rows, -(-memory.max_model_len // memory.block_size)), -1, np.int32)
         self.seeds = [0] * memory.max_rows
+        self.max_adapters = max_adapters
+        self.slots = {0: FakeAdapter(0)}
+        self.adapters = [0] * memory.max_rows
         self.fail_next = False
         self.under_way = 0
         self.tokens_computed = 0
+
+    def load_adapter(self, slot: int, adapter: FakeAdapter) -> None:
+        assert 1 <= slot <= self.max_adapters, "no such slot"
+        if adapter.broken:
+            raise RuntimeError("injected failure of a load")
+        self.slots[slot] = adapter
 
     def launch(self, batch: Batch):
         self.under_way += 1
@@ -48,7 +74,7 @@ class FakeRunner:
         for new in batch.new_rows:
             self.tokens[new.row], self.tables[new.row] = -1, -1
             self.tokens[new.row, : len(new.tokens)] = new.tokens
-            self.seeds[new.row] = new.seed
+            self.seeds[new.row], self.adapters[new.row] = new.seed, new.adapter
         self.tables[batch.block_rows, batch.block_slots] = batch.block_ids
         if len(batch.copies):
             self.kv[batch.copies[:, 1]] = self.kv[batch.copies[:, 0]]
@@ -62,7 +88,8 @@ class FakeRunner:
             positions = np.arange(start, start + count)
             assert count >= 1 and (self.tokens[row, positions] >= 0).all(), "a token is computed before it is known"
             size = self.memory.block_size
-            self.kv[self.tables[row, positions // size], positions % size] = self.tokens[row, positions]
+            tag = self.slots[self.adapters[row]].tag
+            self.kv[self.tables[row, positions // size], positions % size] = self.tokens[row, positions] + VOCAB * tag
         self.tokens_computed += batch.num_tokens
         for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):  # after all writes
             positions = np.arange(start + count)
@@ -92,11 +119,11 @@ class _Result:
         return self.value
 
 
-def expected_tokens(prompt, seed: int, limit: int, end_ids=()) -> list[int]:
-    """What a request must answer, whatever else runs beside it."""
+def expected_tokens(prompt, seed: int, limit: int, end_ids=(), tag: int = 0) -> list[int]:
+    """What a request must answer, whatever else runs beside it. tag: of its adapter."""
     context = list(prompt)
     while len(context) < len(prompt) + limit:
-        context.append(next_token(np.array(context, np.int32), seed))
+        context.append(next_token(np.array(context, np.int32) + VOCAB * tag, seed))
         if context[-1] in end_ids:
             break
     return context[len(prompt) :]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from itertools import count
 
 import numpy as np
 import pytest
-from fake_runner import VOCAB, FakeRunner, expected_tokens, next_token
+from fake_runner import VOCAB, FakeAdapter, FakeRunner, expected_tokens, next_token
 
+from martlet.engine.adapters import AdapterSlots, Version
 from martlet.engine.block_pool import BlockPool
 from martlet.engine.engine import Engine
 from martlet.engine.options import EngineOptions
@@ -46,11 +48,19 @@ def simulate(seed: int) -> Engine:
     )
     chunk = rng.choice([1, 2, 5, 16, 64])
     alone = max(chunk, rng.choice([1, 8, 64]))
-    runner = FakeRunner(memory, lag=rng.choice([0, 1]), max_step_tokens=chunk, max_prefill_tokens=alone)
+    slots = rng.choice([0, 0, 1, 2, 3])
+    runner = FakeRunner(
+        memory, lag=rng.choice([0, 1]), max_step_tokens=chunk, max_prefill_tokens=alone, max_adapters=slots
+    )
     options = EngineOptions(
         enable_prefix_caching=rng.random() < 0.8, seed=seed, speculative_tokens=rng.choice([0, 0, 1, 3])
     )
     engine = Engine(runner, options=options)
+    tags = count(1)
+    names = [f"a{i}" for i in range(rng.randint(1, 5))] if slots else []
+    for name in names:
+        engine.adapters.put(name, FakeAdapter(next(tags)))
+    running_with: dict[str, FakeAdapter | None] = {}
     shared = [rng.randrange(VOCAB) for _ in range(memory.max_model_len)]
     requests: dict[str, Request] = {}
     aborted: set[str] = set()
@@ -76,14 +86,18 @@ def simulate(seed: int) -> Engine:
                 priority=rng.choice([0, 0, 0, -1, 1]),
                 stream=rng.random() < 0.5,
                 cache_salt=rng.choice([None, None, "salt"]),
+                adapter=rng.choice([None, *names]),
             )
             requests[request.id] = request
             engine.add(request)
+            running_with[request.id] = request.adapter and engine.adapters.get(request.adapter).adapter
             to_come -= 1
         if requests and rng.random() < 0.03:
             victim = rng.choice(list(requests))
             aborted.add(victim)
             engine.abort(victim)
+        if names and rng.random() < 0.1:  # running requests keep the version they came with
+            engine.adapters.put(rng.choice(names), FakeAdapter(next(tags), broken=rng.random() < 0.05))
         if rng.random() < 0.003:
             runner.fail_next = True
         if rng.random() < 0.1:  # a runner may learn what its machine can do
@@ -106,7 +120,8 @@ def simulate(seed: int) -> Engine:
         for index in range(params.n):
             room = engine.max_model_len - len(request.prompt_token_ids)
             limit = min(params.max_tokens, room)
-            want = expected_tokens(request.prompt_token_ids, params.seed + index, limit, params.stop_token_ids)
+            tag = running_with[request.id].tag if running_with[request.id] else 0
+            want = expected_tokens(request.prompt_token_ids, params.seed + index, limit, params.stop_token_ids, tag)
             got = answers[request.id, index]
             if request.id in aborted | failed:
                 want = want[: len(got)]
@@ -122,11 +137,13 @@ def guesses(monkeypatch):
 
 
 def test_random_workloads():
-    preemptions = hits = 0
+    preemptions = hits = loads = 0
     for seed in range(WORKLOADS):
         engine = simulate(seed)
         preemptions += engine.stats().preemptions
         hits += engine.stats().prefix_hits
+        loads += engine.scheduler.adapters.loads
+    assert loads > WORKLOADS / 2, "the workloads load hardly an adapter"
     assert preemptions > WORKLOADS / 10 and hits > WORKLOADS, "the workloads do not exercise what they should"
 
 
@@ -136,6 +153,8 @@ BREAKAGES = {
     "a taken block keeps its old digest": (BlockPool, "forget", lambda self, block: None),
     "a partial block is not copied": (Scheduler, "_reusable", None),
     "wrong guesses count as computed": (Scheduler, "complete", "no_guess_is_taken_back"),
+    "adapters share a prefix cache": (Version, "cache_key", "base"),
+    "a slot in use is given away": (AdapterSlots, "release", lambda self, version: self._users.clear()),
     "running sequences get no new blocks": (Scheduler, "_make_room", lambda self, rows, target: False),
 }
 

@@ -64,27 +64,29 @@ class Backend(ABC):
         """
         raise InvalidRequest(f"{self.card.name} makes no embeddings", param="model")
 
-    def adapters(self) -> Sequence[str]:
-        """Names of the LoRA adapters that requests may name."""
-        return ()
-
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Make an adapter available under `name`, in place of one that had it. Requests that run keep the old one.
-
-        Raises InvalidRequest or CheckpointError; then nothing has changed.
-        """
-        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that run keep it. Raises InvalidRequest when there is none of that name."""
-        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
-
     @abstractmethod
     def stats(self) -> Stats: ...
 
     @abstractmethod
     def close(self) -> None:
         """Abort what runs, free memory, join threads. Idempotent."""
+
+    def adapters(self) -> Sequence[str]:
+        """Names of the LoRA adapters that requests may name, in the order in which they came."""
+        return ()
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read the PEFT folder at `path`, check it against the model, then let requests name it.
+
+        Under a name that is taken it replaces that adapter at once: requests that run finish with the old one, those
+        that come get the new one. Blocks while it reads; any thread may call it. Raises InvalidRequest, naming tensor
+        and shapes where they do not fit, and then nothing has changed.
+        """
+        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no further request name it; those that run finish with it. Raises ModelNotFound."""
+        raise InvalidRequest(f"the {self.name} backend loads no adapters while it runs", param="lora_name")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests and yield outputs as they come. Leaving the iterator early aborts the rest."""
@@ -101,6 +103,12 @@ class Backend(ABC):
         finally:
             if open_ids:
                 self.abort(open_ids)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise InvalidRequest for what clients could not ask for."""
+    if not 0 < len(name) <= 256 or not name.isprintable() or name != name.strip():
+        raise InvalidRequest(f"an adapter's name is 1 to 256 printable characters, not {name!r}", param="adapters")
 
 
 def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:

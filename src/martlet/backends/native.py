@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-from martlet.backends.base import Backend, Sink
+from martlet.backends.base import Backend, Sink, check_adapter_name
 from martlet.engine import AsyncEngine, Engine
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request, Stats
+from martlet.errors import InvalidRequest
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
+from martlet.model.adapters import read as read_adapter
+from martlet.model.weights import read_spec
 from martlet.runners.base import LoadOptions, Runner
+from martlet.runners.sizing import size
+
+log = logging.getLogger("martlet")
 
 
 class NativeBackend(Backend):
@@ -18,10 +27,19 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def __init__(self, card: ModelCard, tokenizer: Tokenizer, runner: Runner, options: EngineOptions | None = None):
+    def __init__(
+        self,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        runner: Runner,
+        options: EngineOptions | None = None,
+        *,
+        max_lora_rank: int = LoadOptions().max_lora_rank,
+    ):
         self.card = card
         self.tokenizer = tokenizer
         self.vocab_size = runner.vocab_size
+        self._max_adapters, self._max_lora_rank = runner.max_adapters, max_lora_rank
         engine = Engine(runner, tokenizer, options)
         self.max_model_len = engine.max_model_len
         self._engine = AsyncEngine(engine)
@@ -31,6 +49,28 @@ class NativeBackend(Backend):
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._engine.abort(request_ids)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        if not self._max_adapters:
+            raise InvalidRequest(
+                "this model was loaded without slots for adapters; --enable_lora or --max_loras makes some",
+                param="adapters",
+            )
+        check_adapter_name(name)
+        began = time.perf_counter()
+        adapter = read_adapter(path, self.card, read_spec(self.card), self._max_lora_rank)
+        if adapter.is_idle:
+            log.warning("adapter %s changes nothing: all of its B are zero", name)
+        self._engine.adapters.put(name, adapter)
+        log.info(
+            "adapter %s: rank %d, %s, in %.2f s", name, adapter.rank, size(adapter.nbytes), time.perf_counter() - began
+        )
+
+    def unload_adapter(self, name: str) -> None:
+        self._engine.adapters.remove(name)
+
+    def adapters(self) -> Sequence[str]:
+        return self._engine.adapters.names()
 
     def stats(self) -> Stats:
         return self._engine.stats()
@@ -48,4 +88,5 @@ def load_native(
 ) -> NativeBackend:
     from martlet import runners
 
-    return NativeBackend(card, tokenizer, runners.load(card, load, progress=progress), engine)
+    runner = runners.load(card, load, progress=progress)
+    return NativeBackend(card, tokenizer, runner, engine, max_lora_rank=load.max_lora_rank)

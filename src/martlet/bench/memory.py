@@ -33,6 +33,7 @@ class CountingRunner:
 
     lag = 0
     max_drafts = 0
+    max_adapters = 0
     vocab_size = 1 << 16
     max_step_tokens = max_prefill_tokens = 1 << 20  # whole prompts in one step, so that all sequences run together
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
+from martlet.engine.adapters import AdapterNames
 from martlet.engine.engine import Engine
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import InvalidRequest, MartletError
@@ -35,6 +36,10 @@ class AsyncEngine:
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="martlet-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def adapters(self) -> AdapterNames:
+        return self.engine.adapters
 
     def submit(self, requests: Iterable[Request], sink: Sink) -> None:
         """Queue requests; `sink` gets their outputs until the one marked `last`.

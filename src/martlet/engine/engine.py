@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from martlet.engine.adapters import AdapterNames, AdapterSlots
 from martlet.engine.block_pool import root_digest
 from martlet.engine.detokenizer import Detokenizer
 from martlet.engine.options import EngineOptions
@@ -39,12 +40,14 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = min(memory.max_model_len, memory.num_blocks * memory.block_size)
         self.max_num_queued = options.max_num_queued
+        self.adapters = AdapterNames()
         self.scheduler = Scheduler(
             memory,
             options.max_num_batched_tokens or runner.max_step_tokens,
             options.max_num_batched_tokens or runner.max_prefill_tokens,
             prefix_caching=options.enable_prefix_caching,
             speculative_tokens=min(options.speculative_tokens, runner.max_drafts),
+            adapters=AdapterSlots(runner.max_adapters, lambda slot, adapter: runner.load_adapter(slot, adapter)),
         )
         self._follows_runner = options.max_num_batched_tokens is None
         self._random = random.Random(options.seed)
@@ -61,7 +64,10 @@ class Engine:
     # Requests
 
     def check(self, request: Request) -> None:
-        """Raise InvalidRequest when `request` can never run. Changes nothing; any thread may call it."""
+        """Raise InvalidRequest when `request` can never run, ModelNotFound when its adapter is not there.
+
+        Changes nothing; any thread may call it.
+        """
         length = len(request.prompt_token_ids)
         if length == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
@@ -78,7 +84,7 @@ class Engine:
         if request.params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none", param="stop")
         if request.adapter is not None:
-            raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
+            self.adapters.get(request.adapter)
         if request.id in self._requests:
             raise InvalidRequest(f"a request with id {request.id!r} is running", param="request_id")
 
@@ -97,7 +103,12 @@ class Engine:
         self.enqueue(request)
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request that `check` has passed."""
+        """Queue a request that `check` has passed. Its adapter is the version that is current now."""
+        try:
+            adapter = None if request.adapter is None else self.adapters.get(request.adapter)
+        except MartletError as error:  # removed since the check
+            self._outbox.append(Output(request.id, finish_reason="error", error=error, last=True))
+            return
         params = request.params
         tokens = np.asarray(request.prompt_token_ids, np.int32)
         room = self.max_model_len - len(tokens)
@@ -114,7 +125,8 @@ class Engine:
                 limit=len(tokens) + min(params.max_tokens or room, room),
                 seed=(seed + index) % 2**64,
                 end_ids=end_ids,
-                root=root_digest(request.adapter, request.cache_salt),
+                root=root_digest(adapter and adapter.cache_key, request.cache_salt),
+                adapter=adapter,
                 detokenizer=Detokenizer(self.tokenizer, params) if self.tokenizer and params.detokenize else None,
             )
             for index in range(params.n)
@@ -145,6 +157,11 @@ class Engine:
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
         plan = self.scheduler.plan()
+        for seq, error in self.scheduler.refused:
+            log.error("adapter %s could not be loaded: %s", seq.adapter and seq.adapter.name, error, exc_info=error)
+            for each in list(self._requests.get(seq.request.id, ())):
+                self._end(each, "error", error=error)
+        self.scheduler.refused.clear()
         if plan is not None:
             self._steps += 1
             self._in_flight.append((plan, self._launch(plan)))

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from martlet.engine.adapters import AdapterSlots
 from martlet.engine.block_pool import BlockPool
 from martlet.engine.ngram import propose
 from martlet.engine.sequence import RowTable, Sequence
 from martlet.runners.base import Batch, MemoryPlan, NewRow
 
+OVERTAKERS = 32  # sequences with an adapter that may pass one that waits for a slot
 GUESSED_STEP_TOKENS = 16  # about where a step on a CPU turns from bound by memory to bound by arithmetic
 
 
@@ -43,7 +45,10 @@ class Scheduler:
         *,
         prefix_caching: bool = True,
         speculative_tokens: int = 0,
+        adapters: AdapterSlots | None = None,
     ):
+        self.adapters = adapters or AdapterSlots(0, lambda slot, adapter: None)
+        self.refused: list[tuple[Sequence, Exception]] = []  # those whose adapter could not be loaded; the engine's
         self.speculative_tokens = speculative_tokens
         self.block_size = memory.block_size
         self.max_step_tokens = max_step_tokens
@@ -56,6 +61,7 @@ class Scheduler:
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._rows = np.empty(0, np.int32)  # rows of `running`; rebuilt when that changes
         self._watermark = max(1, memory.num_blocks // 100)
+        self._overtaken = 0  # how many passed the first one that waits for a slot
         self._new_rows: list[NewRow] = []
         self._updates: list[tuple[int, int, int]] = []  # row, slot, block
         self._copies: list[tuple[int, int]] = []  # source, target
@@ -163,6 +169,7 @@ class Scheduler:
         """Raise AssertionError when an invariant is broken (for the simulator)."""
         table = self.table
         self.pool.check(seq.blocks for seq in self.running)
+        self.adapters.check([seq.adapter for seq in self.running if seq.adapter is not None])
         assert all(not seq.blocks and seq.row < 0 and not seq.finished for seq in self.waiting), "a waiter holds memory"
         assert [s.order for s in self.waiting] == sorted(s.order for s in self.waiting), "queue out of order"
         assert [s.order for s in self.running] == sorted(s.order for s in self.running), "running out of order"
@@ -215,6 +222,7 @@ class Scheduler:
         self._new_rows = [new for new in self._new_rows if new.row != seq.row]
         self._updates = [update for update in self._updates if update[0] != seq.row]
         self.table.leave(seq)
+        self.adapters.release(seq.adapter)
         self.pool.release(seq.blocks)
         seq.blocks = []
 
@@ -240,24 +248,38 @@ class Scheduler:
     # Admission
 
     def _admit(self, budget: int) -> tuple[list[int], list[int]]:
-        """Move sequences from the queue into rows while budget, rows and memory last, strictly in order.
+        """Move sequences from the queue into rows while budget, rows and memory last, in order.
 
         A sequence gets the blocks for all it knows at once, so a prompt in chunks never runs out half way. Some blocks
-        stay free for those that run already, else the newcomer would soon be thrown out again.
+        stay free for those that run already, else the newcomer would soon be thrown out again. One whose adapter has no
+        slot lets others pass: those without an adapter always, since they keep no slot from it, of the others so many.
         """
         rows: list[int] = []
         counts: list[int] = []
-        while self.waiting and budget > 0 and self.table.has_free_row:
-            seq = self.waiting[0]
+        at, slotless = 0, False
+        while at < len(self.waiting) and budget > 0 and self.table.has_free_row:
+            seq = self.waiting[at]
+            if seq.adapter is not None:
+                held_back = slotless and self._overtaken >= OVERTAKERS
+                if held_back or not self.adapters.has_room(seq.adapter):
+                    at, slotless = at + 1, True
+                    continue
             length = len(seq.tokens)
             blocks, computed, tail = self._reusable(seq)
             need = -(-length // self.block_size) - len(blocks)
             spare = self._watermark if self.running else 0
             if self.pool.num_free - self.pool.count_free(blocks) < need + spare:
                 break
-            del self.waiting[0]
+            del self.waiting[at]
+            try:
+                slot = self.adapters.acquire(seq.adapter)
+            except Exception as error:  # told to this request alone
+                self.refused.append((seq, error))
+                continue
+            if seq.adapter is not None:
+                self._overtaken = self._overtaken + 1 if slotless else 0
             bisect.insort(self.running, seq, key=_order)
-            self._enter(seq, blocks, computed)
+            self._enter(seq, blocks, computed, slot)
             if not self._extend(seq, length):
                 raise AssertionError("admission promised memory that is not there")
             if tail is not None:
@@ -288,7 +310,7 @@ class Scheduler:
         blocks = self.pool.find(seq.block_digests(seq.tokens, full, self.block_size)[:full])
         return blocks, len(blocks) * self.block_size, None
 
-    def _enter(self, seq: Sequence, blocks: list[int], computed: int) -> None:
+    def _enter(self, seq: Sequence, blocks: list[int], computed: int, adapter: int) -> None:
         self.pool.share(blocks)
         seq.blocks = list(blocks)
         seq.registered = len(blocks)
@@ -298,7 +320,9 @@ class Scheduler:
             self.prefix_queries += seq.prompt_len
             self.prefix_hits += computed
         self._updates += [(row, slot, block) for slot, block in enumerate(blocks)]
-        self._new_rows.append(NewRow(row, seq.tokens, seq.prompt_len, seq.request.params, seq.seed, seq.end_ids))
+        self._new_rows.append(
+            NewRow(row, seq.tokens, seq.prompt_len, seq.request.params, seq.seed, seq.end_ids, adapter)
+        )
 
     def _register(self, seq: Sequence, computed: int) -> None:
         """Make the full blocks among the first `computed` tokens findable."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from martlet.engine.adapters import Version
 from martlet.engine.block_pool import chain_digest
 from martlet.engine.detokenizer import Detokenizer
 from martlet.engine.request import Request
@@ -24,7 +25,7 @@ class Sequence:
     """One of a request's n continuations. While it runs it has a row; its tokens then grow in the table's row.
 
     tokens: int32, all tokens known to Python (when not running). limit: total length at which it ends.
-    leader: the sequence with the same prompt whose blocks this one may adopt, while that one runs.
+    adapter: what it runs with, to its end. leader: the sequence with the same prompt whose blocks this one may adopt, while that one runs.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Sequence:
     seed: int
     end_ids: tuple[int, ...]
     root: bytes
+    adapter: Version | None = None
     leader: Sequence | None = None
     row: int = -1
     finished: bool = False

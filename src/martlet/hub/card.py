@@ -17,6 +17,7 @@ class ModelCard:
     path: a folder holding config.json (+ tokenizer.json, *.safetensors), or a .gguf file.
     family: page in martlet.model.families, e.g. "llama". template: named chat template that overrides the checkpoint's
     own, or None to use the one inside the checkpoint. model_type: SWIFT 2.x registry key, when there is one.
+    merge: a PEFT folder that is merged into the weights as they are read.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelCard:
     licence: str = ""
     model_type: str | None = None
     lora_target_modules: tuple[str, ...] = ()
+    merge: Path | None = None
     config: dict[str, Any] = field(default_factory=dict, repr=False)  # Hugging Face config.json, also for GGUF
     generation_config: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
+from martlet.errors import CheckpointError
 from martlet.hub.card import ModelCard
 
 
@@ -69,10 +70,19 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(card: ModelCard, *, seed: int = 0) -> Checkpoint:
-    """The reader for the card's format; seed is that of dummy weights.
+    """The reader for the card's format; seed is that of dummy weights. With `card.merge`, the adapter is merged in.
 
-    CheckpointError when a header is damaged or a file missing.
+    CheckpointError when a header is damaged or a file missing; InvalidRequest for an adapter that does not fit.
     """
+    if card.merge is not None:
+        from martlet.hub.merged import MergedCheckpoint
+
+        if card.format != "safetensors":
+            raise CheckpointError(
+                f"{card.name} is a {card.format} checkpoint, and adapters are merged into safetensors only; "
+                "serve the adapter beside the model instead, with --adapters NAME=PATH"
+            )
+        return MergedCheckpoint(open_checkpoint(replace(card, merge=None)), card.merge)
     if card.format == "gguf":
         from martlet.hub.gguf_file import GGUFCheckpoint
 

@@ -36,7 +36,7 @@ class _Place(NamedTuple):
 
 
 class SafetensorsCheckpoint:
-    """A Checkpoint over the safetensors files of a folder."""
+    """A Checkpoint over the safetensors files of a folder, or over one file."""
 
     def __init__(self, folder: Path):
         self._places: dict[str, _Place] = {}
@@ -77,6 +77,8 @@ class SafetensorsCheckpoint:
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The folder's weight files, and which tensor an index promises in which file."""
+    if folder.is_file():
+        return [folder], {}
     if (folder / INDEX).is_file():
         if missing := missing_weights(folder):
             raise CheckpointError(f"{folder}: weight files are missing: {', '.join(missing)}")

@@ -43,6 +43,15 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraPart:
+    """What an adapter adds to columns `column` ... of a linear's output: a [rank, in], b [columns, rank], scaled."""
+
+    column: int
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Penalties:
     """Rows of a Sampling whose tokens are penalised for having occurred.
 
@@ -90,6 +99,13 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [N, in] -> x @ matrix.T + bias, [N, out]."""
+        ...
+
+    def lora(self, x: Tensor, y: Tensor, groups: Sequence[tuple[Tensor, Sequence[LoraPart]]]) -> None:
+        """y[tokens, column ...] += (x[tokens] @ a.T) @ b.T for the parts of each (tokens int64 [n], parts) of groups.
+
+        x [N, in] is what the linear took, y [N, out] what it gave. Tokens in no group are left alone.
+        """
         ...
 
     def embedding(self, tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:

@@ -10,11 +10,14 @@ Python has seen it (`Runner.lag`). No torch here: a runner without torch can sta
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from martlet.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from martlet.model.adapters import Adapter
 
 KV_DTYPES = ("auto", "bf16", "fp8", "int8")  # how keys and values are kept; a runner refuses what it lacks
 
@@ -28,6 +31,7 @@ class LoadOptions:
     None sizes it from `memory_utilization` of the memory that is free. kv_dtype: one of KV_DTYPES; "auto" is what the
     runner computes in. seed: of dummy weights. packed_cache: keep packed weights in the user's cache, so that the next
     start is faster.
+    max_adapters: LoRA adapters that may be active in a batch, 0 for none; max_lora_rank: the largest rank of one.
     """
 
     device: str = "auto"
@@ -41,6 +45,8 @@ class LoadOptions:
     block_size: int = 16
     seed: int = 0
     packed_cache: bool = True
+    max_adapters: int = 0
+    max_lora_rank: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class NewRow:
     tokens: int32 [n], all tokens known now: the prompt, and after a preemption also the output so far.
     prompt_len: how many of them are prompt. seed: always a concrete 64-bit value, 0 <= seed < 2**64.
     end_ids: tokens that end this sequence, not to be sampled before `params.min_tokens` outputs.
+    adapter: slot of the LoRA adapter it runs with, 0 for none.
     """
 
     row: int
@@ -74,6 +81,7 @@ class NewRow:
     params: SamplingParams
     seed: int
     end_ids: tuple[int, ...] = ()
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +160,7 @@ class Runner(Protocol):
     before every step: a runner may learn it from the steps it ran.
     max_prefill_tokens: most tokens of a step in which nobody decodes, so that nobody's stream waits for it.
     max_drafts: most guesses a sequence may get in a step; 0 where `Batch.drafts` is not understood, or lag is not 0.
+    max_adapters: slots for LoRA adapters, numbered from 1; 0 where there are none.
     """
 
     memory: MemoryPlan
@@ -160,6 +169,14 @@ class Runner(Protocol):
     max_step_tokens: int
     max_prefill_tokens: int
     max_drafts: int
+    max_adapters: int
+
+    def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter's weights into a slot, in place of what it held. Steps that were launched keep what they had.
+
+        No row of a step yet to be launched may run with what is replaced.
+        """
+        ...
 
     def launch(self, batch: Batch) -> Step: ...
 

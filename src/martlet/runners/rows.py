@@ -27,6 +27,7 @@ class Rows:
         self.top_k, self.min_tokens = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.logprobs, self.prompt_logprobs = np.full(rows, -1), np.full(rows, -1)  # -1: not asked for
         self.penalised = np.zeros(rows, bool)
+        self.adapter = np.zeros(rows, np.int32)  # slot, 0 for none
         self.end_ids: dict[int, np.ndarray] = {}  # only rows with min_tokens
         self.bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.allowed: dict[int, np.ndarray] = {}
@@ -47,6 +48,7 @@ class Rows:
         self.frequency[row], self.penalised[row] = params.frequency_penalty, params.has_penalties
         self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        self.adapter[row] = new.adapter
         self.min_tokens[row] = params.min_tokens if new.end_ids else 0
         for table in (self.end_ids, self.bias, self.allowed):
             table.pop(row, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from martlet.kernels.reference import attention, experts, layers, logprobs, rotary, sampling
+from martlet.kernels.reference import attention, experts, layers, logprobs, lora, rotary, sampling
 
 __all__ = ["ReferenceOps"]
 
@@ -12,6 +12,7 @@ class ReferenceOps:
 
     pack = staticmethod(layers.pack)
     linear = staticmethod(layers.linear)
+    lora = staticmethod(lora.lora)
     embedding = staticmethod(layers.embedding)
     rms_norm = staticmethod(layers.rms_norm)
     add_rms_norm = staticmethod(layers.add_rms_norm)

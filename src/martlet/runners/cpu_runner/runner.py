@@ -40,6 +40,7 @@ class CpuRunner:
     lag = 0
     max_drafts = 0
     max_prefill_tokens = PREFILL_TOKENS
+    max_adapters = 0
 
     def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
         """Load `card`. progress(done, total) is called for each parameter.

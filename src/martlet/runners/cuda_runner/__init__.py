@@ -49,6 +49,7 @@ class CudaRunner:
 
     lag = 1
     max_drafts = 0
+    max_adapters = 0
 
     def __init__(
         self,

@@ -15,11 +15,13 @@ from martlet.hub.checkpoint import Tensor, open_checkpoint
 from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels import ops_for
 from martlet.model import weights
+from martlet.model.adapters import Adapter
 from martlet.model.spec import Attention, DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
 from martlet.runners.rows import Rows
 from martlet.runners.sizing import kv_dtype, plan_memory
+from martlet.runners.torch_runner.adapters import Groups, Layers, upload
 from martlet.runners.torch_runner.decoder import Decoder
 
 __all__ = ["TorchRunner", "default_device"]
@@ -87,6 +89,8 @@ class TorchRunner:
                 rope: self.ops.rotation(rope, self.memory.max_model_len, self.device)
                 for rope in {layer.mixer.rope for layer in spec.layers}
             }
+            self.max_adapters = options.max_adapters
+            self.adapters: dict[int, Layers] = {}  # by slot
             self.attentions = list(dict.fromkeys(layer.mixer for layer in spec.layers))
 
     def _cache(self, attention: Attention) -> torch.Tensor:
@@ -96,6 +100,10 @@ class TorchRunner:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
         plain = np.zeros(shape, {2: np.int16, 4: np.int32}[self.dtype.itemsize])
         return torch.from_numpy(plain).view(self.dtype)
+
+    @torch.inference_mode()
+    def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        self.adapters[slot] = upload(adapter, self.spec, self.device, self.dtype)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Done:
@@ -114,7 +122,9 @@ class TorchRunner:
         sampled, last = np.flatnonzero(batch.sample), np.cumsum(layout.count) - 1
         scored = self._prompt_positions(batch)  # token numbers whose prompt logprobs are asked for
         wanted = np.concatenate([last[sampled], scored])
-        hidden = self.decoder.forward(self._tensor(ids), plans, self.caches, self._tensor(wanted))
+        slots = self.rows.adapter[batch.rows]
+        groups = Groups(np.repeat(slots, layout.count), self.adapters, self.device) if slots.any() else None
+        hidden = self.decoder.forward(self._tensor(ids), plans, self.caches, self._tensor(wanted), groups)
 
         tokens = np.full(len(batch.rows), -1, np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
@@ -179,6 +189,7 @@ class TorchRunner:
         """Free weights and cache. The runner cannot be used afterwards."""
         self.caches.clear()
         self.decoder.blocks.clear()
+        self.adapters.clear()
 
 
 def _counted(

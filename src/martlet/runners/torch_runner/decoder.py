@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.ops import Ops, Plan, Weight
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer
+from martlet.runners.torch_runner.adapters import Groups
+
+Linear = Callable[[str, torch.Tensor, Weight], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +81,53 @@ class Decoder:
                 self.weight_bytes += self.embed.nbytes
 
     def forward(
-        self, tokens: torch.Tensor, plans: Mapping[Attention, Plan], caches: list[torch.Tensor], wanted: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        plans: Mapping[Attention, Plan],
+        caches: list[torch.Tensor],
+        wanted: torch.Tensor,
+        groups: Groups | None = None,
     ) -> torch.Tensor:
-        """Hidden states, ready for the head, of the tokens at `wanted`: int64 [N], int64 [S] -> [S, width]."""
+        """Hidden states, ready for the head, of the tokens at `wanted`: int64 [N], int64 [S] -> [S, width].
+
+        groups: the tokens that run with adapters; None when there are none.
+        """
         ops, eps = self.ops, self.spec.eps
         residual = ops.embedding(tokens, self.embed, self.spec.embedding_scale)
         x = None
-        for layer, block, cache in zip(self.spec.layers, self.blocks, caches, strict=True):
-            plan = plans[layer.mixer]
+        for n, (layer, block, cache) in enumerate(zip(self.spec.layers, self.blocks, caches, strict=True)):
+            plan, linear = plans[layer.mixer], partial(self._linear, groups, n)
             if x is None:
                 x = ops.rms_norm(residual, block.attn_norm, eps)
             else:
                 x, residual = ops.add_rms_norm(x, residual, block.attn_norm, eps)
-            q = ops.rotate_and_write(ops.linear(x, block.qkv), block.qk_norms, eps, cache, plan)
-            x = ops.linear(ops.paged_attention(q, cache, plan), block.o)
+            q = ops.rotate_and_write(linear("qkv", x, block.qkv), block.qk_norms, eps, cache, plan)
+            x = linear("o", ops.paged_attention(q, cache, plan), block.o)
             if block.attn_post_norm is not None:
                 x = ops.rms_norm(x, block.attn_post_norm, eps)
             x, residual = ops.add_rms_norm(x, residual, block.mlp_norm, eps)
-            x = self._feed_forward(x, layer.mlp, block.mlp)
+            x = self._feed_forward(x, layer.mlp, block.mlp, linear)
             if block.mlp_post_norm is not None:
                 x = ops.rms_norm(x, block.mlp_post_norm, eps)
         assert x is not None
         x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
         return ops.add_rms_norm(x, residual, self.norm, eps)[0]
 
-    def _feed_forward(self, x: torch.Tensor, mlp: FeedForward, weights: Dense | Mixture) -> torch.Tensor:
+    def _linear(self, groups: Groups | None, n: int, name: str, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """The linear `name` of layer n, with what adapters add to it."""
+        y = self.ops.linear(x, weight)
+        if groups is not None:
+            self.ops.lora(x, y, groups.of(n, name))
+        return y
+
+    def _feed_forward(
+        self, x: torch.Tensor, mlp: FeedForward, weights: Dense | Mixture, linear: Linear | None = None
+    ) -> torch.Tensor:
+        """linear(name, x, weight): for the dense ones, which may carry adapters."""
         ops = self.ops
+        linear = linear or (lambda name, x, weight: ops.linear(x, weight))
         if isinstance(weights, Dense):
-            return ops.linear(ops.activation(ops.linear(x, weights.up), mlp), weights.down)
+            return linear("down", ops.activation(linear("up", x, weights.up), mlp), weights.down)
         y = ops.experts(x, ops.linear(x, weights.router), weights.up, weights.down, mlp)
         if weights.shared is not None:
             shared = self._feed_forward(x, mlp, weights.shared)
