@@ -144,9 +144,7 @@ def _assemble(
     return PeftAdapter(folder, base, loras, saved)
 
 
-def _lora(
-    folder: Path, config: Mapping[str, Any], module: str, found: Mapping[str, tuple[str, np.ndarray]]
-) -> Lora:
+def _lora(folder: Path, config: Mapping[str, Any], module: str, found: Mapping[str, tuple[str, np.ndarray]]) -> Lora:
     if missing := {"A", "B"} - found.keys():
         raise _bad(f"{folder / WEIGHTS}: {module} has no lora_{missing.pop()}")
     (a_name, a), (b_name, b) = found["A"], found["B"]
@@ -156,10 +154,10 @@ def _lora(
             "[out, rank] of a linear layer"
         )
     rank = len(a)
-    told = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    told = _by_pattern(folder, config.get("rank_pattern"), module, config.get("r"))
     if told is not None and told != rank:
         raise _bad(f"{folder / WEIGHTS}: {a_name} {list(a.shape)} has rank {rank}, but {CONFIG} says {told}")
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    alpha = _by_pattern(folder, config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
     if not rank or not isinstance(alpha, int | float):
         raise _bad(f"{folder}: {module} has rank {rank} and lora_alpha {alpha!r}; both must be numbers above 0")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -169,14 +167,14 @@ def _lora(
     return Lora(a, b, scale, None if magnitude is None else magnitude[1].reshape(-1), (a_name, b_name))
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _by_pattern(folder: Path, patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule: a key is a regular expression for the end of a module's name; the first that fits counts."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise _bad(f"{CONFIG}: {pattern!r} is no regular expression: {error}") from None
+            raise _bad(f"{folder / CONFIG}: {pattern!r} is no regular expression: {error}") from None
     return default
 
 

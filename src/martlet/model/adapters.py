@@ -81,12 +81,6 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
                 f"{[len(lora.b), lora.a.shape[1]]}, but {module} of {card.name} is {[outputs, inputs]}; it was trained "
                 f"on another model ({found.base or 'unnamed'})",
             )
-        if len(lora.a) > max_rank:
-            raise _bad(
-                found,
-                f"tensor {lora.where[0]} {list(lora.a.shape)} has rank {len(lora.a)}, and ranks up to {max_rank} are "
-                f"served; --max_lora_rank {len(lora.a)} takes it",
-            )
         for part, rows in parts:
             if split_name(part.name)[0].removeprefix("layers.") not in TARGETS:
                 raise _bad(
@@ -96,7 +90,15 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
                 )
             b = lora.b if rows is None else lora.b[rows]
             loras[part.name] = peft.Lora(lora.a, b, lora.scale, where=lora.where)
-    return Adapter(found.folder, found.base, max(len(lora.a) for lora in loras.values()), loras)
+    largest = max(loras.values(), key=lambda lora: len(lora.a))
+    rank = len(largest.a)
+    if rank > max_rank:
+        raise _bad(
+            found,
+            f"tensor {largest.where[0]} {list(largest.a.shape)} has rank {rank}, and ranks up to {max_rank} are "
+            f"served; --max_lora_rank {rank} takes it",
+        )
+    return Adapter(found.folder, found.base, rank, loras)
 
 
 def _homes(card: ModelCard, spec: DecoderSpec) -> dict[str, list[tuple[ParameterSpec, np.ndarray | None]]]:
