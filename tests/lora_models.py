@@ -14,6 +14,7 @@ import transformers
 
 from martlet.hub.card import ModelCard
 
+torch.set_num_threads(1)  # for matrices this small a second thread only waits
 VOCAB = 97
 SHAPE = {
     "vocab_size": VOCAB,
@@ -29,12 +30,13 @@ SHAPE = {
 }
 
 
-def make_base(folder: Path, **changes) -> tuple[ModelCard, torch.nn.Module]:
+def make_base(folder: Path, kind: str = "Qwen3", **changes) -> tuple[ModelCard, torch.nn.Module]:
     torch.manual_seed(5)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(SHAPE | changes))).eval()
+    config = getattr(transformers, kind + "Config")(**(SHAPE | changes))
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
     model.generation_config = transformers.GenerationConfig(eos_token_id=None)
     model.save_pretrained(folder)
-    return ModelCard("tiny", folder, "safetensors", "qwen3", config=model.config.to_dict()), model
+    return ModelCard("tiny", folder, "safetensors", kind.lower(), config=model.config.to_dict()), model
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,5 +139,5 @@ def test_a_backend_that_cannot_says_so(folder):
     backend = FakeBackend()
     with live(create_app(backend, FakeTemplate(), adapter_dir=str(folder))) as url:
         answer = post(url, LOAD, lora_name="x", lora_path="good")
-        assert answer.status_code == 400 and "loads no adapters" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "without slots for adapters" in answer.json()["error"]["message"]
     backend.close()

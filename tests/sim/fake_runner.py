@@ -1,7 +1,7 @@
 """A runner whose network is a hash of the context, read back from the KV blocks through the block table.
 
-An adapter is a tag that is written into the KV of the tokens computed with it. A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
-a wrong answer, not only as a broken invariant.
+A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
+a wrong answer, not only as a broken invariant. An adapter is a tag, written into the KV of what is computed with it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Sequence:
     """One of a request's n continuations. While it runs it has a row; its tokens then grow in the table's row.
 
     tokens: int32, all tokens known to Python (when not running). limit: total length at which it ends.
-    adapter: what it runs with, to its end. leader: the sequence with the same prompt whose blocks this one may adopt, while that one runs.
+    adapter: what it runs with, to its end.
+    leader: the sequence with the same prompt whose blocks this one may adopt, while that one runs.
     """
 
     request: Request

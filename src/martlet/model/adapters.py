@@ -12,7 +12,7 @@ from martlet.errors import InvalidRequest
 from martlet.hub import peft, registry
 from martlet.hub.card import ModelCard
 from martlet.model import families
-from martlet.model.families.family import split_name
+from martlet.model.families.family import Source, split_name
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import ParameterSpec, parameters
 
@@ -73,7 +73,14 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
         if module not in homes:
             raise _bad(found, f"tensor {lora.where[0]}: {card.name} has no linear {module}{_near(homes)}")
         parts = homes[module]
-        outputs, inputs = sum(part.shape[0] for part, _ in parts), parts[0][0].shape[1]
+        if any(split_name(part.name)[0].removeprefix("layers.") not in TARGETS for part, _ in parts):
+            raise _bad(
+                found,
+                f"tensor {lora.where[0]}: LoRA on {module} is served merged only (--ckpt_dir PATH --merge_lora true); "
+                f"beside others it may be on {', '.join(TARGETS)}",
+            )
+        part, source = parts[0]
+        outputs, inputs = source.shape(part.shape)
         if lora.a.shape[1] != inputs or len(lora.b) != outputs:
             raise _bad(
                 found,
@@ -81,14 +88,8 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
                 f"{[len(lora.b), lora.a.shape[1]]}, but {module} of {card.name} is {[outputs, inputs]}; it was trained "
                 f"on another model ({found.base or 'unnamed'})",
             )
-        for part, rows in parts:
-            if split_name(part.name)[0].removeprefix("layers.") not in TARGETS:
-                raise _bad(
-                    found,
-                    f"tensor {lora.where[0]}: LoRA on {module} is served merged only (--ckpt_dir PATH --merge_lora "
-                    f"true); beside others it may be on {', '.join(TARGETS)}",
-                )
-            b = lora.b if rows is None else lora.b[rows]
+        for part, source in parts:
+            b = lora.b if source.rows is None else lora.b[source.rows]
             loras[part.name] = peft.Lora(lora.a, b, lora.scale, where=lora.where)
     largest = max(loras.values(), key=lambda lora: len(lora.a))
     rank = len(largest.a)
@@ -101,13 +102,14 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
     return Adapter(found.folder, found.base, rank, loras)
 
 
-def _homes(card: ModelCard, spec: DecoderSpec) -> dict[str, list[tuple[ParameterSpec, np.ndarray | None]]]:
-    """Hugging Face's name of a module -> our matrices in it and the rows of each; several where theirs are fused."""
-    family, homes = families.get(card.family), {}
+def _homes(card: ModelCard, spec: DecoderSpec) -> dict[str, list[tuple[ParameterSpec, Source]]]:
+    """Hugging Face's name of a module -> our matrices in it and where each lies; several where theirs are fused."""
+    family = families.get(card.family)
+    homes: dict[str, list[tuple[ParameterSpec, Source]]] = {}
     for parameter in parameters(spec):
-        if parameter.kind in ("linear", "embedding"):
+        if len(parameter.shape) == 2:
             source = family.source(spec, parameter.name, "safetensors")
-            homes.setdefault(source.name.removesuffix(".weight"), []).append((parameter, source.rows))
+            homes.setdefault(source.name.removesuffix(".weight"), []).append((parameter, source))
     return homes
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_models import make_base, tune
 from safetensors.numpy import load_file, save_file
 
+from lora_models import make_base, tune
 from martlet.errors import InvalidRequest
 from martlet.hub import open_checkpoint, peft
 from martlet.model import adapters
@@ -21,6 +21,7 @@ from martlet.runners.base import Batch, LoadOptions, NewRow
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
 
+CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
 TOKENS = np.array([5, 6, 7, 9, 20, 31, 80], np.int32)
 
 
@@ -42,10 +43,10 @@ def broken(plain, tmp_path):
     def break_it(config=None, tensors=None) -> Path:
         folder = tmp_path / "broken"
         shutil.copytree(plain.path, folder)
-        told = json.loads((folder / peft.CONFIG).read_text()) | (config or {})
-        (folder / peft.CONFIG).write_text(json.dumps(told))
-        held = load_file(folder / peft.WEIGHTS) | (tensors or {})
-        save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / peft.WEIGHTS)
+        told = json.loads((folder / CONFIG).read_text()) | (config or {})
+        (folder / CONFIG).write_text(json.dumps(told))
+        held = load_file(folder / WEIGHTS) | (tensors or {})
+        save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS)
         return folder
 
     return break_it
@@ -115,7 +116,7 @@ def test_rank_and_base_are_read_from_the_files(base, tmp_path):
 def test_what_needs_the_base_weights_is_served_merged(config, tmp_path):
     card, model = make_base(tmp_path / "base", tie_word_embeddings=False)
     tuned = tune(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], **config)
-    with pytest.raises(InvalidRequest, match="DoRA|modules_to_save") as refused:
+    with pytest.raises(InvalidRequest, match=r"DoRA|modules_to_save") as refused:
         adapters.read(tuned.path, card, read_spec(card), 64)
     assert "--merge_lora true" in str(refused.value)
     np.testing.assert_allclose(logprobs(replace(card, merge=tuned.path)), tuned.logprobs(TOKENS), atol=2e-5)
@@ -178,7 +179,7 @@ def test_a_base_of_another_name_is_refused_when_both_are_known(base, broken):
     folder = broken({"base_model_name_or_path": "Qwen/Qwen1.5-7B-Chat"})
     assert read(base, folder).base == "Qwen/Qwen1.5-7B-Chat"  # ours is a folder that may hold anything
     card = replace(base[0], name="smollm2-135m-instruct")
-    with pytest.raises(InvalidRequest, match="trained on Qwen/Qwen1.5-7B-Chat, and the model here is smollm2"):
+    with pytest.raises(InvalidRequest, match=r"trained on Qwen/Qwen1.5-7B-Chat, and the model here is smollm2"):
         adapters.read(folder, card, read_spec(card), 64)
 
 
@@ -193,11 +194,11 @@ def test_folders_that_hold_no_adapter(base, plain, tmp_path):
     assert "has no adapter_config.json" in refused(tmp_path)
     pickled = tmp_path / "pickled"
     shutil.copytree(plain.path, pickled)
-    (pickled / peft.WEIGHTS).rename(pickled / "adapter_model.bin")
+    (pickled / WEIGHTS).rename(pickled / "adapter_model.bin")
     assert "a pickle, which is never read" in refused(pickled)
-    (pickled / peft.WEIGHTS).write_bytes((pickled / "adapter_model.bin").read_bytes()[:5000])
-    assert peft.WEIGHTS in refused(pickled) and "truncated" in refused(pickled)
-    (pickled / peft.CONFIG).write_text("{")
+    (pickled / WEIGHTS).write_bytes((pickled / "adapter_model.bin").read_bytes()[:5000])
+    assert WEIGHTS in refused(pickled) and "truncated" in refused(pickled)
+    (pickled / CONFIG).write_text("{")
     assert "JSON" in refused(pickled)
 
 
@@ -207,33 +208,27 @@ def test_merging_checks_shapes_too(base, broken):
         open_checkpoint(replace(base[0], merge=folder))
 
 
-def test_fused_matrices_are_split_by_the_familys_own_rows(base, plain, monkeypatch):
-    """As in checkpoints that keep q, k and v in one matrix: rows of B go where the family's rows go, A is shared."""
-    card, _ = base
-    spec = read_spec(card)
-    family = adapters.families.get(card.family)
-    fused = {"q": np.arange(128), "k": np.arange(128, 192), "v": np.arange(192, 256)[::-1]}
+def test_fused_matrices_are_split_by_the_familys_own_rows(tmp_path):
+    """As in checkpoints that keep q, k and v, or gate and up, in one matrix."""
+    card, model = make_base(tmp_path / "base", "Phi3", pad_token_id=0)
+    tuned = tune(model, tmp_path / "adapter", target_modules=["qkv_proj", "gate_up_proj"])
+    adapter = adapters.read(tuned.path, card, read_spec(card), 8)
+    assert {name.rpartition(".")[2] for name in adapter.loras} == {"q", "k", "v", "gate", "up"}
+    np.testing.assert_allclose(logprobs(card, adapter), tuned.logprobs(TOKENS), atol=2e-5)
 
-    class Fused:
-        def source(self, spec, parameter, layout):
-            source = family.source(spec, parameter, layout)
-            part = parameter.rpartition(".")[2]
-            if part not in fused:
-                return source
-            return type(source)(source.name.replace(f"{part}_proj", "c_attn"), fused[part])
 
-    monkeypatch.setattr(adapters.families, "get", lambda name: Fused())
-    held = peft.read(plain.path)
-    rng = np.random.default_rng(0)
-    both = peft.Lora(rng.random((3, 48), np.float32), rng.random((256, 3), np.float32), 0.5, where=("a", "b"))
-    found = peft.PeftAdapter(held.folder, None, {"model.layers.1.self_attn.c_attn": both})
-    monkeypatch.setattr(adapters.peft, "read", lambda path: found)
-    adapter = adapters.read("anywhere", card, spec, 8)
-    for part, rows in fused.items():
-        delta = adapter.delta(f"layers.1.{part}")
-        np.testing.assert_array_equal(delta.a, both.a)
-        np.testing.assert_array_equal(delta.b, both.b[rows] * np.float32(0.5))
-    assert adapter.delta("layers.0.q") is None
+def test_experts_are_served_merged(tmp_path):
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    card, model = make_base(tmp_path / "base", "Qwen3Moe", **shape)
+    card = replace(card, family="qwen3_moe")
+    fits = tune(model, tmp_path / "attention", target_modules=["q_proj", "o_proj"])
+    adapter = adapters.read(fits.path, card, read_spec(card), 8)
+    np.testing.assert_allclose(logprobs(card, adapter), fits.logprobs(TOKENS), atol=2e-5)
+    router = shutil.copytree(fits.path, tmp_path / "router")
+    held = {name.replace("self_attn.q_proj", "mlp.gate"): value for name, value in load_file(router / WEIGHTS).items()}
+    save_file(held, router / WEIGHTS)
+    with pytest.raises(InvalidRequest, match=r"LoRA on model.layers.0.mlp.gate is served merged only"):
+        adapters.read(router, card, read_spec(card), 8)
 
 
 def test_swift_checkpoints_tell_their_base(plain, tmp_path):

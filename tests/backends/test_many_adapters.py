@@ -7,8 +7,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from lora_models import VOCAB, greedy, make_base, tune
 
+from lora_models import VOCAB, greedy, make_base, tune
 from martlet.backends.native import NativeBackend
 from martlet.engine.request import Request
 from martlet.errors import InvalidRequest, ModelNotFound
@@ -95,21 +95,20 @@ def test_64_mixed_requests_answer_as_their_merged_models(base, tuned, wanted, sl
 
 def test_an_adapter_is_announced_only_when_it_is_right(base, tuned, wanted, tmp_path):
     backend = backend_of(TorchRunner, base[0], 2, max_lora_rank=8)
-    info = backend.load_adapter("a0", tuned["a0"].path)
-    assert (info.name, info.rank, info.path) == ("a0", 4, tuned["a0"].path)
+    backend.load_adapter("a0", tuned["a0"].path)
     for name, path in (("a3", tuned["a3"].path), ("gone", tmp_path / "gone"), ("a0", base[0].path)):
         with pytest.raises(InvalidRequest):
             backend.load_adapter(name, path)
     for name in ("", " a", "a\n", "a" * 300):
         with pytest.raises(InvalidRequest, match="printable"):
             backend.load_adapter(name, tuned["a0"].path)
-    assert backend.adapters() == [info], "a failed load leaves the one of that name in place"
+    assert list(backend.adapters()) == ["a0"], "a failed load leaves the one of that name in place"
     with pytest.raises(ModelNotFound, match="no adapter is called 'a3'"):
         list(backend.generate([request("x", "a3", [1])]))
     name, prompt, tokens = next(each for each in wanted if each[0] == "a0")
     assert answers(backend, [request("x", name, prompt)]) == {"x": tokens}
     backend.unload_adapter("a0")
-    assert backend.adapters() == []
+    assert not backend.adapters()
     with pytest.raises(ModelNotFound):
         backend.unload_adapter("a0")
     backend.close()
