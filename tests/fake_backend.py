@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from byte_tokenizer import EOS, ByteTokenizer
 
+from martlet import chat
 from martlet.backends.native import NativeBackend
 from martlet.chat import normalise
 from martlet.engine.options import EngineOptions
@@ -84,6 +85,8 @@ class FakeTemplate:
     """role \\x02 content \\x03 for each message."""
 
     name = "fake"
+    tool_format = chat.tool_format("hermes")
+    reasoning = chat.reasoning_format("think")
     stop_ids = (EOS,)
     stop = ("<end>",)
 

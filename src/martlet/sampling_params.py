@@ -19,7 +19,8 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 or -1 means all tokens. seed None draws one at random; with a seed, a request's
     tokens do not depend on what else is in its batch. max_tokens None means up to the model's length.
     logprobs k: the chosen token's log-probability and the k most likely ones, of the raw distribution (before
-    temperature, penalties and truncation); 0 gives the chosen token's alone.
+    temperature, penalties and truncation); 0 gives the chosen token's alone. shown_token_ids: control tokens that stay
+    in the text although skip_special_tokens leaves them out: marks that a parser of the text has to see.
     """
 
     n: int = 1
@@ -43,6 +44,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    shown_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:

@@ -2,7 +2,7 @@
 
 from martlet.chat.messages import ROLES, history_to_messages, messages_to_history, normalise
 from martlet.chat.named import CHECKPOINT, named, names, template_for
-from martlet.chat.parser import Parser
+from martlet.chat.parser import Parser, marks
 from martlet.chat.reasoning import ReasoningFormat, reasoning_format
 from martlet.chat.reply import Call, CallArguments, CallStart, Content, Delta, Reasoning, Reply
 from martlet.chat.template import JinjaTemplate, Template, from_checkpoint
@@ -25,6 +25,7 @@ __all__ = [
     "ToolFormat",
     "from_checkpoint",
     "history_to_messages",
+    "marks",
     "messages_to_history",
     "named",
     "names",

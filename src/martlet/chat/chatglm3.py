@@ -12,6 +12,7 @@ from typing import Any
 
 from martlet.chat.messages import Message, plain
 from martlet.chat.template import Template
+from martlet.chat.tool_formats import FORMATS
 from martlet.errors import InvalidRequest, UsageError
 from martlet.hub.tokenizer import Tokenizer
 
@@ -30,6 +31,8 @@ _ROLES = {
 
 class ChatGLM3(Template):
     """The token-level template of ChatGLM3-6B. Generating <|observation|> means a tool call was made."""
+
+    tool_format = FORMATS["chatglm3"]
 
     def __init__(self, name: str, tokenizer: Tokenizer, *, default_system: str | None = None):
         self.name, self.tokenizer, self.default_system = name, tokenizer, default_system
@@ -93,7 +96,5 @@ def _turns(message: Message) -> Iterator[tuple[str, str]]:
         yield "", message["content"] or ""
     for call in calls:
         arguments = call["function"].get("arguments") or {}
-        if not isinstance(arguments, dict):
-            raise InvalidRequest("arguments of a tool call must be an object", param="messages")
         written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         yield str(call["function"].get("name", "")), f"```python\ntool_call({written})\n```"

@@ -45,7 +45,19 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
             out[str(key)] = plain(value, f"{where}.{key}")
     if "tool_calls" in out:
         out["tool_calls"] = _tool_calls(out["tool_calls"], f"{where}.tool_calls")
-    return out
+    if "reasoning" in out:  # vLLM's name for it
+        out.setdefault("reasoning_content", out.pop("reasoning"))
+    return _without_functions(out, f"{where}.function_call")
+
+
+def _without_functions(message: Message, where: str) -> Message:
+    """A message of the API before tools, as one with tools: a function call is a tool call with the id "function"."""
+    if message["role"] == "function":
+        return message | {"role": "tool", "tool_call_id": "function"}
+    call = message.pop("function_call", None)
+    if call is not None and not message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls([{"id": "function", "type": "function", "function": call}], where)
+    return message
 
 
 def _content(content: Any, where: str) -> str | None:
@@ -82,6 +94,8 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 call["function"]["arguments"] = json.loads(arguments or "{}")
             except ValueError as error:
                 raise InvalidRequest(f"{where}[{i}].function.arguments is not JSON: {error}", param=where) from error
+        if not isinstance(call["function"].get("arguments") or {}, dict):
+            raise InvalidRequest(f"{where}[{i}].function.arguments must be an object", param=where)
     return calls
 
 

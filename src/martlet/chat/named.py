@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib import resources
 
 from martlet.chat.chatglm3 import ChatGLM3
+from martlet.chat.reasoning import reasoning_format
 from martlet.chat.template import JinjaTemplate, Template, from_checkpoint
+from martlet.chat.tool_formats import ToolFormat, tool_format
 from martlet.errors import UsageError, did_you_mean
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
@@ -28,12 +30,13 @@ _LLAMA2_SYSTEM = (
 @dataclass(frozen=True, slots=True)
 class Named:
     """file: under templates/, None for ChatGLM3, which is made of tokens. stop: what ends a turn, beside the
-    tokenizer's own end tokens. needs: variables the tokenizer must give."""
+    tokenizer's own end tokens. needs: variables the tokenizer must give. tools: the tool format its models know."""
 
     file: str | None
     default_system: str | None = None
     stop: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    tools: str = "hermes"
 
 
 _CHATML = Named("chatml", _ASSISTANT, stop=("<|im_end|>",))
@@ -44,8 +47,8 @@ NAMED: dict[str, Named] = {
     "yi": Named("chatml", stop=("<|im_end|>",)),
     "llama": Named("llama2", _LLAMA2_SYSTEM, needs=_LLAMA2.needs),
     "llama2": _LLAMA2,
-    "llama3": Named("llama3", stop=("<|eot_id|>",)),
-    "chatglm3": Named(None),
+    "llama3": Named("llama3", stop=("<|eot_id|>",), tools="llama3"),
+    "chatglm3": Named(None, tools="chatglm3"),
     "zephyr": Named("zephyr", needs=("eos_token",)),
     "mistral": Named("mistral", needs=("bos_token", "eos_token")),
     "rwkv-world": Named("rwkv-world", stop=("\n\n",)),
@@ -58,26 +61,33 @@ def names() -> list[str]:
     return sorted(NAMED)
 
 
-def named(name: str, tokenizer: Tokenizer, *, default_system: str | None = None) -> Template:
+def named(
+    name: str, tokenizer: Tokenizer, *, default_system: str | None = None, tools: ToolFormat | None = None
+) -> Template:
     """The template called `name`; "checkpoint" is the one the checkpoint brought.
 
-    default_system replaces the template's own; "" gives none. Raises UsageError for an unknown name, or a tokenizer
-    that lacks a token which the template cannot do without.
+    tools: a tool format instead of the template's own. default_system replaces the template's own; "" gives none.
+    Raises UsageError for an unknown name, or a tokenizer that lacks a token which the template cannot do without.
     """
     if name == CHECKPOINT:
-        template = from_checkpoint(tokenizer)
+        template = from_checkpoint(tokenizer, tools)
         template.default_system = default_system
         return template
     known = NAMED.get(name)
     if known is None:
         raise UsageError(f"unknown template {name!r}; there are {', '.join(names())}.{did_you_mean(name, NAMED)}")
     system = known.default_system if default_system is None else default_system
+    tools = tools or tool_format(known.tools)
     if known.file is None:
+        if tools.name != known.tools:
+            raise UsageError(f"template {name!r} writes tool calls as {known.tools} alone", param="tool_format")
         return ChatGLM3(name, tokenizer, default_system=system)
     missing = [variable for variable in known.needs if not tokenizer.special_tokens.get(variable)]
     if missing:
         raise UsageError(f"template {name!r} needs {' and '.join(missing)}, which this tokenizer does not define")
-    return JinjaTemplate(name, _source(known.file), tokenizer, stop=known.stop, default_system=system)
+    return JinjaTemplate(
+        name, _source(known.file), tokenizer, stop=known.stop, default_system=system, tool_format=tools
+    )
 
 
 @functools.cache
@@ -85,16 +95,34 @@ def _source(file: str) -> str:
     return resources.files("martlet.chat").joinpath("templates", f"{file}.jinja").read_text(encoding="utf-8")
 
 
-def template_for(card: ModelCard, tokenizer: Tokenizer, name: str | None = None) -> Template:
+def template_for(
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    name: str | None = None,
+    *,
+    tools: str | None = None,
+    reasoning: str | None = None,
+) -> Template:
     """The template to prompt a model with: the one called `name`, else the one its card names, else the checkpoint's.
 
-    Raises UsageError when there is none of these.
+    tools: name of a tool format, else the card's, else the template's own. reasoning: name of a reasoning format,
+    else the one that the template tells of. Raises UsageError for an unknown name, or when there is no template.
     """
+    wanted = tools or (card.tool_format if not name else None)
+    known = tool_format(wanted) if wanted else None
     if name or card.template:
-        return named(name or card.template or "", tokenizer)
-    if tokenizer.chat_template:
-        return from_checkpoint(tokenizer)
-    raise UsageError(
+        template = named(name or card.template or "", tokenizer, tools=known)
+    elif tokenizer.chat_template:
+        template = from_checkpoint(tokenizer, known)
+    else:
+        raise _no_template(card)
+    if reasoning:
+        template.reasoning = reasoning_format(reasoning)
+    return template
+
+
+def _no_template(card: ModelCard) -> UsageError:
+    return UsageError(
         f"{card.name} has no chat template. Name one with --template_type ({', '.join(names())}), "
         "or send a plain prompt to the completions API"
     )

@@ -11,8 +11,11 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SecurityError
 
-from martlet.chat import control, sandbox
+from martlet.chat import control, reasoning, sandbox, tool_formats
 from martlet.chat.messages import Message, normalise, plain
+from martlet.chat.reasoning import ReasoningFormat
+from martlet.chat.tool_formats import ToolFormat
+from martlet.chat.tool_prompt import RESULT_ROLES, as_text, shorten_ids
 from martlet.errors import CheckpointError, InvalidRequest, MartletError
 from martlet.hub.tokenizer import Tokenizer
 
@@ -25,6 +28,7 @@ class Template(ABC):
 
     name: of the template. stop_ids, stop: control tokens, and where the tokenizer has none, strings, that end a
     turn besides the tokenizer's end tokens. default_system: system text of conversations that bring none, or None.
+    tool_format: how the model is asked to write tool calls. reasoning: how it marks its thoughts, None without any.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Template(ABC):
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     default_system: str | None = None
+    tool_format: ToolFormat
+    reasoning: ReasoningFormat | None = None
 
     @abstractmethod
     def render(
@@ -79,10 +85,19 @@ class JinjaTemplate(Template):
         *,
         stop: Sequence[str] | None = None,
         default_system: str | None = None,
+        tool_format: ToolFormat | None = None,
     ):
-        """stop None: found out by rendering a short conversation. Raises CheckpointError if `source` is no template."""
+        """stop None: found out by rendering a short conversation. Raises CheckpointError if `source` is no template.
+
+        tool_format: None for the template's own, or Hermes' where it has none. Where it has another one or none, tools
+        are told, and past calls and results are written, in text by us.
+        """
         self.name, self.tokenizer, self.default_system = name, tokenizer, default_system
         self._source = source
+        own = tool_formats.detect(source)
+        self.tool_format = tool_format or own or tool_formats.FORMATS["hermes"]
+        self.reasoning = reasoning.detect(source)
+        self._knows_tools = self._reads("tools") and (own is None or own is self.tool_format)
         try:
             self._template = sandbox.compile_template(source)
         except jinja2.TemplateError as error:
@@ -126,15 +141,14 @@ class JinjaTemplate(Template):
         messages = self._prepare(messages)
         tools = plain(list(tools), "tools") if tools else None
         extra = plain(dict(template_kwargs), "chat_template_kwargs")
-        self._check_read(messages, tools, extra)
+        self._check_read(extra)
         sign = control.choose_sign(messages, tools, extra)
         end = control.choose_sign(messages, tools, extra, sign)
         variables = {
             **self.tokenizer.special_tokens,
             "add_bos": self.tokenizer.add_bos,
             **control.mark(extra, self._names, sign),
-            "messages": control.mark(messages, self._names, sign),
-            "tools": control.mark(tools, self._names, sign),
+            **self._told(control.mark(messages, self._names, sign), control.mark(tools, self._names, sign)),
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
@@ -172,12 +186,18 @@ class JinjaTemplate(Template):
                 param="messages",
             ) from error
 
-    def _check_read(self, messages: list[Message], tools: Any, extra: Mapping[str, Any]) -> None:
+    def _told(self, messages: list[Message], tools: Any) -> dict[str, Any]:
+        """Messages and tools as the template can read them. What is written here is written among marks."""
+        if not self._knows_tools or not self._reads("tool_calls"):
+            if tools or any(m.get("tool_calls") or m["role"] in RESULT_ROLES for m in messages):
+                messages = as_text(messages, None if self._knows_tools else tools, self.tool_format)
+                tools = tools if self._knows_tools else None
+        elif self.tool_format.id_length:
+            messages = shorten_ids(messages, self.tool_format.id_length)
+        return {"messages": messages, "tools": tools}
+
+    def _check_read(self, extra: Mapping[str, Any]) -> None:
         """Refuse what the template would drop without a word."""
-        if tools and not self._reads("tools"):
-            raise InvalidRequest(f"chat template {self.name!r} has no place for tools", param="tools")
-        if any(m.get("tool_calls") for m in messages) and not self._reads("tool_calls"):
-            raise InvalidRequest(f"chat template {self.name!r} has no place for tool calls", param="messages")
         for name in extra:
             if name in _RESERVED or not self._reads(name):
                 raise InvalidRequest(
@@ -206,8 +226,8 @@ class JinjaTemplate(Template):
         return tuple(after[-1:])
 
 
-def from_checkpoint(tokenizer: Tokenizer) -> Template:
+def from_checkpoint(tokenizer: Tokenizer, tool_format: ToolFormat | None = None) -> Template:
     """The template that the checkpoint brought. Raises CheckpointError when it has none, or one that is no Jinja."""
     if not tokenizer.chat_template:
         raise CheckpointError("the checkpoint has no chat template; name one of martlet.chat.names()")
-    return JinjaTemplate("checkpoint", tokenizer.chat_template, tokenizer)
+    return JinjaTemplate("checkpoint", tokenizer.chat_template, tokenizer, tool_format=tool_format)

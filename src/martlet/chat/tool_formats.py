@@ -17,13 +17,16 @@ from martlet.errors import UsageError, did_you_mean
 class ToolFormat:
     """begin, end: marks around a call, or around a list of calls. at: where `begin` may stand: anywhere, only at the
     start of a line, or only at the start of the answer (where it may also be left out if `begin_optional`).
-    opening, separator, closing: what stands around and between the calls after one `begin`.
+    opening, separator, closing: what stands around and between the calls after one `begin`; without a separator every
+    call has its own `begin`. pad: what is written between the marks and a call.
     call: what a call is:
       object   {"name": "f", "arguments": {"a": 1}}, where `arguments` is the key to write (both names are read)
       python   f(a=1)
       react    f, a new line, Action Input: and the arguments as an object
       chatglm3 f, a new line and a fenced tool_call(a=1); the format of ChatGLM3's turns, see `parser`
     stop: strings that end the model's turn when tools are in play. result: around a tool's answer in the prompt.
+    hint: more that the model is told, where its template has nothing to say about tools. id_length: of the ids that
+    templates of this format accept, 0 for any.
     """
 
     name: str
@@ -32,12 +35,15 @@ class ToolFormat:
     end: str = ""
     at: Literal["anywhere", "line", "start"] = "anywhere"
     begin_optional: bool = False
+    pad: str = ""
     opening: str = ""
     separator: str = ""
     closing: str = ""
     arguments: str = "arguments"
     stop: tuple[str, ...] = ()
     result: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
+    hint: str = ""
+    id_length: int = 0
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -46,7 +52,7 @@ class ToolFormat:
 
 
 _FORMATS = (
-    ToolFormat("hermes", "object", begin="<tool_call>", end="</tool_call>"),
+    ToolFormat("hermes", "object", begin="<tool_call>", end="</tool_call>", pad="\n"),
     ToolFormat(
         "llama3",
         "object",
@@ -56,9 +62,21 @@ _FORMATS = (
         separator=";",
         arguments="parameters",
     ),
-    ToolFormat("mistral", "object", begin="[TOOL_CALLS]", opening="[", separator=",", closing="]"),
+    ToolFormat(
+        "mistral", "object", begin="[TOOL_CALLS]", opening="[", separator=",", closing="]", pad=" ", id_length=9
+    ),
     ToolFormat("pythonic", "python", at="start", opening="[", separator=",", closing="]"),
-    ToolFormat("react", "react", begin="Action:", at="line", stop=("Observation:",), result=("Observation: ", "")),
+    ToolFormat(
+        "react",
+        "react",
+        begin="Action:",
+        at="line",
+        pad=" ",
+        stop=("Observation:",),
+        result=("Observation: ", ""),
+        hint="Begin with a line of the form\nThought: what to do next\nAfter a call, wait: the next message brings "
+        "its result as an Observation. Once you know enough, answer with\nFinal Answer: the answer",
+    ),
     ToolFormat("chatglm3", "chatglm3", begin="<|assistant|>"),
 )
 FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format in _FORMATS}

@@ -20,7 +20,8 @@ class Detokenizer:
         self.text = ""
         self.stop: str | None = None  # the stop string that was found
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        self._hidden = hidden.difference(params.shown_token_ids)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops: tuple[str, ...] = params.stop
         self._keep_stop = params.include_stop_str_in_output

@@ -8,10 +8,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from martlet.chat import CallStart, Content, Delta, Parser, Reasoning, Template
+from martlet.chat import CallStart, Content, Delta, Reasoning, Template
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
+from martlet.server.answering import answering
 from martlet.server.chunks import ChunkedShape
 from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
@@ -27,6 +28,7 @@ from martlet.server.sampling import (
 )
 from martlet.server.schema import ChatBody
 from martlet.server.service import Service
+from martlet.server.tools import Tools, read_tools
 
 router = APIRouter()
 
@@ -45,11 +47,20 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     template = chat_template(service, model)
     logprobs = chat_logprobs(body, service.backend.max_logprobs)
     max_tokens = chat_max_tokens(body)
+    tools = read_tools(body)
+    ids = await chat_prompt(service, body, tools)
+    tokenizer = service.backend.tokenizer
+    reading = answering(template, tokenizer, ids, tools)
+    stop = (*template.stop, *reading.stop)
     params = sampling_params(
-        body, service.defaults, ends=(template.stop_ids, template.stop), max_tokens=max_tokens, logprobs=logprobs
+        body,
+        service.defaults,
+        ends=(template.stop_ids, stop),
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        shown_token_ids=reading.shown,
     )
     params.check_vocabulary(service.backend.vocab_size)
-    ids = await chat_prompt(service, body)
     service.check_length(len(ids), max_tokens, "messages")
     name = f"chatcmpl-{request_id}"
     stream = bool(body.stream)
@@ -59,12 +70,17 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         model=model,
         requests=[request],
         n=params.n,
-        shape=ChatShape(service.backend.tokenizer, wants_logprobs=logprobs is not None),
-        parser=Parser,
+        shape=ChatShape(
+            tokenizer,
+            wants_logprobs=logprobs is not None,
+            wants_reasoning=body.include_reasoning is not False,
+            legacy=tools.legacy,
+        ),
+        parser=reading.parser,
         stream=stream,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
-        own_stops=frozenset((*template.stop_ids, *template.stop)) - asked_stops(body),
+        own_stops=frozenset((*template.stop_ids, *stop)) - asked_stops(body),
     )
 
 
@@ -74,53 +90,83 @@ def chat_template(service: Service, model: str) -> Template:
     return service.template
 
 
-async def chat_prompt(service: Service, body: ChatBody) -> list[int]:
-    """Token ids of a conversation."""
+async def chat_prompt(service: Service, body: ChatBody, tools: Tools | None = None) -> list[int]:
+    """Token ids of a conversation. tools: of the body, if they have been read."""
+    listed = (tools or read_tools(body)).listed
     template = chat_template(service, service.model_name(body.model))
     messages = chat_messages(body, service.limits)
     style = prompt_style(body)
-    ids = await off_loop(text_size(body), lambda: template.render(messages, **style))
+    ids = await off_loop(text_size(body), lambda: template.render(messages, tools=listed, **style))
     if not ids:
         raise InvalidRequest("messages make an empty prompt", param="messages")
     return ids
 
 
 class ChatShape(ChunkedShape):
+    """legacy: calls are told as the one function_call of the API before tools."""
+
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, wants_logprobs: bool):
+    def __init__(
+        self, tokenizer: Tokenizer, *, wants_logprobs: bool, wants_reasoning: bool = True, legacy: bool = False
+    ):
         self._tokenizer = tokenizer
         self._wants_logprobs = wants_logprobs
+        self._wants_reasoning = wants_reasoning
+        self._legacy = legacy
         self._started: set[int] = set()
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         reply = choice.reply
         content = None if reply.calls and not reply.content else reply.content
         message = {"role": "assistant", "content": content, "refusal": None}
-        if reply.reasoning:
+        if reply.reasoning and self._wants_reasoning:
             message |= _thoughts(reply.reasoning)
-        if reply.calls:
+        if reply.calls and self._legacy:
+            message["function_call"] = {"name": reply.calls[0].name, "arguments": reply.calls[0].arguments}
+        elif reply.calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in reply.calls
             ]
         answer = {"index": choice.index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
-        return answer | _finish(choice)
+        return answer | self._finish(choice)
 
     def chunks(self, choice: Choice, output: Output) -> list[dict[str, Any]]:
         pieces = []
         if choice.index not in self._started:  # the role comes once, before the text
             self._started.add(choice.index)
             pieces.append(self._piece(choice, {"role": "assistant", "content": ""}, None))
-        news = [_delta(delta) for delta in choice.deltas]
+        news = [self._delta(delta) for delta in choice.deltas if self._tells(delta)]
         if self._wants_logprobs and output.token_ids:  # they go with the text that their tokens brought, if any
             news = news or [{"content": ""}]
             pieces.append(self._piece(choice, news.pop(0), self._logprobs(output.logprobs)))
         pieces += [self._piece(choice, delta, None) for delta in news]
         if choice.finish_reason:  # clients print delta.content as it comes: empty text rather than none
-            pieces.append(self._piece(choice, {} if choice.reply.calls else {"content": ""}, None) | _finish(choice))
+            last = {} if choice.reply.calls else {"content": ""}
+            pieces.append(self._piece(choice, last, None) | self._finish(choice))
         return pieces
+
+    def _tells(self, delta: Delta) -> bool:
+        return self._wants_reasoning or not isinstance(delta, Reasoning)
+
+    def _delta(self, delta: Delta) -> dict[str, Any]:
+        if isinstance(delta, Content):
+            return {"content": delta.text}
+        if isinstance(delta, Reasoning):
+            return _thoughts(delta.text)
+        starts = isinstance(delta, CallStart)
+        function = {"name": delta.name, "arguments": ""} if starts else {"arguments": delta.text}
+        if self._legacy:
+            return {"function_call": function}
+        head = {"id": delta.id, "type": "function"} if starts else {}
+        return {"tool_calls": [{"index": delta.index, **head, "function": function}]}
+
+    def _finish(self, choice: Choice) -> dict[str, Any]:
+        calls = choice.finish_reason == "tool_calls"
+        reason = {"finish_reason": "function_call" if calls and self._legacy else choice.finish_reason}
+        return reason if choice.stop_reason is None else reason | {"stop_reason": choice.stop_reason}
 
     def _piece(self, choice: Choice, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
@@ -131,22 +177,6 @@ class ChatShape(ChunkedShape):
         return {"content": chat_entries(self._tokenizer, entries or ()), "refusal": None}
 
 
-def _delta(delta: Delta) -> dict[str, Any]:
-    if isinstance(delta, Content):
-        return {"content": delta.text}
-    if isinstance(delta, Reasoning):
-        return _thoughts(delta.text)
-    if isinstance(delta, CallStart):
-        function = {"name": delta.name, "arguments": ""}
-        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
-    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
-
-
 def _thoughts(text: str) -> dict[str, Any]:
     """Under both names that clients look for: DeepSeek's and vLLM's."""
     return {"reasoning_content": text, "reasoning": text}
-
-
-def _finish(choice: Choice) -> dict[str, Any]:
-    reason = {"finish_reason": choice.finish_reason}
-    return reason if choice.stop_reason is None else reason | {"stop_reason": choice.stop_reason}

@@ -60,8 +60,8 @@ def text_size(body: ChatBody | TokenizeBody) -> int:
     return sum(len(c) if isinstance(c, str) else sum(len(part.text or "") for part in c) for c in contents)
 
 
-def prompt_style(body: ChatBody | TokenizeBody) -> dict[str, bool]:
-    """Arguments of Template.render: a new answer, or more of the last message."""
+def prompt_style(body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """Arguments of Template.render: a new answer, or more of the last message; and the template's own variables."""
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
         raise ApiError(
@@ -70,7 +70,14 @@ def prompt_style(body: ChatBody | TokenizeBody) -> dict[str, bool]:
             param="continue_final_message",
         )
     starts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    return {"add_generation_prompt": starts, "continue_final_message": continues}
+    own = body.chat_template_kwargs or {}
+    style = {"add_generation_prompt": starts, "continue_final_message": continues}
+    if taken := [name for name in own if name in (*style, "messages", "tools")]:
+        raise InvalidRequest(
+            f"chat_template_kwargs.{taken[0]} is a field of the request itself",
+            param=f"chat_template_kwargs.{taken[0]}",
+        )
+    return {**own, **style}
 
 
 def _is_ids(value: Any) -> bool:

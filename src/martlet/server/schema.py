@@ -70,12 +70,49 @@ class ContentPart(Body):
     text: str | None = None
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
-    """One turn. Fields beside these (tool_calls, tool_call_id, reasoning ...) go to the chat template as they are."""
+    """One turn. Fields beside these (reasoning_content ...) go to the chat template as they are."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+
+
+class Function(Body):
+    """parameters: a JSON Schema of an object; without one, the function takes none."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: FunctionName
 
 
 class ChatBody(GenerationBody):
@@ -85,10 +122,17 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], Field(fail_fast=True)] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizeBody(Body):
-    """Of a prompt, or of messages as the chat template writes them."""
+    """Of a prompt, or of messages, with tools, as the chat template writes them."""
 
     model: str | None = None
     prompt: str | None = None
@@ -96,6 +140,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -128,10 +174,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "prompt_embeds": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # of no tools
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
@@ -159,10 +201,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "documents": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "include_reasoning": (True,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "return_token_offsets": (False,),

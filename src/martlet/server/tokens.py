@@ -15,6 +15,7 @@ from martlet.server.prompts import chat_messages, check_ids, check_text, off_loo
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import DetokenizeBody, TokenizeBody
 from martlet.server.service import Service
+from martlet.server.tools import check_history, read_listed
 
 router = APIRouter()
 
@@ -35,7 +36,7 @@ async def _ids(service: Service, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
-        for name in ("add_generation_prompt", "continue_final_message"):
+        for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
             if getattr(body, name) is not None:
                 raise InvalidRequest(f"{name} is for messages, not for a prompt", param=name)
         check_text(body.prompt, "prompt")
@@ -49,7 +50,9 @@ async def _ids(service: Service, body: TokenizeBody) -> list[int]:
         raise ApiError(400, "this model has no chat template; send a prompt", param="messages")
     template, style = service.template, prompt_style(body)
     messages = chat_messages(body, service.limits)
-    return await off_loop(text_size(body), lambda: template.render(messages, **style))
+    check_history(body.messages or ())
+    tools = read_listed(body.tools)
+    return await off_loop(text_size(body), lambda: template.render(messages, tools=tools, **style))
 
 
 @router.post("/detokenize", summary="The text that token ids spell")
