@@ -3,9 +3,9 @@
     python bench/gpu/check.py [--sections kernels,G,...] [--models qwen3-0.6b,llama3-8b] [--gguf FILE] [--out FOLDER]
 
 One JSON line a result, on standard output (rounded) and in FOLDER/check.jsonl. Each section runs in a process of its
-own, so one that breaks the GPU's context takes none with it. The default sections take some three minutes; "env",
-"tiles" and "attention" can be asked for. Workloads G1-G4: random token ids below 32,000, random.Random(0), greedy, EOS
-ignored, prefix caching off.
+own, so one that breaks the GPU's context takes none with it. The default sections take some seven minutes; "env",
+"tiles", "attention" and "prefill" can be asked for. Workloads G1-G4: random token ids below 32,000, random.Random(0),
+greedy, EOS ignored, prefix caching off; in bfloat16, with the KV cache in FP8, and with weights in FP8 too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "cuda")]
 SECTIONS = {  # name: module, function, the most seconds it may take
     "kernels": ("correctness", "kernels", 60),
     "engine": ("correctness", "engine", 60),
-    "G": ("workloads", "g", 130),
+    "quality": ("correctness", "quality", 60),
+    "G": ("workloads", "g", 260),
     "steps": ("micro", "steps", 50),
     "start": ("workloads", "start", 45),
     "small": ("micro", "small", 25),
     "env": ("micro", "env", 30),
-    "tiles": ("micro", "tiles", 60),
-    "attention": ("micro", "attention", 60),
+    "tiles": ("micro", "tiles", 120),
+    "attention": ("micro", "attention", 90),
+    "prefill": ("micro", "prefill", 45),
 }
-USUAL = ("kernels", "engine", "G", "steps", "start", "small")
+USUAL = ("kernels", "engine", "quality", "G", "steps", "start", "small")
 UNTIMED = ("kernels", "engine")  # may share the GPU
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(USUAL), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--models", default="qwen3-0.6b,llama3-8b")
     parser.add_argument("--gguf", help="a SmolLM2 GGUF file to compare with the CPU reference")
+    parser.add_argument("--text-model", help="a model whose log-probabilities on text FP8 is to be measured by")
     parser.add_argument("--out", help="folder for check.jsonl")
     parser.add_argument("--profile", action="store_true", help="after G: where Python and the GPU spend their time")
     parser.add_argument("--warm", action="store_true", help="after a cold start, a warm one")
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--first-token", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.text_model = args.text_model or args.gguf
     if args.first_token:
         importlib.import_module("workloads").first_token(args.first_token, BEGAN)
     elif args.section:
@@ -83,7 +87,10 @@ def section(args: argparse.Namespace) -> None:
 def run(group: list[str], args: argparse.Namespace) -> None:
     """The sections of a group at once, each in its own process."""
     flags = [
-        flag for name in ("models", "gguf", "out") if (value := getattr(args, name)) for flag in (f"--{name}", value)
+        flag
+        for name in ("models", "gguf", "text_model", "out")
+        if (value := getattr(args, name))
+        for flag in (f"--{name.replace('_', '-')}", value)
     ]
     flags += [f"--{name}" for name in ("profile", "warm") if getattr(args, name)]
     running = {name: subprocess.Popen([sys.executable, "-u", __file__, "--section", name, *flags]) for name in group}

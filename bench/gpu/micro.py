@@ -171,6 +171,34 @@ def _sampling(logits, rows, positions, tokens) -> dict[str, list[Callable]]:
     }
 
 
+def prefill(args) -> None:
+    """Where a prefill of 8,192 tokens goes: its products, in one step and in pieces."""
+    for model in args.models:
+        c = MODELS[model]
+        width, hidden, q = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"] * 128
+        shapes = {"qkv": (q + 2048, width), "o": (width, q), "up": (2 * hidden, width), "down": (width, hidden)}
+        total = 0.0
+        for name, (n, k) in shapes.items():
+            found = {}
+            matrix = torch.randn(n, k, device="cuda").bfloat16()
+            values, scales = matrix.to(torch.float8_e4m3fn), torch.rand(n, device="cuda")
+            for rows in (1024, 2048, 4096, 8192):
+                x = torch.randn(rows, k, device="cuda").bfloat16()
+                small = layers.in_fp8(x)
+                us = timed({
+                    "bf16": [lambda: torch.nn.functional.linear(x, matrix)] * 6,
+                    "bf16, weights left": [lambda: torch.mm(matrix, x.T)] * 6,
+                    "fp8": [lambda: linear.product(small, linear.Linear(values, None, scales), torch.bfloat16)] * 6,
+                    "in fp8": [lambda: layers.in_fp8(x)] * 6,
+                })  # fmt: skip
+                found[rows] = {key: [round(t, 1), round(2e-6 * rows * n * k / t)] if isinstance(t, float) else t
+                               for key, t in us.items()}  # fmt: skip
+            total += found[8192]["bf16"][0]
+            say("prefill", model=model, name=name, us_tflops=found)
+        say("prefill", model=model, products_ms=round(total * c["num_hidden_layers"] / 1e3, 1),
+            note="the light kernels at 8,192 rows are in section small, attention in section attention")  # fmt: skip
+
+
 def tiles(args) -> None:
     """The one-row product in some tiles beside cuBLAS, GB/s of weights, over enough copies to leave the cache."""
     for model in args.models:
@@ -198,6 +226,32 @@ def tiles(args) -> None:
                 ]
             say("tiles", model=model, name=name, gb_s=timed(cases, lambda us: round(matrix_bytes / us / 1e3)))
             del matrices, cases
+            free()
+            if name == "head":
+                continue
+            small = [
+                torch.randn((2 if gated else 1) * n, k, device="cuda").mul_(k**-0.5).to(torch.float8_e4m3fn)
+                for _ in range(2 * copies)
+            ]
+            scales = torch.rand(len(small[0]), device="cuda")
+            cases = {
+                f"{tile.block_n}x{tile.block_k} w{tile.warps} p{tile.programs}": [
+                    lambda m=m, tile=tile: linear.linear(x, linear.Linear(m, None, scales), tile=tile, **extra)
+                    for m in small
+                ]
+                for tile in (linear.Tile(*numbers) for numbers in [*some, (4, 256, 4, None), (8, 256, 4, None)])
+            }
+            for rows in (8, 64):
+                many = torch.randn(rows, k, device="cuda").bfloat16()
+                for kind, weights in (
+                    ("fp8", [linear.Linear(m, None, scales) for m in small]),
+                    ("bf16", [linear.Linear(torch.randn(m.shape, device="cuda").bfloat16()) for m in small[::2]]),
+                ):
+                    cases[f"{rows} rows {kind}"] = [
+                        lambda w=w, many=many: linear.product(many, w, torch.bfloat16) for w in weights
+                    ]
+            say("tiles", model=model, name=f"{name} fp8, us", us=timed(cases))
+            del small, cases, weights
             free()
 
 
@@ -237,6 +291,23 @@ def attention(args) -> None:
         }
         found = timed(cases, lambda us: [round(us, 1), round(int(lengths.sum()) * 4096 / us / 1e3)])
         say("attention", kind="decode", batch=batch, context=[low, high], us_gb_s=found)
+        caches = [(c.to(torch.float8_e4m3fn), torch.rand(c.shape[:-1], device="cuda")) for c in caches]
+        chosen = decode_attention.tile_for(batch, spec, fp8=True)
+        some = [
+            (tokens, chosen.parts, warps, stages) for tokens in (64, 128) for warps in (2, 4, 8) for stages in (3, 4)
+        ]
+        some += [(64, max(1, chosen.parts // 2), 4, 3), (64, min(64, 2 * chosen.parts), 4, 3)]
+        cases = {
+            f"{tile.tokens}t {tile.parts}p w{tile.warps} s{tile.stages}": [
+                lambda c=c, tile=tile: decode_attention.decode_attention(
+                    q, c[0], blocks, rows, positions, spec, room, tile=tile, scales=c[1]
+                )
+                for c in caches * 2
+            ]
+            for tile in dict.fromkeys([chosen, *(decode_attention.Tile(*numbers) for numbers in some)])
+        }
+        found = timed(cases, lambda us: [round(us, 1), round(int(lengths.sum()) * 2112 / us / 1e3)])
+        say("attention", kind="decode fp8", batch=batch, context=[low, high], us_gb_s=found)
         del caches, cases
         free()
     for length in (512, 2048, 8192):

@@ -18,6 +18,7 @@ from martlet.runners.base import LoadOptions
 from martlet.runners.cuda_runner import CudaRunner
 
 START = time.perf_counter()
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "qwen3-0.6b": dict(
         model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,

@@ -1,5 +1,4 @@
 """How fast the engine is: workloads G1-G4 and a cold start, prompts and lengths as in the run of vLLM."""
-# ruff: noqa: B023  closures here are called before the loop goes on
 
 from __future__ import annotations
 
@@ -15,9 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from pathlib import Path
 
-from report import VLLM, free, runner_for, say
+from report import ROOT, VLLM, free, runner_for, say
 from torch.profiler import ProfilerActivity, profile
 
 from martlet.engine.engine import Engine, drain
@@ -25,79 +23,95 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.sampling_params import SamplingParams
 
-ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {"": {}, "fp8 kv": {"kv_dtype": "fp8"}, "fp8 weights and kv": {"kv_dtype": "fp8", "quant": "fp8"}}
 
 
 def g(args) -> None:
-    """G1-G4 on the native engine, prompts and lengths as in the vLLM run."""
+    """G1-G4 on the native engine, prompts and lengths as in the vLLM run; then again in FP8."""
     for model in args.models:
-        began = time.perf_counter()
-        runner = runner_for(model)
-        load = time.perf_counter() - began
-        running = Engine(runner, options=EngineOptions(enable_prefix_caching=False, seed=0))
-        numbers = random.Random(0)
-
-        def run(prompts, lengths, running=running):
-            requests = [
-                Request(str(i), p, SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False))
-                for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
-            ]
-            began = time.perf_counter()
-            outputs = drain(running, requests)
-            took = time.perf_counter() - began
-            errors = [o.error for o in outputs if o.error]
-            if errors:
-                raise errors[0]
-            found = {o.request_id: len(o.token_ids) for o in outputs}
-            assert all(found[str(i)] == n for i, n in enumerate(lengths)), "wrong lengths"
-            return took
-
-        def ids(n, numbers=numbers):
-            return [numbers.randint(0, 31999) for _ in range(n)]
-
-        run([ids(64) for _ in range(8)], [8] * 8)
-        prompts = [ids(numbers.randint(100, 1024)) for _ in range(256)]
-        lengths = [numbers.randint(100, 1024) for _ in range(256)]
-        one, long, many = [ids(512)], [ids(8192)], [ids(128) for _ in range(64)]
-        theirs = VLLM[model]
-
-        def g2():
-            first, whole = min(run(one, [1]) for _ in range(4)), min(run(one, [257]) for _ in range(3))
-            ms = (whole - first) / 256 * 1e3
-            say("G2", model=model, ttft_ms=first * 1e3, ms_per_token=ms, vllm=[theirs["G2_ttft_ms"], theirs["G2_ms"]],
-                ratio=[first * 1e3 / theirs["G2_ttft_ms"], ms / theirs["G2_ms"]])  # fmt: skip
-
-        def g3():
-            rate = 8192 / min(run(long, [1]) for _ in range(4))
-            say("G3", model=model, tok_s=rate, vllm=theirs["G3"], ratio=rate / theirs["G3"])
-
-        def g4():
-            a, b = (min(run(many, [n] * 64) for _ in range(3)) for n in (1, 257))
-            rate = 64 * 256 / (b - a)
-            say("G4", model=model, tok_s=rate, vllm=theirs["G4"], ratio=rate / theirs["G4"], ms=(b - a) / 256 * 1e3)
-
-        def g1():
-            times = [run(prompts, lengths) for _ in range(2)]
-            rate = sum(lengths) / min(times)
-            say("G1", model=model, tok_s=rate, seconds=times, vllm=theirs["G1"], ratio=rate / theirs["G1"])
-
-        say("load", model=model, seconds=load)
-        for part in (g2, g3, g4, g1):
+        bf16: dict[str, float] = {}
+        for name, options in VARIANTS.items():
             try:
-                part()
+                _g(model, name, options, bf16, args)
             except Exception:
-                say(part.__name__, model=model, traceback=traceback.format_exc()[-1500:])
-        if args.profile:
-            _profile(f"{model} G4", lambda: run(many, [100] * 64))
-            _profile(f"{model} G2", lambda: run(one, [200]))
-            _trace(f"{model} prefill 8192", lambda: run(long, [1]))
-            _trace(f"{model} prefill 512", lambda: run(one, [1]))
-            _trace(f"{model} decode 1", lambda: run(one, [40]))
-            _trace(f"{model} decode 64", lambda: run(many, [40] * 64))
-        say("graphs", model=model, captured=len(runner.graphs.captured))
-        running.close()
-        del runner, running
-        free()
+                say("G", model=model, variant=name, traceback=traceback.format_exc()[-1500:])
+            free()
+
+
+def _g(model: str, variant: str, options: dict, bf16: dict[str, float], args) -> None:
+    """One model in one number type. bf16: milliseconds or rates of the first variant, which the others are beside."""
+    began = time.perf_counter()
+    runner = runner_for(model, **options)
+
+    def tell(section: str, figure: float, **more) -> None:
+        beside = {} if not variant else {"variant": variant, "to_bf16": figure / bf16[section]}
+        bf16.setdefault(section, figure)
+        say(section, model=model, **beside, **more)
+
+    load = time.perf_counter() - began
+    running = Engine(runner, options=EngineOptions(enable_prefix_caching=False, seed=0))
+    numbers = random.Random(0)
+
+    def run(prompts, lengths, running=running):
+        requests = [
+            Request(str(i), p, SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False))
+            for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        began = time.perf_counter()
+        outputs = drain(running, requests)
+        took = time.perf_counter() - began
+        errors = [o.error for o in outputs if o.error]
+        if errors:
+            raise errors[0]
+        found = {o.request_id: len(o.token_ids) for o in outputs}
+        assert all(found[str(i)] == n for i, n in enumerate(lengths)), "wrong lengths"
+        return took
+
+    def ids(n, numbers=numbers):
+        return [numbers.randint(0, 31999) for _ in range(n)]
+
+    run([ids(64) for _ in range(8)], [8] * 8)
+    prompts = [ids(numbers.randint(100, 1024)) for _ in range(256)]
+    lengths = [numbers.randint(100, 1024) for _ in range(256)]
+    one, long, many = [ids(512)], [ids(8192)], [ids(128) for _ in range(64)]
+    theirs = VLLM[model]
+
+    def g2():
+        first, whole = min(run(one, [1]) for _ in range(4)), min(run(one, [257]) for _ in range(3))
+        ms = (whole - first) / 256 * 1e3
+        tell("G2", ms, ttft_ms=first * 1e3, ms_per_token=ms, vllm=[theirs["G2_ttft_ms"], theirs["G2_ms"]],
+            ratio=[first * 1e3 / theirs["G2_ttft_ms"], ms / theirs["G2_ms"]])  # fmt: skip
+
+    def g3():
+        rate = 8192 / min(run(long, [1]) for _ in range(4))
+        tell("G3", rate, tok_s=rate, vllm=theirs["G3"], ratio=rate / theirs["G3"])
+
+    def g4():
+        a, b = (min(run(many, [n] * 64) for _ in range(3)) for n in (1, 257))
+        rate = 64 * 256 / (b - a)
+        tell("G4", rate, tok_s=rate, vllm=theirs["G4"], ratio=rate / theirs["G4"], ms=(b - a) / 256 * 1e3)
+
+    def g1():
+        times = [run(prompts, lengths) for _ in range(2)]
+        rate = sum(lengths) / min(times)
+        tell("G1", rate, tok_s=rate, seconds=times, vllm=theirs["G1"], ratio=rate / theirs["G1"])
+
+    say("load", model=model, variant=variant, seconds=load, kv_tokens=runner.memory.num_blocks * 16)
+    for part in (g2, g3, g4, g1):
+        try:
+            part()
+        except Exception:
+            say(part.__name__, model=model, traceback=traceback.format_exc()[-1500:])
+    if args.profile and not variant:
+        _profile(f"{model} G4", lambda: run(many, [100] * 64))
+        _profile(f"{model} G2", lambda: run(one, [200]))
+        _trace(f"{model} prefill 8192", lambda: run(long, [1]))
+        _trace(f"{model} prefill 512", lambda: run(one, [1]))
+        _trace(f"{model} decode 1", lambda: run(one, [40]))
+        _trace(f"{model} decode 64", lambda: run(many, [40] * 64))
+    say("graphs", model=model, captured=len(runner.graphs.captured))
+    running.close()
+    del runner, running
 
 
 def _profile(name: str, call) -> None:
