@@ -18,10 +18,15 @@ from martlet.errors import MartletError, UsageError, did_you_mean
 COMMANDS = {
     "infer": "chat with a model in the terminal, answer one prompt, or run a file of prompts",
     "deploy": "serve a model over HTTP, OpenAI-compatible",
+    "sft": "fine-tune a model on examples",
+    "rlhf": "fine-tune a model on preferences: dpo, orpo, simpo, cpo or kto",
     "models": "list, show, fetch and remove models",
     "bench": "measure speed and memory against other engines",
     "doctor": "check this machine and say what is missing",
 }
+
+
+ALIASES = {name: ["rlhf", "--rlhf_type", name] for name in ("dpo", "orpo", "simpo", "kto")}  # SWIFT's commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +59,7 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"martlet {__version__}")
         return 0
+    words = [*ALIASES.get(words[0], words[:1]), *words[1:]]
     name = _known(words[0], COMMANDS, "martlet")
     command: Command | CommandGroup = importlib.import_module(f"martlet.cli.{name}").COMMAND
     path, words = f"martlet {name}", words[1:]

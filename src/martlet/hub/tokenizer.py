@@ -90,6 +90,17 @@ class Tokenizer:
         """Id of a token given by its name, e.g. "<|im_end|>"."""
         return self._core.token_to_id(token)
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers and we read them."""
+        self._core.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos, **self.special_tokens}
+        if self.eos_ids:
+            settings.setdefault("eos_token", self._core.id_to_token(self.eos_ids[0]))
+        text = json.dumps(settings | {"clean_up_tokenization_spaces": False}, ensure_ascii=False, indent=2)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if self.chat_template:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
 
 def load_tokenizer(card: ModelCard) -> Tokenizer:
     """The tokenizer that came with a model. CheckpointError when there is none; prompts of ids work without one."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from martlet.errors import DownloadError, UsageError, did_you_mean
 from martlet.train.rows import Row, RowError, parse
@@ -24,6 +24,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -178,7 +180,7 @@ def sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return taken
 
 
-def split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[T], ratio: float, seed: int) -> tuple[list[T], list[T]]:
     """(for training, for validation): `ratio` of the rows, at least one when there are two, chosen by `seed`."""
     held = min(max(round(len(rows) * ratio), 1), len(rows) - 1) if ratio > 0 else 0
     order = list(range(len(rows)))

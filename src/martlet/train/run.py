@@ -1,0 +1,320 @@
+"""A training run from its arguments to its last checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from martlet import chat, hub
+from martlet.chat.template import Template
+from martlet.errors import MartletError, UsageError
+from martlet.hub.card import ModelCard
+from martlet.hub.tokenizer import Tokenizer
+from martlet.train import datasets, layout
+from martlet.train.arguments import RlhfArguments, SftArguments
+from martlet.train.datasets import Dataset, Identity
+from martlet.train.encode import Encoded, Lengths, encode, prompt_and_endings, show
+from martlet.train.rows import Row, RowError
+
+log = logging.getLogger("martlet")
+
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to; names as SWIFT's sft_main returns them."""
+
+    output_dir: str
+    last_model_checkpoint: str | None
+    best_model_checkpoint: str | None
+    best_metric: float | None
+    global_step: int
+    train_time: float
+    log_history: list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Rows as the model sees them. train, held: Encoded, or what a preference trainer takes. left_out: why, each."""
+
+    train: list[Any]
+    held: list[Any]
+    left_out: list[str]
+
+
+def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
+    """Run it. None with --check, which only looks at the data. run: the folder, when it has been made already.
+
+    Raises UsageError and its kin for whatever is wrong before the first step, naming the flag.
+    """
+    arguments = restored(arguments)
+    card, tokenizer, template = _model_text(arguments)
+    prepared = prepare(arguments, template, tokenizer, say=_say)
+    if arguments.check:
+        return None
+
+    import transformers
+
+    from martlet.train import journal
+    from martlet.train import model as models
+    from martlet.train.trainers import trainer_for
+
+    transformers.set_seed(arguments.seed)
+    network = models.load(card, arguments)
+    adapter, reference = None, None
+    begins_with = arguments.adapter
+    if arguments.resume_from_checkpoint and arguments.resume_only_model and arguments.sft_type == "lora":
+        begins_with = str(layout.find_checkpoint(Path(arguments.resume_from_checkpoint)))
+    if begins_with:
+        network = models.continue_adapter(network, begins_with)
+    elif arguments.sft_type == "lora":
+        adapter = models.adapter_config(network, card, arguments)
+    else:
+        models.freeze(network, arguments)
+        if isinstance(arguments, RlhfArguments) and arguments.rlhf_type in ("dpo", "kto"):
+            reference = models.load(_reference(arguments) or card, arguments).eval()
+
+    resumed, run = place(arguments) if run is None else (_resumed(arguments), run)
+    extra = {"model_type": arguments.model_type or card.model_type, "base": models.base_name(card), "run": str(run)}
+    extra["template_type"] = arguments.template_type or card.template
+    main = int(os.environ.get("RANK", 0)) == 0
+    step = 0
+    if main:
+        for name in layout.remove_incomplete(run) if resumed else ():
+            log.warning("removed %s, whose writing was cut off", name)
+        layout.write_args(run, arguments, extra)
+    if resumed:
+        step = int(resumed.name.rpartition("-")[2])
+    os.environ["TENSORBOARD_LOGGING_DIR"] = arguments.logging_dir or str(run / "runs")
+    trainer = trainer_for(
+        arguments,
+        network,
+        models.tokenizer_for_trainer(tokenizer),
+        prepared.train,
+        prepared.held,
+        adapter=adapter,
+        reference=reference,
+        output_dir=str(run),
+        callbacks=[journal.Journal(run, arguments, extra, step)] if main else [],
+    )
+    log.info("training %s of %s into %s", _count(trainer.model), card.name, run)
+    began = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed) if step else None)
+        if main and arguments.save_strategy != "no" and not (run / f"checkpoint-{trainer.state.global_step}").exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    except OSError as error:
+        layout.remove_incomplete(run)
+        if error.errno == errno.ENOSPC:
+            raise MartletError(f"the disk is full; complete checkpoints are in {run}", param="output_dir") from error
+        raise
+    finally:
+        if main:
+            journal.draw(run)
+    state, last = trainer.state, layout.checkpoints(run)
+    return Result(
+        output_dir=str(run),
+        last_model_checkpoint=str(last[-1]) if last else None,
+        best_model_checkpoint=state.best_model_checkpoint,
+        best_metric=state.best_metric,
+        global_step=state.global_step,
+        train_time=round(time.monotonic() - began, 2),
+        log_history=state.log_history,
+    )
+
+
+def prepare(
+    arguments: SftArguments, template: Template | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = print
+) -> Prepared:
+    """Read, split and encode the datasets; say what was left out and how long rows are, and show one."""
+    from martlet.train.trainers import json_object
+
+    words = list(arguments.dataset)
+    if arguments.self_cognition_sample:
+        words.append(f"{datasets.SELF_COGNITION}#{arguments.self_cognition_sample}")
+    if not words:
+        raise UsageError("there is nothing to train on: --dataset NAME or PATH", param="dataset")
+    identity = None
+    if any(datasets.read_spec(word).source == datasets.SELF_COGNITION for word in (*words, *arguments.val_dataset)):
+        identity = Identity.of(arguments.model_name, arguments.model_author)
+    seed = arguments.seed if arguments.dataset_seed is None else arguments.dataset_seed
+    custom = Path(arguments.custom_dataset_info) if arguments.custom_dataset_info else None
+    columns = json_object(arguments.columns, "columns")
+
+    def load(names: Sequence[str]) -> Dataset:
+        return datasets.load(names, seed=seed, identity=identity, columns=columns, custom=custom)
+
+    own = [word for word in words if not word.startswith(datasets.SELF_COGNITION)]
+    found = load(own) if own else Dataset()
+    if arguments.train_dataset_sample >= 0:
+        found.rows = datasets.sample(found.rows, min(arguments.train_dataset_sample, len(found.rows)), seed)
+    about = [word for word in words if word not in own]
+    if about:
+        more = load(about)
+        found.rows, found.problems = found.rows + more.rows, found.problems + more.problems
+    held = load(arguments.val_dataset) if arguments.val_dataset else Dataset()
+    problems = [str(problem) for problem in (*found.problems, *held.problems)]
+    if problems and arguments.check_dataset_strategy == "error":
+        raise UsageError(f"{problems[0]} ({len(problems)} bad rows in all)", param="dataset")
+    encoder = _encoder(arguments, template, tokenizer)
+    train_set, more = _all(encoder, found.rows)
+    held_set, others = _all(encoder, held.rows)
+    if not arguments.val_dataset:
+        train_set, held_set = datasets.split(train_set, arguments.dataset_test_ratio, seed)
+    if arguments.val_dataset_sample is not None:
+        held_set = held_set[: arguments.val_dataset_sample]
+    left_out = [*problems, *more, *others]
+    if left_out:
+        say(f"{len(left_out)} rows are left out:")
+        for line in left_out[:SHOWN_PROBLEMS]:
+            say(f"  {line}")
+        if len(left_out) > SHOWN_PROBLEMS:
+            say(f"  ... and {len(left_out) - SHOWN_PROBLEMS} more")
+    lengths = Lengths.of([whole for row in train_set for whole in _wholes(row)])
+    say(
+        f"{len(train_set)} rows to train on, {len(held_set)} to evaluate on; tokens a sequence: least {lengths.least}, "
+        f"median {lengths.median}, 95 % {lengths.p95}, most {lengths.most}; {lengths.total} in all"
+    )
+    say("the first row, [[what is learned]] in brackets:")
+    for whole in _wholes(train_set[0]):
+        say(show(whole, tokenizer))
+    return Prepared(train_set, held_set, left_out)
+
+
+def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Tokenizer) -> Callable[[Row], Any]:
+    """Row -> what the trainer takes, raising RowError."""
+    limit, system = arguments.max_length, arguments.system
+    if not isinstance(arguments, RlhfArguments):
+        cut = arguments.truncation_strategy
+        return lambda row: encode(row, template, tokenizer, system=system, max_length=limit, truncation=cut)
+    if template is None:
+        raise UsageError("preferences need a chat template: --template_type", param="template_type")
+
+    def pair(row: Row) -> Any:
+        prompt, chosen, rejected = prompt_and_endings(row, template, tokenizer, system=system)
+        if arguments.rlhf_type == "kto":
+            if row.label is None and rejected is None:
+                raise RowError("kto needs a label: true for a desirable answer, false for another")
+        elif rejected is None:
+            raise RowError(f"{arguments.rlhf_type} needs a rejected answer beside the chosen one")
+        longest = len(prompt) + max(len(chosen), len(rejected or ()))
+        if longest > limit:
+            if arguments.truncation_strategy == "delete" or longest - len(prompt) >= limit:
+                raise RowError(f"{longest} tokens, more than --max_length {limit}")
+            prompt = prompt[longest - limit :]
+        if arguments.rlhf_type == "kto":
+            return prompt, chosen, True if row.label is None else row.label
+        return prompt, chosen, rejected
+
+    return pair
+
+
+def _all(encoder: Callable[[Row], Any], rows: Sequence[Row]) -> tuple[list[Any], list[str]]:
+    done, left_out = [], []
+    for row in rows:
+        try:
+            done.append(encoder(row))
+        except RowError as error:
+            begin = (row.text or str(row.messages[-1]["content"])).replace("\n", " ")
+            left_out.append(f"{error}: {begin[:60]!r}")
+    return done, left_out
+
+
+def _wholes(row: Any) -> list[Encoded]:
+    """The sequences of an encoded row of any trainer."""
+    if isinstance(row, Encoded):
+        return [row]
+    prompt, *endings = row
+    return [Encoded(prompt + e, [0] * len(prompt) + [1] * len(e)) for e in endings if isinstance(e, list)]
+
+
+def _card(arguments: SftArguments) -> ModelCard:
+    name = arguments.model or arguments.model_id_or_path
+    if arguments.resume_only_model and arguments.resume_from_checkpoint and arguments.sft_type == "full":
+        name = str(layout.find_checkpoint(Path(arguments.resume_from_checkpoint)))
+    if not (name or arguments.model_type):
+        raise UsageError("which model is to be trained? --model NAME, or --model_type KEY", param="model")
+    kind = arguments.model_type if name else None
+    return hub.resolve(name or arguments.model_type, model_type=kind, revision=arguments.model_revision)
+
+
+def _reference(arguments: RlhfArguments) -> ModelCard | None:
+    name = arguments.ref_model_id_or_path or arguments.ref_model_type
+    return hub.resolve(name) if name else None
+
+
+def _template(card: ModelCard, tokenizer: Tokenizer, arguments: SftArguments) -> Template | None:
+    name = arguments.template_type
+    name = None if name is None or name.upper() == "AUTO" else name
+    if name or card.template or tokenizer.chat_template:
+        return chat.template_for(card, tokenizer, name)
+    return None
+
+
+def _resumed(arguments: SftArguments) -> Path | None:
+    """The checkpoint to go on from as if never stopped."""
+    if not arguments.resume_from_checkpoint or arguments.resume_only_model:
+        return None
+    return layout.find_checkpoint(Path(arguments.resume_from_checkpoint))
+
+
+def place(arguments: SftArguments) -> tuple[Path | None, Path]:
+    """(the checkpoint to go on from, the run's folder): going on stays in the run that was stopped."""
+    checkpoint = _resumed(arguments)
+    if checkpoint:
+        return checkpoint, checkpoint.parent
+    card = _card(arguments)
+    name = arguments.model_type or card.model_type or card.name
+    return None, layout.new_run(Path(arguments.output_dir), name, suffix=arguments.add_output_dir_suffix)
+
+
+def restored(arguments: SftArguments) -> SftArguments:
+    """When a run goes on: its own arguments, under those that are given now."""
+    checkpoint = _resumed(arguments)
+    saved = layout.read_args(checkpoint) if checkpoint else {}
+    changes = {}
+    for item in fields(arguments):
+        if item.name in saved and getattr(arguments, item.name) == item.default:
+            value = saved[item.name]
+            changes[item.name] = tuple(value) if isinstance(value, list) else value
+    if saved and not (arguments.model or arguments.model_type or arguments.model_id_or_path):
+        changes |= {"model": saved.get("base"), "model_id_or_path": None}
+    return replace(arguments, **{**changes, "check": arguments.check})
+
+
+def prepare_only(arguments: SftArguments) -> None:
+    """--check: look at the data and go no further."""
+    _, tokenizer, template = _model_text(arguments)
+    prepare(arguments, template, tokenizer, say=_say)
+
+
+def _model_text(arguments: SftArguments) -> tuple[ModelCard, Tokenizer, Template | None]:
+    card = _card(arguments)
+    tokenizer = hub.load_tokenizer(card)
+    return card, tokenizer, _template(card, tokenizer, arguments)
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr)
+
+
+def _count(model: Any) -> str:
+    """How many parameters are trained, of how many."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    learned, every = sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    return f"{learned / 1e6:.2f} M of {every / 1e6:.1f} M parameters"
+
+
+def as_dict(result: Result | None) -> dict[str, Any]:
+    """SWIFT's return value of sft_main."""
+    return {} if result is None else asdict(result)

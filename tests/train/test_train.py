@@ -1,0 +1,175 @@
+"""Runs of real trainers on a tiny model: what is learned, what is written, and that stopping loses nothing."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+
+from martlet.errors import UsageError
+from martlet.train import layout
+from martlet.train.arguments import RlhfArguments, SftArguments
+from martlet.train.launch import launch
+from martlet.train.run import train
+
+SHORT = {
+    "dataset": ("self-cognition:en#24",),
+    "model_name": ("Swifty",),
+    "model_author": ("the Nest",),
+    "batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "learning_rate": 1e-2,
+    "report_to": ("none",),
+    "disable_tqdm": True,
+    "device": "cpu",
+}
+
+
+def losses(result):
+    return [line["loss"] for line in result.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """One finished run: its arguments and its result."""
+    arguments = SftArguments(model=str(tiny_model), output_dir=str(tmp_path_factory.mktemp("output")), **SHORT)
+    return arguments, train(arguments)
+
+
+def test_a_run_learns_and_leaves_what_swift_leaves(run, tiny_model):
+    _, result = run
+    found = losses(result)
+    assert found[-1] < found[0] and result.global_step == 6
+    folder, last = layout.Path(result.output_dir), layout.Path(result.last_model_checkpoint)
+    assert folder.parent.name == "tiny" and folder.name.startswith("v0-") and last == folder / "checkpoint-6"
+    assert result.best_model_checkpoint in (str(last), str(folder / "checkpoint-3"))
+    lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == found, lines
+    assert (folder / "images" / "loss.png").stat().st_size > 1000
+    for name in ("args.json", "sft_args.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+        assert (last / name).is_file(), name
+    saved = layout.read_args(last)
+    assert saved["base"] == str(tiny_model) and saved["lora_rank"] == 8 and saved["hub_token"] is None
+
+
+def test_peft_loads_the_adapter(run, tiny_model):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = base(torch.tensor([[1, 2, 3]])).logits
+    model = PeftModel.from_pretrained(base, run[1].last_model_checkpoint)
+    assert not torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, plain, atol=1e-4)
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(run, tmp_path):
+    _, whole = run
+    cut = tmp_path / "v0-cut"
+    shutil.copytree(whole.output_dir, cut)
+    shutil.rmtree(cut / "checkpoint-6")
+    (cut / "checkpoint-5").mkdir()  # its writing was cut off
+    again = train(SftArguments(resume_from_checkpoint=str(cut), disable_tqdm=True))
+    assert again.output_dir == str(cut) and again.global_step == 6
+    assert not (cut / "checkpoint-5").exists()
+    assert losses(again) == losses(whole)
+    lines = [json.loads(line) for line in (cut / "logging.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == losses(whole)
+
+
+def test_only_the_weights_of_a_checkpoint(run, tmp_path):
+    arguments, whole = run
+    fresh = dataclasses.replace(
+        arguments, resume_from_checkpoint=whole.last_model_checkpoint, resume_only_model=True, output_dir=str(tmp_path)
+    )
+    result = train(fresh)
+    assert result.global_step == 6 and losses(result)[0] < losses(whole)[0]
+
+
+def test_all_weights(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    result = train(
+        SftArguments(
+            model=str(tiny_model),
+            output_dir=str(tmp_path / "here"),
+            add_output_dir_suffix=False,
+            sft_type="full",
+            freeze_parameters=("model.embed_tokens",),
+            packing=True,
+            max_length=256,
+            **SHORT,
+        )
+    )
+    assert result.output_dir == str(tmp_path / "here")
+    AutoModelForCausalLM.from_pretrained(result.last_model_checkpoint)
+    with pytest.raises(UsageError, match="is not empty"):
+        layout.new_run(tmp_path / "here", "tiny", suffix=False)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "cpo", "kto"])
+def test_preferences(kind, tiny_model, pairs_file, tmp_path):
+    settings = SHORT | {"dataset": (str(pairs_file),), "max_steps": 8}
+    if kind == "kto":
+        rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+        good = [{"query": r["query"], "response": r["response"], "label": True} for r in rows]
+        bad = [{"query": r["query"], "response": r["rejected_response"], "label": False} for r in rows]
+        file = tmp_path / "labelled.jsonl"
+        file.write_text("\n".join(json.dumps(row) for pair in zip(good, bad, strict=True) for row in pair))
+        settings["dataset"] = (str(file),)
+    result = train(
+        RlhfArguments(
+            model=str(tiny_model), output_dir=str(tmp_path), rlhf_type=kind, target_modules=("ALL",), **settings
+        )
+    )
+    steps = [line for line in result.log_history if "loss" in line]
+    assert len(steps) == 8
+    if kind == "dpo":
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+        assert steps[-1]["rewards/margins"] > 0 and steps[-1]["rewards/accuracies"] > 0.5
+        assert (layout.Path(result.output_dir) / "images" / "rewards_margins.png").is_file()
+
+
+def test_two_processes(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    settings = SHORT | {"max_steps": 2, "eval_steps": 2}
+    result = launch(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **settings))
+    assert result.global_step == 2 and layout.Path(result.last_model_checkpoint).name == "checkpoint-2"
+    single = dict(settings, gradient_accumulation_steps=2)
+    monkeypatch.delenv("NPROC_PER_NODE")
+    alone = launch(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **single))
+    assert losses(result) == pytest.approx(losses(alone), rel=0.05)  # dropout differs from process to process
+
+
+BAD = {
+    "no module 'q_prj'.*linear layers are .*q_proj": {"target_modules": ("q_prj",)},
+    "--dataset NAME or PATH": {"dataset": ()},
+    "neither a file": {"dataset": ("no-such-data",)},
+    "--columns is not JSON": {"columns": "{"},
+    "no checkpoint": {"resume_from_checkpoint": "nowhere"},
+    "no row is left": {"max_length": 3},
+    "no parameter begins with": {"sft_type": "full", "freeze_parameters": ("nothing",)},
+    "holds no adapter_config": {"adapter": "nowhere"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named_and_nothing_is_written(message, tiny_model, tmp_path):
+    arguments = SftArguments(model=str(tiny_model), output_dir=str(tmp_path / "out"), **(SHORT | BAD[message]))
+    with pytest.raises(UsageError, match=message):
+        train(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_a_rejected_answer_is_no_preference(tiny_model, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"query": "q", "response": "a"}\n{"query": "q", "response": "a", "rejected_response": "b"}\n')
+    settings = SHORT | {"dataset": (str(file),), "check": True}
+    assert train(RlhfArguments(model=str(tiny_model), **settings)) is None
+    said = capsys.readouterr().err
+    assert "1 rows are left out" in said and "dpo needs a rejected answer" in said and "[[b<|im_end|>]]" in said
