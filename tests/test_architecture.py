@@ -11,7 +11,7 @@ import pytest
 import martlet
 
 ROOT = Path(martlet.__file__).parent
-COMMON = {"errors", "flag", "sampling_params", "_version"}
+COMMON = {"errors", "flag", "grammar", "sampling_params", "_version"}
 BELOW_BACKENDS = {"engine", "runners", "model", "kernels", "hub", "chat"}
 ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are rooms of one file
     "hub": set(),
@@ -32,6 +32,7 @@ ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are 
     "__main__": {"cli"},
     "__init__": {"llm"},
     **{name: set() for name in COMMON},
+    "grammar": {"hub"},
 }
 CONTRACTS = {"chat": ("martlet.hub.card.", "martlet.hub.tokenizer.")}  # types a room may name of one beside it
 TORCH_ROOMS = (

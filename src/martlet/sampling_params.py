@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from martlet.errors import InvalidRequest
+from martlet.grammar import Grammar
 
 MAX_STOPS = 64
 MAX_N = 128
@@ -21,6 +22,7 @@ class SamplingParams:
     logprobs k: the chosen token's log-probability and the k most likely ones, of the raw distribution (before
     temperature, penalties and truncation); 0 gives the chosen token's alone. shown_token_ids: control tokens that stay
     in the text although skip_special_tokens leaves them out: marks that a parser of the text has to see.
+    grammar: what the answer must look like.
     """
 
     n: int = 1
@@ -45,6 +47,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     shown_token_ids: Sequence[int] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:
@@ -96,6 +99,11 @@ class SamplingParams:
             "logit_bias",
             "a map from token id to a number",
         )
+        check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "a martlet.grammar.Grammar")
+        if self.grammar is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos: with a grammar, the answer ends where the grammar does", param="ignore_eos"
+            )
         if stops and not self.detokenize:
             raise InvalidRequest("stop strings need detokenize=True", param="stop")
 

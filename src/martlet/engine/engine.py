@@ -7,19 +7,24 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from martlet.engine.adapters import AdapterNames, AdapterSlots
 from martlet.engine.block_pool import root_digest
+from martlet.engine.constraints import PATIENCE, Constraints, Port, StepMasks
 from martlet.engine.detokenizer import Detokenizer
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import FinishReason, Output, Request, Stats
 from martlet.engine.scheduler import Plan, Scheduler
 from martlet.engine.sequence import Sequence
 from martlet.errors import InvalidRequest, MartletError, Overloaded
+from martlet.grammar import Grammar
+from martlet.grammar.process import Worker, vocabulary
 from martlet.hub.tokenizer import Tokenizer
-from martlet.runners.base import Runner, Step, StepResult, TokenLogprobs
+from martlet.runners.base import Batch, Runner, Step, StepResult, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
@@ -33,7 +38,14 @@ class Engine:
     computing while Python reads the last one's tokens. A step that raises fails the requests in it and no others.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, options: EngineOptions | None = None):
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+        constraints: Constraints | None = None,
+    ):
+        """constraints: instead of those that the tokenizer and llguidance give."""
         options = options or EngineOptions()
         memory = runner.memory
         self.runner = runner
@@ -50,6 +62,9 @@ class Engine:
             adapters=AdapterSlots(runner.max_adapters, lambda slot, adapter: runner.load_adapter(slot, adapter)),
         )
         self._follows_runner = options.max_num_batched_tokens is None
+        if constraints is None and tokenizer is not None and tokenizer.eos_ids:
+            constraints = _constraints(tokenizer, runner.vocab_size, memory.max_rows)
+        self.constraints = constraints
         self._random = random.Random(options.seed)
         self._requests: dict[str, list[Sequence]] = {}  # sequences of each request that have not ended
         self._forks: dict[str, list[Sequence]] = {}  # sequences that wait for their leader to compute the prompt
@@ -87,6 +102,17 @@ class Engine:
             self.adapters.get(request.adapter)
         if request.id in self._requests:
             raise InvalidRequest(f"a request with id {request.id!r} is running", param="request_id")
+        if request.params.grammar is not None:
+            self.check_grammar(request.params.grammar)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile `grammar`: takes milliseconds the first time, seconds at most. Any thread may call it.
+
+        Raises InvalidRequest when it cannot be followed.
+        """
+        if self.constraints is None:
+            raise InvalidRequest("a grammar needs a tokenizer with an end token; this model has none", param="grammar")
+        self.constraints.check(grammar)
 
     def check_room(self, count: int) -> None:
         """Raise Overloaded when `count` more requests would wait longer in line than the queue's limit allows."""
@@ -136,6 +162,9 @@ class Engine:
         leader, *forks = self._requests[request.id] = sequences
         for fork in forks:
             fork.leader = leader
+        if params.grammar is not None and self.constraints is not None:
+            for seq in sequences:
+                seq.constraint = self.constraints.open(params.grammar, seq)
         if forks:
             self._forks[request.id] = forks
         self.scheduler.add([leader])
@@ -156,6 +185,9 @@ class Engine:
         self._step_began = time.monotonic()
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
+        constrained = self.constraints is not None and bool(self.constraints.live)
+        if constrained:
+            self._hear_constraints()
         plan = self.scheduler.plan()
         for seq, error in self.scheduler.refused:
             log.error("adapter %s could not be loaded: %s", seq.adapter and seq.adapter.name, error, exc_info=error)
@@ -164,9 +196,13 @@ class Engine:
         self.scheduler.refused.clear()
         if plan is not None:
             self._steps += 1
+            if constrained:
+                plan = self._constrain(plan)
             self._in_flight.append((plan, self._launch(plan)))
         if self._in_flight and (plan is None or len(self._in_flight) > self.runner.lag):
             self._take_in(*self._in_flight.popleft())
+        elif plan is None and constrained:
+            self._hear_constraints(PATIENCE)  # all that runs waits for masks
         outputs, self._outbox = self._outbox, []
         self._step_began = None
         return outputs
@@ -188,8 +224,11 @@ class Engine:
         self._failed_in_a_row, self._error = 0, None
         table, batch = self.scheduler.table, plan.batch
         before = table.arrived[batch.rows]
-        live, ended = self.scheduler.complete(plan, result.tokens)
-        sampled = live & batch.sample
+        chosen = result.tokens if batch.masks is None else self._judged(batch, result.tokens)
+        live, ended = self.scheduler.complete(plan, chosen)
+        if batch.masks is not None:
+            self._follow(batch, chosen, live & ~ended)
+        sampled = live & batch.sample & (table.arrived[batch.rows] > before)
         arrived = table.arrived[batch.rows]
         self._generated_tokens += int((arrived - before)[sampled].sum())
         if self._forks:
@@ -228,6 +267,8 @@ class Engine:
     def _end(self, seq: Sequence, reason: FinishReason, stop: str | int | None = None, error=None) -> None:
         """The sequence is over: report what is left of it and free what it holds."""
         self.scheduler.remove(seq)
+        if seq.constraint is not None and self.constraints is not None:
+            self.constraints.close(seq.constraint)
         request = seq.request
         open_sequences = self._requests[request.id]
         open_sequences.remove(seq)
@@ -290,8 +331,71 @@ class Engine:
         if self._failed_in_a_row >= BROKEN_AFTER:
             self._error = f"{self._failed_in_a_row} steps in a row failed"
         for row in batch.rows[table.epoch[batch.rows] == plan.epochs].tolist():
-            for seq in list(self._requests[table.sequences[row].request.id]) if table.sequences[row] else ():
-                self._end(seq, "error", error=error)
+            if table.sequences[row] is not None:
+                self._fail_request(table.sequences[row].request.id, error)
+
+    def _fail_request(self, request_id: str, error: Exception | None) -> None:
+        for seq in list(self._requests.get(request_id, ())):
+            self._end(seq, "error", error=error)
+
+    # Grammars: rows that have one are planned when their newest token is known, and sample under a mask
+
+    def _hear_constraints(self, timeout: float = 0.0) -> None:
+        """Let rows go on whose late masks have come, and end requests whose grammars broke."""
+        constraints, table = self.constraints, self.scheduler.table
+        assert constraints is not None
+        constraints.poll(timeout)
+        for row in np.flatnonzero(table.held).tolist():
+            seq = table.sequences[row]
+            table.held[row] = seq is not None and seq.constraint is not None and not seq.constraint.ready
+        while constraints.failed:
+            broken = constraints.failed.pop()
+            self._fail_request(broken.owner.request.id, broken.error)
+
+    def _constrain(self, plan: Plan) -> Plan:
+        """Ask for the masks of rows that begin, and give the step those of the rows that sample."""
+        constraints, table, batch = self.constraints, self.scheduler.table, plan.batch
+        assert constraints is not None
+        for new in batch.new_rows:
+            if (found := table.sequences[new.row].constraint) is not None:
+                constraints.enter(found, new.row)
+        constraints.flush()
+        entries = np.flatnonzero(batch.sample & table.stepwise[batch.rows])
+        if not len(entries):
+            return plan
+        members = [table.sequences[row].constraint for row in batch.rows[entries]]
+        return replace(plan, batch=replace(batch, masks=StepMasks(constraints, entries, members)))
+
+    def _judged(self, batch: Batch, tokens: np.ndarray) -> np.ndarray:
+        """The sampled tokens without those whose mask was late or did not allow them."""
+        masks, tokens = batch.masks, tokens.copy()
+        column = tokens.reshape(len(tokens), -1)[:, 0]  # a view
+        allowed = masks.allows(column[masks.entries])
+        for constraint, fine in zip(masks.members, allowed, strict=True):
+            if not fine and constraint.error is None:
+                constraint.error = InvalidRequest(
+                    "the grammar and the request's other settings (min_tokens, allowed_token_ids, logit_bias) together "
+                    f"leave no token after {len(constraint.tokens)} tokens",
+                    param="grammar",
+                )
+        column[masks.entries[masks.late | ~allowed]] = -1
+        return tokens
+
+    def _follow(self, batch: Batch, tokens: np.ndarray, going_on: np.ndarray) -> None:
+        """Tell the matchers of what was sampled; rows without a token wait, or fail."""
+        constraints, table = self.constraints, self.scheduler.table
+        assert constraints is not None
+        column = tokens.reshape(len(tokens), -1)[:, 0]
+        for b, constraint in zip(batch.masks.entries.tolist(), batch.masks.members, strict=True):
+            if not going_on[b]:
+                continue
+            if column[b] >= 0:
+                constraints.advance(constraint, int(column[b]))
+            else:
+                table.held[batch.rows[b]] = not constraint.ready
+                if constraint.error is not None and constraint not in constraints.failed:
+                    constraints.failed.append(constraint)
+        constraints.flush()
 
     def stats(self) -> Stats:
         """A snapshot; any thread may call it."""
@@ -319,7 +423,22 @@ class Engine:
             self.abort(request_id)
         while self._in_flight:
             self._take_in(*self._in_flight.popleft())
+        if self.constraints is not None:
+            self.constraints.shutdown()
         self.runner.close()
+
+
+def _constraints(tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constraints:
+    """Constraints over a model's vocabulary; nothing is computed or started before the first grammar."""
+
+    @cache
+    def words() -> bytes:
+        return vocabulary(tokenizer, vocab_size)
+
+    def start(slots: int) -> Port:
+        return Worker(words(), slots, -(-vocab_size // 32))
+
+    return Constraints(start, rows)
 
 
 def drain(engine: Engine, requests: Iterable[Request]) -> list[Output]:

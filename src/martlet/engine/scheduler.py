@@ -85,7 +85,8 @@ class Scheduler:
         table = self.table
         rows = self._running_rows()
         known = table.known[rows]
-        want = np.where(known < table.limit[rows], known - table.computed[rows], 0)
+        waits = table.held[rows] | (table.stepwise[rows] & (known > table.arrived[rows]))
+        want = np.where((known < table.limit[rows]) & ~waits, known - table.computed[rows], 0)
 
         # Decodes first: one token each, so that nobody's stream waits behind a long prompt. Prompts share the rest of
         # the budget in order; a quarter of it is theirs even when decodes alone would fill a step. When nobody decodes,
@@ -139,6 +140,7 @@ class Scheduler:
     def complete(self, plan: Plan, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Take in a step's sampled tokens (int32 [B] or, with guesses, [B, 1 + D]; -1 for none).
 
+        A sequence that was to sample and has no token computes its newest known one again, in a later step.
         Returns (live, ended), bool [B]: batch entries whose sequence is still there, and those that reached an end
         token or their limit. The caller removes the ended ones.
         """
@@ -155,12 +157,15 @@ class Scheduler:
             position[got] += 1
             table.arrived[rows] = position[got]
             ended[got] = (position[got] >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
-        if batch.drafts is not None:  # wrong guesses were computed for nothing
-            rows = batch.rows[live & batch.sample]
+        after = batch.start + batch.count
+        again = live & batch.sample
+        if batch.drafts is None:
+            again &= tokens < 0  # its mask was late; else wrong guesses were computed for nothing
+        if again.any():
+            rows = batch.rows[again]
             table.known[rows] = table.arrived[rows]
-            table.computed[rows] = table.arrived[rows] - 1
+            table.computed[rows] = after[again] = table.arrived[rows] - 1
         if self.prefix_caching:
-            after = batch.start + batch.count if batch.drafts is None else table.computed[batch.rows]
             for b in np.flatnonzero(live & (after // self.block_size > batch.start // self.block_size)):
                 self._register(table.sequences[batch.rows[b]], int(after[b]))
         return live, ended

@@ -13,6 +13,7 @@ import numpy as np
 
 from martlet.engine.adapters import Version
 from martlet.engine.block_pool import chain_digest
+from martlet.engine.constraints import Constraint
 from martlet.engine.detokenizer import Detokenizer
 from martlet.engine.request import Request
 from martlet.runners.base import TokenLogprobs
@@ -46,6 +47,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     registered: int = 0  # how many of `blocks` the prefix cache knows
     detokenizer: Detokenizer | None = None
+    constraint: Constraint | None = None
     cached_tokens: int = -1  # tokens the prefix cache gave at first admission; -1 before it
     entered: float = 0.0  # when it first got a row, by time.monotonic(); 0 before
     reported: int = 0  # output tokens already given out
@@ -77,6 +79,8 @@ class RowTable:
         self.limit = np.zeros(max_rows, np.int32)
         self.capacity = np.zeros(max_rows, np.int32)  # tokens that fit in the blocks held
         self.watched = np.zeros(max_rows, bool)  # Python wants to see every token: streaming, stop strings, logprobs
+        self.stepwise = np.zeros(max_rows, bool)  # has a grammar: its newest token must be known before the next step
+        self.held = np.zeros(max_rows, bool)  # its mask was late: it waits
         self.guessable = np.zeros(max_rows, bool)  # its next tokens may be guessed and verified together
         self.end_ids = np.full((max_rows, 4), -1, np.int32)  # tokens that end the sequence, padded with -1
         self.epoch = np.zeros(max_rows, np.int64)
@@ -96,7 +100,10 @@ class RowTable:
         self.limit[row] = seq.limit
         params = seq.request.params
         self.watched[row] = seq.request.stream or bool(params.stop) or params.logprobs is not None
-        self.guessable[row] = not (params.has_penalties or params.logprobs is not None or params.min_tokens)
+        self.stepwise[row], self.held[row] = params.grammar is not None, False
+        self.guessable[row] = not (
+            params.has_penalties or params.logprobs is not None or params.min_tokens or params.grammar is not None
+        )
         if len(seq.end_ids) > self.end_ids.shape[1]:
             more = len(seq.end_ids) - self.end_ids.shape[1]
             self.end_ids = np.pad(self.end_ids, ((0, 0), (0, more)), constant_values=-1)
@@ -111,6 +118,8 @@ class RowTable:
         row = seq.row
         seq.tokens = self.tokens[row, : self.arrived[row]].copy()
         self.epoch[row] += 1
+        if seq.constraint is not None:
+            seq.constraint.slot = -1
         self.sequences[row] = None
         seq.row = -1
         self._free.append(row)

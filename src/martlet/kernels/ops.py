@@ -75,7 +75,8 @@ class Sampling:
     temperature: float32 [S], 0 is greedy. top_k: int64 [S], 0 for all. top_p, min_p: float32 [S]. seed: uint64 [S].
     position: int64 [S], index in its sequence of the token being sampled.
     bias: (rows, tokens, values) to add. banned: (rows, tokens) never to choose. allowed: (rows, tokens): a row named
-    here chooses among its tokens only. All int64 but the float32 values.
+    here chooses among its tokens only. All int64 but the float32 values. masks: (rows int64 [M], bits uint32 [M,
+    ceil(V / 32)]): a row named here chooses among tokens t whose bit t % 32 of word t // 32 is set.
     """
 
     temperature: np.ndarray
@@ -88,6 +89,7 @@ class Sampling:
     bias: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     banned: tuple[np.ndarray, np.ndarray] | None = None
     allowed: tuple[np.ndarray, np.ndarray] | None = None
+    masks: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Ops(Protocol):
@@ -162,8 +164,8 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, sampling: Sampling) -> Tensor:
         """float32 [S, V] -> tokens int64 [S]; may overwrite logits.
 
-        In this order: allowed, bias, banned; penalties; temperature; min_p (tokens less likely than min_p times the
-        likeliest go); top_k; top_p over what is left, renormalised; then the draw of martlet.kernels.philox. Tokens
+        In this order: masks, allowed, bias, banned; penalties; temperature; min_p (tokens less likely than min_p times
+        the likeliest go); top_k; top_p over what is left, renormalised; then the draw of martlet.kernels.philox. Tokens
         rank by logit, equal ones by lower id; top_k keeps the first k, top_p those before which less than top_p lies.
         """
         ...

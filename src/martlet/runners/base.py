@@ -84,6 +84,23 @@ class NewRow:
     adapter: int = 0
 
 
+class Masks(Protocol):
+    """Which tokens some sequences of a step may choose, by their grammars; computed while the forward pass runs.
+
+    entries: int64 [M], numbers of those sequences in the batch, in order.
+    """
+
+    entries: np.ndarray
+
+    def wait(self) -> np.ndarray:
+        """Block until the masks are there, or late: uint32 [M, ceil(V / 32)], bit t % 32 of word t // 32 for token t.
+
+        To be called at most once, on the thread that launches, right before sampling. A mask that is late allows
+        everything; the engine then drops what was sampled.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. B sequences take part; sequence b computes tokens start[b] ... start[b] + count[b] - 1 of its row.
@@ -110,6 +127,7 @@ class Batch:
     block_slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
     block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
     copies: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))  # int32 [C, 2] source, target
+    masks: Masks | None = None  # a sequence with a mask has no guesses
 
     @property
     def num_tokens(self) -> int:

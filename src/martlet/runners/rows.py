@@ -70,8 +70,10 @@ class Rows:
         layout = Layout(start, count, blocks, positions, slots.astype(np.int64), self.block_size)
         return layout, self.tokens[rows, positions].astype(np.int64)
 
-    def sampling(self, rows: np.ndarray, position: np.ndarray) -> Sampling:
-        """How `rows` [S] choose their tokens number `position` [S]."""
+    def sampling(
+        self, rows: np.ndarray, position: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Sampling:
+        """How `rows` [S] choose their tokens number `position` [S]. masks: as in Sampling."""
         short = np.flatnonzero(position - self.prompt_len[rows] < self.min_tokens[rows])
         return Sampling(
             temperature=self.temperature[rows],
@@ -84,6 +86,7 @@ class Rows:
             bias=_ragged([(i, *self.bias[row]) for i, row in enumerate(rows.tolist()) if row in self.bias]),
             banned=_ragged([(i, self.end_ids[int(rows[i])]) for i in short.tolist()]),
             allowed=_ragged([(i, self.allowed[row]) for i, row in enumerate(rows.tolist()) if row in self.allowed]),
+            masks=masks,
         )
 
     def _penalties(self, rows: np.ndarray, position: np.ndarray) -> Penalties | None:
@@ -101,6 +104,15 @@ class Rows:
             presence=self.presence[rows],
             frequency=self.frequency[rows],
         )
+
+
+def masks_of(batch: Batch, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Wait for the step's masks, for a Sampling of the batch's sequences `sampled` [S]."""
+    if batch.masks is None:
+        return None
+    place = np.empty(len(batch.rows), np.int64)
+    place[sampled] = np.arange(len(sampled))
+    return place[batch.masks.entries], batch.masks.wait()
 
 
 def _ragged(entries: list[tuple]) -> tuple[np.ndarray, ...] | None:

@@ -35,6 +35,11 @@ def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _restrict(logits: torch.Tensor, sampling: Sampling) -> None:
     device = logits.device
+    if sampling.masks is not None:
+        rows, bits = sampling.masks
+        kept = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1]).astype(bool)
+        index = torch.from_numpy(rows).to(device)
+        logits[index] = logits[index].masked_fill_(~torch.from_numpy(kept).to(device), float("-inf"))
     if sampling.allowed is not None:
         rows, ids = (torch.from_numpy(a).to(device) for a in sampling.allowed)
         kept = logits[rows, ids]

@@ -19,7 +19,7 @@ from martlet.model.adapters import Adapter
 from martlet.model.spec import Attention, DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
-from martlet.runners.rows import Rows
+from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory
 from martlet.runners.torch_runner.adapters import Groups, Layers, upload
 from martlet.runners.torch_runner.decoder import Decoder
@@ -130,18 +130,24 @@ class TorchRunner:
         logprobs: dict[int, TokenLogprobs] = {}
         if len(sampled):
             rows, position = batch.rows[sampled], (layout.start + layout.count)[sampled]
-            tokens[sampled], logprobs = self._sample(hidden[: len(sampled)], rows, position, sampled)
+            masks = masks_of(batch, sampled)
+            tokens[sampled], logprobs = self._sample(hidden[: len(sampled)], rows, position, sampled, masks)
             self.rows.tokens[rows, position] = tokens[sampled]
         prompt = self._prompt_logprobs(hidden[len(sampled) :], scored, batch, layout.positions) if len(scored) else {}
         return Done(StepResult(tokens, logprobs, prompt))
 
     def _sample(
-        self, hidden: torch.Tensor, rows: np.ndarray, position: np.ndarray, sequences: np.ndarray
+        self,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+        position: np.ndarray,
+        sequences: np.ndarray,
+        masks: tuple[np.ndarray, np.ndarray] | None,
     ) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
         logits = self.decoder.logits(hidden)
         asked = np.flatnonzero(self.rows.logprobs[rows] >= 0)
         raw = logits[self._tensor(asked)] if len(asked) else None
-        tokens = self.ops.sample(logits, self.rows.sampling(rows, position))
+        tokens = self.ops.sample(logits, self.rows.sampling(rows, position, masks))
         found: list[TokenLogprobs] = []
         if raw is not None:
             found = self._report(raw, tokens[self._tensor(asked)], self.rows.logprobs[rows[asked]])
