@@ -32,7 +32,8 @@ const Kernels NAME(MARTLET_SET) = {
     MARTLET_ISA::finish,           MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,
-    MARTLET_ISA::take_best,        MARTLET_ISA::sample_with,      MARTLET_ISA::describe_with,
+    MARTLET_ISA::take_best,        MARTLET_ISA::take_best_of,     MARTLET_ISA::sample_with,
+    MARTLET_ISA::describe_with,
 };
 
 }  // namespace martlet

@@ -21,6 +21,7 @@ struct Kernels {
   void (*norm_add)(const float* x, const float* norm, float eps, int n, float* y);
   void (*soft_cap)(float* x, int n, float cap);
   void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
+  void (*take_best_of)(const float* row, int first, uint32_t mask, float* best, int32_t* token);
   // scratch: sampler_bytes(n). seen: n zeros, left as zeros.
   int (*sample)(const Sampling&, const int32_t* tokens, int known, const float* logits, int n, void* scratch,
                 int32_t* seen);

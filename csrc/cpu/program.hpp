@@ -140,6 +140,7 @@ struct Sampling {
   const float* biases;
   const int32_t* allowed_ids;
   const int32_t* end_ids;  // not before min_tokens
+  const uint32_t* mask;    // null, or bits of the tokens to choose among; set no later than by Batch::before_head
   int32_t n_bias, n_allowed, n_end;
   int32_t prompt_len, min_tokens, top_k;
   float temperature, top_p, min_p, presence, frequency, repetition;
@@ -175,6 +176,7 @@ struct Batch {
   Answer* answers;           // [n_queries]
   int32_t* top_ids;          // [n_queries][top_stride]
   float* top_logprobs;
+  void (*before_head)();  // null, or called on the calling thread when only the head and sampling are left
 };
 
 }  // namespace martlet

@@ -181,10 +181,26 @@ INLINE int survivors(const Sampling& s, const float* x, int n, float best, Candi
   return select_prefix(c, count, s.top_p * total, mass);
 }
 
+// Copies n logits, masked ones as -inf; bit t % 32 of word t / 32 keeps token t. Few words of a mask are mixed.
+INLINE void copy_masked(const float* logits, const uint32_t* mask, int n, float* x) {
+  for (int first = 0; first < n; first += 32) {
+    const int count = least(32, n - first);
+    const uint32_t bits = mask[first / 32];
+    if (bits == ~0u) {
+      std::memcpy(x + first, logits + first, 4 * (size_t)count);
+    } else if (bits == 0) {
+      for (int i = 0; i < count; ++i) x[first + i] = kLowest;
+    } else {
+      for (int i = 0; i < count; ++i) x[first + i] = bits >> i & 1 ? logits[first + i] : kLowest;
+    }
+  }
+}
+
 // The token after `known` tokens. x: scratch for n floats; c: for n candidates; seen: n zeros.
 int sample(const Sampling& s, const int32_t* tokens, int known, const float* logits, int n, float* x, Candidate* c,
            int32_t* seen) {
-  std::memcpy(x, logits, 4 * (size_t)n);
+  if (s.mask) copy_masked(logits, s.mask, n, x);
+  else std::memcpy(x, logits, 4 * (size_t)n);
   restrict_and_penalise(s, tokens, known, x, n, seen);
   const int likeliest = argmax(x, n);
   if (s.temperature < kGreedyBelow) return likeliest;
@@ -231,6 +247,17 @@ void take_best(const float* row, int first, int columns, float* best, int32_t* t
   if (row[i] > *best || (row[i] == *best && first + i < *token)) {
     *best = row[i];
     *token = first + i;
+  }
+}
+
+// The same for the 32 columns from `first` on, of which `mask` keeps some.
+void take_best_of(const float* row, int first, uint32_t mask, float* best, int32_t* token) {
+  for (; mask; mask &= mask - 1) {
+    const int i = __builtin_ctz(mask);
+    if (row[i] > *best || (row[i] == *best && first + i < *token)) {
+      *best = row[i];
+      *token = first + i;
+    }
   }
 }
 

@@ -300,6 +300,10 @@ void Executor::head(Worker& worker, const HeadOp& op) {
   uint8_t* scratch = own.panel.reserve(0);
   float* products = (float*)own.products.reserve(0);
   Best* best = (Best*)own.best.reserve(0);
+  if (batch_->before_head) {
+    if (worker.rank == 0) batch_->before_head();
+    worker.barrier();
+  }
   for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
     const int n = std::min(kHeadRows, batch_->n_queries - first);
     const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n);
@@ -311,8 +315,13 @@ void Executor::head(Worker& worker, const HeadOp& op) {
         for (int r = 0; r < n; ++r) {
           const float* row = products + r * kPanel;
           const int slot = logit_slot_[first + r];
-          if (slot < 0) kernels_.take_best(row, p * kPanel, columns, &best[first + r].value, &best[first + r].token);
-          else {
+          if (slot < 0) {
+            const Query& query = batch_->queries[first + r];
+            const uint32_t* mask = query.target < 0 ? batch_->sampling[query.row].mask : nullptr;
+            Best& mine = best[first + r];
+            if (mask) kernels_.take_best_of(row, p * kPanel, mask[p], &mine.value, &mine.token);
+            else kernels_.take_best(row, p * kPanel, columns, &mine.value, &mine.token);
+          } else {
             float* to = logits + (int64_t)slot * vocab + p * kPanel;
             std::copy(row, row + columns, to);
             if (op.softcap != 0.0f) kernels_.soft_cap(to, columns, op.softcap);

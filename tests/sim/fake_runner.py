@@ -24,9 +24,13 @@ class FakeAdapter:
     broken: bool = False
 
 
-def next_token(context: np.ndarray, seed: int) -> int:
-    """The token that follows `context`: what the fake network 'computes'."""
-    return zlib.crc32(np.ascontiguousarray(context, np.int32).tobytes(), seed & 0xFFFFFFFF) % VOCAB
+def next_token(context: np.ndarray, seed: int, mask: np.ndarray | None = None) -> int:
+    """The token that follows `context`: what the fake network 'computes', or the next one that the mask allows."""
+    token = zlib.crc32(np.ascontiguousarray(context, np.int32).tobytes(), seed & 0xFFFFFFFF) % VOCAB
+    if mask is None:
+        return token
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB])
+    return int(allowed[np.searchsorted(allowed, token) % len(allowed)])
 
 
 class FakeRunner:
@@ -96,10 +100,11 @@ class FakeRunner:
             size = self.memory.block_size
             contexts.append(self.kv[self.tables[row, positions // size], positions % size])
         sampled = np.full((len(batch.rows), 1 + width), -1, np.int32)
+        masks = dict(zip(batch.masks.entries.tolist(), batch.masks.wait(), strict=True)) if batch.masks else {}
         for b in np.flatnonzero(batch.sample):
             row, known = batch.rows[b], len(contexts[b]) - guessed[b]
             for i in range(guessed[b] + 1):
-                token = next_token(contexts[b][: known + i], self.seeds[row])
+                token = next_token(contexts[b][: known + i], self.seeds[row], masks.get(int(b)))
                 right = i < guessed[b] and token == batch.drafts[b, i]
                 sampled[b, i] = self.tokens[row, known + i] = token
                 if not right:
@@ -119,11 +124,11 @@ class _Result:
         return self.value
 
 
-def expected_tokens(prompt, seed: int, limit: int, end_ids=(), tag: int = 0) -> list[int]:
+def expected_tokens(prompt, seed: int, limit: int, end_ids=(), tag: int = 0, mask=lambda output: None) -> list[int]:
     """What a request must answer, whatever else runs beside it. tag: of its adapter."""
     context = list(prompt)
     while len(context) < len(prompt) + limit:
-        context.append(next_token(np.array(context, np.int32) + VOCAB * tag, seed))
+        context.append(next_token(np.array(context, np.int32) + VOCAB * tag, seed, mask(context[len(prompt) :])))
         if context[-1] in end_ids:
             break
     return context[len(prompt) :]

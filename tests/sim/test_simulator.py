@@ -12,6 +12,7 @@ from itertools import count
 import numpy as np
 import pytest
 from fake_runner import VOCAB, FakeAdapter, FakeRunner, expected_tokens, next_token
+from toy_grammar import END, allowed, constraints
 
 from martlet.engine.adapters import AdapterSlots, Version
 from martlet.engine.block_pool import BlockPool
@@ -19,6 +20,8 @@ from martlet.engine.engine import Engine
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.engine.scheduler import Scheduler
+from martlet.errors import InvalidRequest
+from martlet.grammar import Grammar
 from martlet.runners.base import MemoryPlan
 from martlet.sampling_params import SamplingParams
 
@@ -55,7 +58,7 @@ def simulate(seed: int) -> Engine:
     options = EngineOptions(
         enable_prefix_caching=rng.random() < 0.8, seed=seed, speculative_tokens=rng.choice([0, 0, 1, 3])
     )
-    engine = Engine(runner, options=options)
+    engine = Engine(runner, options=options, constraints=constraints(rng, memory.max_rows))
     tags = count(1)
     names = [f"a{i}" for i in range(rng.randint(1, 5))] if slots else []
     for name in names:
@@ -74,6 +77,11 @@ def simulate(seed: int) -> Engine:
         if to_come and (rng.random() < 0.3 or not engine.has_work):
             length = rng.randint(1, memory.max_model_len - 1)
             same = rng.randint(0, length)
+            stops = [rng.randrange(VOCAB)] if rng.random() < 0.3 else []
+            grammar = None
+            if rng.random() < 0.25:
+                kind = rng.choice(["fine"] * 8 + ["dead", "stuck"])
+                grammar, stops = Grammar("regex", f"{kind}:{rng.randint(0, 12)}"), [END]
             request = Request(
                 id=f"r{to_come}",
                 prompt_token_ids=shared[:same] + [rng.randrange(VOCAB) for _ in range(length - same)],
@@ -81,7 +89,8 @@ def simulate(seed: int) -> Engine:
                     n=rng.choice([1, 1, 1, 2, 4]),
                     seed=rng.randrange(3),
                     max_tokens=rng.randint(1, 12),
-                    stop_token_ids=[rng.randrange(VOCAB)] if rng.random() < 0.3 else None,
+                    stop_token_ids=stops,
+                    grammar=grammar,
                 ),
                 priority=rng.choice([0, 0, 0, -1, 1]),
                 stream=rng.random() < 0.5,
@@ -106,13 +115,16 @@ def simulate(seed: int) -> Engine:
         outputs = engine.step()
         engine.scheduler.check()
         idle_steps = 0 if outputs or runner.tokens_computed > before else idle_steps + 1
-        assert idle_steps < 5, "no progress"
+        assert idle_steps < 100, "no progress"
         for output in outputs:
             answers[output.request_id, output.index] += output.token_ids
             assert not closed[output.request_id], "an output after the last one"
             closed[output.request_id] += output.last
             if output.finish_reason == "error":
                 failed.add(output.request_id)
+                asked = requests[output.request_id].params.grammar
+                hostile = asked is not None and not asked.text.startswith("fine")
+                assert hostile or not isinstance(output.error, InvalidRequest), "an innocent grammar was blamed"
 
     for request in requests.values():
         assert closed[request.id] == 1, "a request was lost"
@@ -121,7 +133,11 @@ def simulate(seed: int) -> Engine:
             room = engine.max_model_len - len(request.prompt_token_ids)
             limit = min(params.max_tokens, room)
             tag = running_with[request.id].tag if running_with[request.id] else 0
-            want = expected_tokens(request.prompt_token_ids, params.seed + index, limit, params.stop_token_ids, tag)
+            mask = (
+                (lambda output, text=params.grammar.text: allowed(text, output)) if params.grammar else lambda _: None
+            )
+            context = (request.prompt_token_ids, params.seed + index, limit, params.stop_token_ids)
+            want = expected_tokens(*context, tag, mask)
             got = answers[request.id, index]
             if request.id in aborted | failed:
                 want = want[: len(got)]
@@ -134,6 +150,7 @@ def simulate(seed: int) -> Engine:
 @pytest.fixture(autouse=True)
 def guesses(monkeypatch):
     monkeypatch.setattr("martlet.engine.scheduler.propose", sometimes_right)
+    monkeypatch.setattr("martlet.engine.constraints.PATIENCE", 0.0)
 
 
 def test_random_workloads():

@@ -50,7 +50,7 @@ class Constraint:
 
     key: int
     grammar: Grammar
-    owner: Any  # its sequence
+    owner: Any = field(repr=False)  # its sequence
     tokens: list[int] = field(default_factory=list)
     slot: int = -1
     ticket: int = 0
@@ -74,7 +74,7 @@ class StepMasks:
 
     def allows(self, tokens: np.ndarray) -> np.ndarray:
         """Which of `tokens` [M] their masks allow, bool [M]."""
-        assert self.bits is not None, "the runner never asked for the masks"
+        assert self.bits is not None
         word = self.bits[np.arange(len(tokens)), tokens >> 5]
         return (word >> (tokens & 31).astype(np.uint32)) & 1 == 1
 
@@ -162,6 +162,10 @@ class Constraints:
             if not self._warmed:
                 self._warmed, self._spare = True, self._start()
         self._checks.check(grammar)
+
+    @property
+    def active(self) -> bool:
+        return bool(self.live or self.failed)
 
     def open(self, grammar: Grammar, owner: Any) -> Constraint:
         """A matcher at the beginning of an answer."""
@@ -261,7 +265,7 @@ class Constraints:
         suspected = {one.key for one in suspects}
         for constraint in sorted(self.live.values(), key=lambda one: one.key in suspected):
             key = constraint.key
-            fill = (key, constraint.tokens, constraint.slot)
+            fill = (key, list(constraint.tokens), constraint.slot)
             constraint.ready = False
             constraint.ticket = self._port.send("step", [(key, _data(constraint.grammar))], [], [fill])
             self._asked[constraint.ticket] = [constraint]

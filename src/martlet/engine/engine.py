@@ -185,7 +185,7 @@ class Engine:
         self._step_began = time.monotonic()
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
-        constrained = self.constraints is not None and bool(self.constraints.live)
+        constrained = self.constraints is not None and self.constraints.active
         if constrained:
             self._hear_constraints()
         plan = self.scheduler.plan()
@@ -209,7 +209,10 @@ class Engine:
 
     def _launch(self, plan: Plan) -> Step | BaseException:
         try:
-            return self.runner.launch(plan.batch)
+            step = self.runner.launch(plan.batch)
+            if plan.batch.masks is not None and plan.batch.masks.bits is None:
+                raise NotImplementedError("this runner does not apply grammars")
+            return step
         except Exception as error:  # told to the requests of this step when it is taken in
             return error
 

@@ -175,6 +175,9 @@ class Op(ctypes.Structure):
     _fields_ = [("kind", c_int64), ("op", c_void_p)]
 
 
+BEFORE_HEAD = ctypes.CFUNCTYPE(None)
+
+
 class Batch(ctypes.Structure):
     _fields_ = [
         ("n_seqs", c_int32),
@@ -193,6 +196,7 @@ class Batch(ctypes.Structure):
         ("answers", c_void_p),
         ("top_ids", c_void_p),
         ("top_logprobs", c_void_p),
+        ("before_head", BEFORE_HEAD),
     ]
 
 
@@ -203,6 +207,7 @@ SAMPLING = np.dtype(
         ("biases", "u8"),
         ("allowed_ids", "u8"),
         ("end_ids", "u8"),
+        ("mask", "u8"),
         ("n_bias", "i4"),
         ("n_allowed", "i4"),
         ("n_end", "i4"),

@@ -287,6 +287,25 @@ def _choose(values, places, rows, positions, tokens, out, SLICES, tokens_stride,
         tl.store(tokens + row.to(tl.int64) * tokens_stride + position + 1, token)
 
 
+@triton.jit
+def _mask(logits, rows, bits, V, WORDS, BLOCK: tl.constexpr):
+    row = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(bits + tl.program_id(0).to(tl.int64) * WORDS + at // 32, mask=at < V, other=-1)
+    gone = ((word >> (at % 32)) & 1) == 0
+    tl.store(logits + row * V + at, float("-inf"), mask=gone & (at < V))
+
+
+def mask(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Set logits[rows[m], t] to -inf where bit t % 32 of bits[m, t // 32] is not set; in place.
+
+    logits float32 [S, V], rows int32 [M], bits int32 [M, ceil(V / 32)].
+    """
+    vocab = logits.shape[1]
+    grid = (len(rows), triton.cdiv(vocab, SLICE))
+    _mask[grid](logits, rows, bits, vocab, bits.shape[1], BLOCK=SLICE)
+
+
 def sample(
     logits: torch.Tensor,
     rows: torch.Tensor,

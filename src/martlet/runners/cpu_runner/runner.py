@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -122,6 +123,7 @@ class CpuRunner:
         self.sampling[row] = (
             new.seed,
             *(array.ctypes.data for array in self._lists[row]),
+            0,
             len(bias_ids),
             len(allowed),
             len(ends),
@@ -155,6 +157,7 @@ class CpuRunner:
         answers = np.zeros(len(queries), c.ANSWER)
         most = max(0, int(queries["top"].max(initial=0)))
         top_ids, top_logprobs = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
+        failures: list[Exception] = []
         self.executor.run(
             self.program,
             c.Batch(
@@ -174,8 +177,12 @@ class CpuRunner:
                 answers.ctypes.data,
                 top_ids.ctypes.data,
                 top_logprobs.ctypes.data,
+                self._before_head(batch, rows, failures),
             ),
         )
+        self.sampling["mask"][rows] = 0
+        if failures:
+            raise failures[0]
         chosen = answers["token"][:sampled]
         if batch.drafts is None:
             tokens = np.full(len(rows), -1, np.int32)
@@ -192,6 +199,22 @@ class CpuRunner:
             else:
                 result.prompt_logprobs.setdefault(int(owners[i]), []).append(entry)
         return result
+
+    def _before_head(self, batch: Batch, rows: np.ndarray, failures: list[Exception]) -> Any:
+        """What C++ calls before it samples: waits for the masks and points the rows at them."""
+        if batch.masks is None:
+            return c.BEFORE_HEAD()
+        masks = batch.masks
+
+        def take() -> None:
+            try:
+                bits = self._masks = masks.wait()  # kept alive until the next step's
+            except Exception as error:  # it cannot pass through C
+                failures.append(error)
+            else:
+                self.sampling["mask"][rows[masks.entries]] = bits.ctypes.data + np.arange(len(bits)) * bits.strides[0]
+
+        return c.BEFORE_HEAD(take)
 
     def _put_drafts(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         """Write the guesses into the rows' tokens; how many each sequence has, int32 [B]."""

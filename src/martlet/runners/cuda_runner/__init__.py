@@ -28,7 +28,7 @@ from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import HostStep
 from martlet.runners.cuda_runner.weights import load as load_weights
-from martlet.runners.rows import Rows
+from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory, size
 
 __all__ = ["CudaRunner"]
@@ -134,7 +134,8 @@ class CudaRunner:
         decodes = total > 0 and bool((batch.count == 1).all() and batch.sample.all())
         kind = sampler.GREEDY
         if total:
-            kind = sampler.kind_of(self.rows, batch.rows, batch.start + batch.count) if decodes else sampler.SPECIAL
+            plain = decodes and batch.masks is None
+            kind = sampler.kind_of(self.rows, batch.rows, batch.start + batch.count) if plain else sampler.SPECIAL
         replay = self.graphs is not None and decodes and not self._wants_prompt_logprobs(batch)
         if not (replay and changes.shape[1] <= total):
             self._apply(changes)
@@ -272,13 +273,14 @@ class CudaRunner:
         host_rows, at = batch.rows[chosen], (batch.start + batch.count)[chosen]
         if rows is None or positions is None:
             rows, positions = self.mailbox.send(np.concatenate([host_rows, at - 1]).astype(np.int32)).view(2, -1)
-        kind = sampler.kind_of(self.rows, host_rows, at)
+        kind = sampler.kind_of(self.rows, host_rows, at) if batch.masks is None else sampler.SPECIAL
         asked = np.flatnonzero(self.rows.logprobs[host_rows] >= 0)
         raw = None
         if kind == sampler.SPECIAL:
             index = self.mailbox.send(asked.astype(np.int32)).long()
             raw = logits[index] if len(asked) else None
-            sampler.adjust(logits, self.rows, host_rows, self.rows.sampling(host_rows, at), self.state.tokens)
+            wants = self.rows.sampling(host_rows, at, masks_of(batch, chosen))
+            sampler.adjust(logits, self.rows, host_rows, wants, self.state.tokens, self.mailbox)
         tokens = sampling.sample(
             logits, rows, positions, self.state.settings, self.state.tokens,
             greedy=kind == sampler.GREEDY, cut=kind in (sampler.CUT, sampler.SPECIAL),

@@ -1,7 +1,8 @@
 """Sampling on the GPU: which of the kernels a step needs, and the settings that only few requests have.
 
-Temperature, cuts and seeds are in the rows' settings on the device. Penalties, biased, banned and allowed tokens and
-log-probabilities are rare: rows that have them make the step sample outside its graph, in torch, still without a wait.
+Temperature, cuts and seeds are in the rows' settings on the device. Penalties, biased, banned and allowed tokens, masks
+and log-probabilities are rare: rows that have them make the step sample outside its graph, in torch. The host waits for
+none of it but masks, which it waits for while the device computes the logits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from martlet.kernels.cuda import sampling
 from martlet.kernels.ops import Sampling
 from martlet.kernels.reference import ReferenceOps
 from martlet.runners.base import TokenLogprobs
-from martlet.runners.cuda_runner.mailbox import to_host
+from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.rows import Rows
 
 GREEDY, DRAW, CUT, SPECIAL = "greedy", "draw", "cut", "special"  # what a step's sampling needs, each more than before
@@ -74,13 +75,19 @@ def report(logits: torch.Tensor, tokens: torch.Tensor, owner: np.ndarray, k: np.
     return Report(owner, k, tuple(to_host(column) for column in columns))
 
 
-def adjust(logits: torch.Tensor, rows: Rows, chosen: np.ndarray, wants: Sampling, tokens: torch.Tensor) -> None:
-    """Change logits [S, V] as bias, bans, allowed tokens and penalties want; the order is martlet.kernels.ops'."""
+def adjust(
+    logits: torch.Tensor, rows: Rows, chosen: np.ndarray, wants: Sampling, tokens: torch.Tensor, mailbox: Mailbox
+) -> None:
+    """Change logits [S, V] as masks, bias, bans, allowed tokens and penalties want, in martlet.kernels.ops' order."""
     device = logits.device
 
     def there(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
+    if wants.masks is not None:
+        which, bits = wants.masks
+        words = mailbox.send(np.concatenate([which.astype(np.int32), bits.view(np.int32).reshape(-1)]))
+        sampling.mask(logits, words[: len(which)], words[len(which) :].view(bits.shape))
     if wants.allowed is not None:
         which, ids = map(there, wants.allowed)
         kept = logits[which, ids]
