@@ -319,7 +319,8 @@ void Executor::head(Worker& worker, const HeadOp& op) {
             const Query& query = batch_->queries[first + r];
             const uint32_t* mask = query.target < 0 ? batch_->sampling[query.row].mask : nullptr;
             Best& mine = best[first + r];
-            if (mask) kernels_.take_best_of(row, p * kPanel, mask[p], &mine.value, &mine.token);
+            const uint32_t real = columns < kPanel ? (1u << columns) - 1 : ~0u;
+            if (mask) kernels_.take_best_of(row, p * kPanel, mask[p] & real, &mine.value, &mine.token);
             else kernels_.take_best(row, p * kPanel, columns, &mine.value, &mine.token);
           } else {
             float* to = logits + (int64_t)slot * vocab + p * kPanel;

@@ -18,6 +18,7 @@ import numpy as np
 
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import InvalidRequest
+from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
 
@@ -49,6 +50,10 @@ class Backend(ABC):
 
         Raises InvalidRequest for a request that can never run; then none of the requests is queued.
         """
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raise InvalidRequest when answers cannot be held to `grammar`. Takes seconds at worst; any thread may ask."""
+        raise InvalidRequest(f"the {self.name} backend does not follow grammars; the native one does", param="grammar")
 
     @abstractmethod
     def abort(self, request_ids: Iterable[str]) -> None:

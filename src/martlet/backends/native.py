@@ -12,6 +12,7 @@ from martlet.engine import AsyncEngine, Engine
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request, Stats
 from martlet.errors import InvalidRequest
+from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
 from martlet.model.adapters import read as read_adapter
@@ -46,6 +47,9 @@ class NativeBackend(Backend):
 
     def submit(self, requests: Iterable[Request], sink: Sink) -> None:
         self._engine.submit(requests, sink)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        self._engine.engine.check_grammar(grammar)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._engine.abort(request_ids)

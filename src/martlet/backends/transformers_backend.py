@@ -121,6 +121,8 @@ class TransformersBackend(Backend):
 
     def _check(self, request: Request) -> None:
         check_request(request, self.vocab_size, self.max_model_len)
+        if request.params.grammar is not None:
+            self.check_grammar(request.params.grammar)
         if request.params.prompt_logprobs is not None:
             raise InvalidRequest(
                 "the transformers backend gives no prompt_logprobs; the native one does", param="prompt_logprobs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from martlet.backends.base import Backend, Sink, check_request, warn_of_unused
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Output, Request, Stats
 from martlet.errors import BackendUnavailable, InvalidRequest, MartletError, Overloaded, UsageError
+from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
 from martlet.runners.base import LoadOptions, TokenLogprobs
@@ -92,6 +94,9 @@ class VllmBackend(Backend):
                 )
             self._tasks.update(dict.fromkeys(ids))
         self._loop.call_soon_threadsafe(self._begin, requests, sink)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        structured_outputs(grammar)  # vLLM compiles it by itself, and says what is wrong with it when it runs
 
     def abort(self, request_ids: Iterable[str]) -> None:
         if not self._closed:
@@ -213,7 +218,22 @@ def vllm_params(params: SamplingParams, *, stream: bool) -> VllmParams:
         logit_bias=dict(params.logit_bias) or None,
         allowed_token_ids=None if params.allowed_token_ids is None else list(params.allowed_token_ids),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+        **({} if params.grammar is None else {"structured_outputs": structured_outputs(params.grammar)}),
     )
+
+
+def structured_outputs(grammar: Grammar) -> Any:
+    """A grammar as vLLM takes it. Raises InvalidRequest for what it has no name for."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if grammar.trigger is not None:
+        raise InvalidRequest("the vllm backend has no grammars that begin at a trigger", param="grammar")
+    if grammar.kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if grammar.kind == "choice":
+        return StructuredOutputsParams(choice=json.loads(grammar.text))
+    name = {"json_schema": "json", "regex": "regex", "lark": "grammar"}[grammar.kind]
+    return StructuredOutputsParams(**{name: grammar.text})
 
 
 def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> AsyncEngineArgs:

@@ -150,6 +150,8 @@ def explained(error: str) -> str:
     if unknown in line:
         names = line.split(unknown, 1)[1].strip("[] ").replace('"', "")
         return f"the schema uses {names}, which cannot be enforced"
+    if line.startswith("NoExtension"):
+        return "the grammar allows no answer with this model's tokens"
     return line[:500] or "the grammar cannot be followed"
 
 

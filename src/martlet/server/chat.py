@@ -28,6 +28,7 @@ from martlet.server.sampling import (
 )
 from martlet.server.schema import ChatBody
 from martlet.server.service import Service
+from martlet.server.structure import answer_grammar
 from martlet.server.tools import Tools, read_tools
 
 router = APIRouter()
@@ -59,6 +60,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         max_tokens=max_tokens,
         logprobs=logprobs,
         shown_token_ids=reading.shown,
+        grammar=await answer_grammar(service.backend, body),
     )
     params.check_vocabulary(service.backend.vocab_size)
     service.check_length(len(ids), max_tokens, "messages")

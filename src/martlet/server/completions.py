@@ -17,6 +17,7 @@ from martlet.server.prompts import completion_prompts
 from martlet.server.sampling import check_stream_options, completion_logprobs, extra_fields, sampling_params
 from martlet.server.schema import CompletionBody
 from martlet.server.service import Service
+from martlet.server.structure import answer_grammar
 
 router = APIRouter()
 
@@ -49,6 +50,7 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=logprobs if echo else None,
+        grammar=await answer_grammar(service.backend, body),
     )
     params.check_vocabulary(service.backend.vocab_size)
     service.check_sequences(len(prompts), params.n)
