@@ -56,13 +56,21 @@ class Usage:
 
 
 @dataclass(slots=True)
-class Message:
-    """content is None only beside tool_calls."""
+class CalledFunction:
+    """arguments: JSON text. In a delta: the name comes once, the arguments piece by piece."""
 
-    role: str = "assistant"
-    content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    reasoning_content: str | None = None
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """index: of the call in its message; only deltas have one."""
+
+    index: int | None = None
+    id: str = ""
+    type: str = "function"
+    function: CalledFunction = field(default_factory=CalledFunction)
 
 
 @dataclass(slots=True)
@@ -71,8 +79,43 @@ class Delta:
 
     role: str | None = None
     content: str = ""
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
+
+
+@dataclass(slots=True)
+class Message:
+    """content is None only beside tool_calls."""
+
+    role: str = "assistant"
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Put a delta behind what is there: Message() and all deltas of a choice make its message."""
+        if delta.content:
+            self.content = (self.content or "") + delta.content
+        if delta.reasoning_content:
+            self.reasoning_content = (self.reasoning_content or "") + delta.reasoning_content
+        for piece in delta.tool_calls or ():
+            self.tool_calls = self.tool_calls or []
+            if piece.index is None or piece.index >= len(self.tool_calls):
+                self.tool_calls.append(ToolCall(None, piece.id, piece.type))
+            call = self.tool_calls[-1 if piece.index is None else piece.index]
+            call.id = call.id or piece.id
+            call.function.name += piece.function.name
+            call.function.arguments += piece.function.arguments
+
+    def told(self) -> dict[str, Any]:
+        """As a message of the next request."""
+        told: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            told["tool_calls"] = [
+                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.arguments}}
+                for c in self.tool_calls
+            ]
+        return told
 
 
 @dataclass(slots=True)
@@ -383,5 +426,11 @@ def _read(kind: type[T], data: Mapping[str, Any]) -> T:
 def _parts(kind: type) -> list[tuple[str, type | None]]:
     """Field names, and for fields that hold one of our dataclasses or a list of it, which."""
     hints = get_type_hints(kind)
-    of = {name: next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None) for name, hint in hints.items()}
+    of = {name: next((t for t in _types(hint) if is_dataclass(t)), None) for name, hint in hints.items()}
     return [(item.name, of[item.name]) for item in fields(kind)]
+
+
+def _types(hint: Any) -> Iterator[Any]:
+    yield hint
+    for inner in get_args(hint):
+        yield from _types(inner)

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from martlet.client import Client, Message
 from martlet.server.schema import ChatBody
 from martlet.server.tools import read_tools
 
@@ -228,3 +229,31 @@ def test_bad_tools_are_named(url):
 def test_a_misspelt_tool_choice_is_helped(url):
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [TIME], "tool_choice": named("get_tim")}
     assert "Did you mean get_time" in httpx.post(f"{url}/v1/chat/completions", json=body).json()["error"]["message"]
+
+
+def test_our_own_client_puts_calls_together(url):
+    with Client(f"{url}/v1") as client:
+        text = f"<think>hm</think>Let me see.\n{TWO}"
+        tools = {"tools": [WEATHER, TIME], "temperature": 0}
+        whole = client.chat([{"role": "user", "content": text}], model="echo", **tools).choices[0].message
+        message = Message()
+        for chunk in client.chat([{"role": "user", "content": text}], model="echo", stream=True, **tools):
+            message.add(chunk.choices[0].delta)
+        for call in (*whole.tool_calls, *message.tool_calls):
+            assert call.id.startswith("call_")
+            call.id = "same"
+        assert message == whole
+        assert (whole.content, whole.reasoning_content, len(whole.tool_calls)) == ("Let me see.", "hm", 2)
+        results = [{"role": "tool", "tool_call_id": "same", "content": "sunny"}]
+        asked = [{"role": "user", "content": text}, whole.told(), *results]
+        assert client.chat(asked, model="echo", **tools).choices[0].message.content == "sunny"
+
+
+def test_swifts_client_names_know_tools(url):
+    from martlet.swift import inference_client
+    from martlet.swift.client import XRequestConfig
+
+    ask = {"host": "127.0.0.1", "port": url.rpartition(":")[2], "request_config": XRequestConfig(temperature=0)}
+    message = inference_client("echo", ONE, tools=[WEATHER], **ask).choices[0].message
+    assert message.tool_calls[0].function.name == "get_weather"
+    assert inference_client("echo", ONE, tools=[WEATHER], tool_choice="none", **ask).choices[0].message.content == ONE

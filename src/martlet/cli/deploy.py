@@ -65,6 +65,17 @@ class DeployOptions(DefaultsFlags, LimitFlags, AccessFlags, EngineFlags, ModelFl
     served_model_name: tuple[str, ...] = flag(
         "names that clients may ask for; the first is the main one", (), metavar="NAME"
     )
+    tool_format: str | None = flag(
+        "how the model writes tool calls: hermes, llama3, mistral, pythonic, react or chatglm3 (default: as its card "
+        "or chat template says, else hermes)",
+        None,
+        metavar="NAME",
+    )
+    reasoning_format: str | None = flag(
+        "how the model marks its thoughts: think, magistral, granite, seed or none (default: as its template says)",
+        None,
+        metavar="NAME",
+    )
     owned_by: str = flag("owner that /v1/models tells of", "martlet", metavar="NAME")
     drain_seconds: float = flag("after SIGTERM, how long running requests may take to finish", 30.0)
     log_level: str = flag("how much to log", "info", choices=("debug", "info", "warning", "error"))
@@ -80,9 +91,13 @@ def run(options: DeployOptions) -> int:
         raise UsageError(f"--adapter_dir: there is no folder {options.adapter_dir}", param="adapter_dir")
     keys = (*options.api_key, *_read_keys(options.api_key_file))
     limits = _limits(options, keys)
-    from martlet import server
+    from martlet import chat, server
 
     load = load_options(options, options)
+    if options.tool_format is not None:
+        chat.tool_format(options.tool_format)  # unknown names are told before the model loads
+    if options.reasoning_format is not None:
+        chat.reasoning_format(options.reasoning_format)
     if options.uds is None and options.host not in LOCAL and not keys:
         print(
             f"warning: whoever reaches {options.host} may use this server; --api_key KEY asks for a key",
@@ -95,6 +110,8 @@ def run(options: DeployOptions) -> int:
             load=load,
             engine=engine_options(options, options.seed),
             template=template_name(options),
+            tool_format=options.tool_format,
+            reasoning_format=options.reasoning_format,
             host=options.host,
             port=options.port,
             uds=options.uds,

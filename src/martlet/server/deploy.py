@@ -45,8 +45,17 @@ def run(options: ServerOptions) -> int:
         )
         template = None
         if options.template or card.template or backend.tokenizer.chat_template:
-            template = chat.template_for(card, backend.tokenizer, options.template)
+            template = chat.template_for(
+                card,
+                backend.tokenizer,
+                options.template,
+                tools=options.tool_format,
+                reasoning=options.reasoning_format,
+            )
         log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
+        if template is not None:
+            thoughts = template.reasoning.name if template.reasoning else "none"
+            log.info("tool format: %s; reasoning format: %s", template.tool_format.name, thoughts)
         defaults = backends.generation_defaults(card) | options.defaults
         said = ", ".join(f"{name}={value}" for name, value in defaults.items())
         log.info("sampling defaults: %s", said or "none")

@@ -33,6 +33,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """model: anything hub.resolve takes, or a card. template: a named chat template instead of the model's own.
+    tool_format, reasoning_format: names of chat.tool_format and chat.reasoning_format, None for what is known.
 
     served_model_names: names clients may ask for, the first one is the default (empty: the model's own name).
     api_keys: any of them lets a client in; empty: no keys are asked for. cors_origins: web origins whose pages may call
@@ -48,6 +49,8 @@ class ServerOptions:
     load: LoadOptions = field(default_factory=LoadOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     template: str | None = None
+    tool_format: str | None = None
+    reasoning_format: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None

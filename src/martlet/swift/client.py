@@ -68,6 +68,7 @@ def inference_client(
     *,
     request_config: XRequestConfig | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] = "auto",
     host: str = "127.0.0.1",
     port: str | int = "8000",
     adapter_name: str | None = None,
@@ -81,7 +82,7 @@ def inference_client(
     completions API. None: chat if there is a history, system text or tools; else what the server says of the model, or
     the registry, or chat. Raises MartletError with the server's words, for a stream when it is first read.
     """
-    ask = _Ask(adapter_name or model_type, query, history, system, tools, request_config, is_chat_request)
+    ask = _Ask(adapter_name or model_type, query, history, system, tools, tool_choice, request_config, is_chat_request)
     client = _client(host, port, api_key, url)
     if ask.stream:
         return _stream(client, ask)
@@ -104,6 +105,7 @@ async def inference_client_async(
     *,
     request_config: XRequestConfig | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] = "auto",
     host: str = "127.0.0.1",
     port: str | int = "8000",
     adapter_name: str | None = None,
@@ -112,7 +114,7 @@ async def inference_client_async(
     url: str | None = None,
 ) -> Any:
     """Like `inference_client`; a stream is an asynchronous iterator."""
-    ask = _Ask(adapter_name or model_type, query, history, system, tools, request_config, is_chat_request)
+    ask = _Ask(adapter_name or model_type, query, history, system, tools, tool_choice, request_config, is_chat_request)
     client = _async_client(host, port, api_key, url)
     if ask.stream:
         return _stream_async(client, ask)
@@ -139,10 +141,12 @@ class _Ask:
         history: History | None,
         system: str | None,
         tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any],
         config: XRequestConfig | None,
         is_chat: bool | None,
     ):
-        self.model, self.query, self.history, self.system, self.tools = model, query, history, system, tools
+        self.model, self.query, self.history, self.system = model, query, history, system
+        self.tools, self.tool_choice = tools, tool_choice
         self.config = replace(config) if config else XRequestConfig()
         self._chat = True if is_chat is None and (history or system or tools) else is_chat
 
@@ -169,7 +173,7 @@ class _Ask:
         from martlet.chat.messages import history_to_messages
 
         messages = history_to_messages(self.history, self.query, self.system)
-        tools = {"tools": list(self.tools)} if self.tools else {}
+        tools = {"tools": list(self.tools), "tool_choice": self.tool_choice} if self.tools else {}
         return {"messages": messages, **self._body(chat=True), **tools}
 
     def text_body(self) -> dict[str, Any]:
