@@ -3,11 +3,10 @@ how a sequence is cut into steps."""
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tiny_models import LLAMA3_ROPE, Driver, dense
+from tiny_models import LLAMA3_ROPE, Driver, dense, random_checkpoint
 
 from martlet.hub.card import ModelCard
-from martlet.model import families, weights
+from martlet.model import families
 from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.torch_runner import TorchRunner
 
@@ -25,20 +24,6 @@ SMALL = {"max_num_seqs": 2, "max_model_len": 96, "block_size": 16, "kv_cache_tok
 TOKENS = np.random.default_rng(0).integers(0, 128, 60)
 
 
-def checkpoint(family: str, folder) -> ModelCard:
-    """Random numbers under the family's Hugging Face names."""
-    config = families.example(family) | MORE.get(family, {})
-    card = ModelCard(family, folder, "safetensors", family, config=config)
-    spec, random, tensors = weights.read_spec(card), np.random.default_rng(1), {}
-    for parameter in weights.parameters(spec):
-        source = families.get(family).source(spec, parameter.name, card.format)
-        mean = 1.0 - source.add if parameter.kind == "norm" else 0.0
-        if source.name not in tensors:
-            tensors[source.name] = random.normal(mean, 0.15, source.shape(parameter.shape)).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    return card
-
-
 def logprobs(runner: type, card: ModelCard, chunks: list[int]) -> np.ndarray:
     driver, found = Driver(card, runner=runner, **SMALL), []
     for i, count in enumerate(chunks):
@@ -53,7 +38,7 @@ def logprobs(runner: type, card: ModelCard, chunks: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", families.names())
 def test_the_cpp_runner_gives_the_logits_of_the_reference(family, tmp_path):
-    card = checkpoint(family, tmp_path)
+    card = random_checkpoint(family, tmp_path, MORE.get(family, {}))
     want = logprobs(TorchRunner, card, [60])
     assert np.abs(want - want.mean(-1, keepdims=True)).max() > 0.3
     found = logprobs(CpuRunner, card, [60])

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import save_file
 
 from martlet.hub.card import ModelCard
+from martlet.model import families, weights
 from martlet.runners.base import Batch, LoadOptions, NewRow
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
@@ -90,6 +92,20 @@ def reference_logprobs(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray
     """Log-softmax after every token, float32 [T, vocab]."""
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].float().log_softmax(-1).numpy()
+
+
+def random_checkpoint(family: str, folder, more: dict) -> ModelCard:
+    """Random numbers under the family's Hugging Face names. more: of the config, beyond the page's example."""
+    config = families.example(family) | more
+    card = ModelCard(family, folder, "safetensors", family, config=config)
+    spec, random, tensors = weights.read_spec(card), np.random.default_rng(1), {}
+    for parameter in weights.parameters(spec):
+        source = families.get(family).source(spec, parameter.name, card.format)
+        mean = 1.0 - source.add if parameter.kind == "norm" else 0.0
+        if source.name not in tensors:
+            tensors[source.name] = random.normal(mean, 0.15, source.shape(parameter.shape)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return card
 
 
 class Driver:
