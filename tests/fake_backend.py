@@ -69,6 +69,8 @@ def _answer(prompt: list[int], new: NewRow, at: int) -> int:
     if START in prompt:
         prompt = prompt[len(prompt) - prompt[::-1].index(START) :]
         prompt = prompt[: prompt.index(END)] if END in prompt else prompt
+    if not prompt:  # an empty turn: nothing to repeat
+        return EOS if not new.params.ignore_eos else ord(" ")
     if not new.params.greedy:
         turn = new.seed % len(prompt)
         prompt = prompt[turn:] + prompt[:turn]

@@ -16,6 +16,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest, ModelNotFound, did_you_mean
+from martlet.server.answers import State, answers
 from martlet.server.errors import ApiError
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import LoadAdapterBody, UnloadAdapterBody
@@ -26,7 +27,7 @@ router = APIRouter()
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-@router.post("/v1/load_lora_adapter", summary="Serve one more adapter")
+@router.post("/v1/load_lora_adapter", summary="Serve one more adapter", responses=answers(State))
 async def load_adapter(body: LoadAdapterBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     root = _root(service)
@@ -45,7 +46,7 @@ async def load_adapter(body: LoadAdapterBody, http: HttpRequest) -> Response:
     return _json({"status": "loaded", "model": name})
 
 
-@router.post("/v1/unload_lora_adapter", summary="Serve an adapter no longer")
+@router.post("/v1/unload_lora_adapter", summary="Serve an adapter no longer", responses=answers(State))
 async def unload_adapter(body: UnloadAdapterBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     _root(service)

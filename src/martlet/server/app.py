@@ -16,6 +16,7 @@ from martlet.backends.base import Backend
 from martlet.chat import Template
 from martlet.errors import MartletError
 from martlet.server import adapters, chat, completions, embeddings, messages, models, operations, responses, tokens
+from martlet.server.answers import document
 from martlet.server.errors import describe, describe_validation
 from martlet.server.gate import Gate
 from martlet.server.options import Limits
@@ -53,6 +54,7 @@ def create_app(
     )
     app = FastAPI(title="Martlet", version=__version__)
     app.state.service = service
+    app.openapi = lambda: document(app)
     for room in (models, chat, completions, responses, messages, embeddings, tokens, adapters, operations):
         app.include_router(room.router)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -13,6 +13,7 @@ from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest
 from martlet.hub.tokenizer import Tokenizer
 from martlet.server.answering import answering
+from martlet.server.answers import ChatCompletion, answers
 from martlet.server.chunks import ChunkedShape
 from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
@@ -34,7 +35,7 @@ from martlet.server.tools import Tools, read_tools
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", summary="Continue a conversation")
+@router.post("/v1/chat/completions", summary="Continue a conversation", responses=answers(ChatCompletion, stream=True))
 async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     record = http.scope["martlet.record"]

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
+from martlet.server.answers import Completion, answers
 from martlet.server.chunks import ChunkedShape
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import CompletionLogprobs
@@ -24,7 +25,7 @@ router = APIRouter()
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions", summary="Continue a text")
+@router.post("/v1/completions", summary="Continue a text", responses=answers(Completion, stream=True))
 async def completions(body: CompletionBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     record = http.scope["martlet.record"]

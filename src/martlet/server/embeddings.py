@@ -13,6 +13,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest
+from martlet.server.answers import Embeddings, answers
 from martlet.server.generation import header_names
 from martlet.server.prompts import completion_prompts
 from martlet.server.sampling import extra_fields
@@ -22,7 +23,7 @@ from martlet.server.service import Service
 router = APIRouter()
 
 
-@router.post("/v1/embeddings", summary="Vectors that tell what texts are about")
+@router.post("/v1/embeddings", summary="Vectors that tell what texts are about", responses=answers(Embeddings))
 async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     backend, record = service.backend, http.scope["martlet.record"]

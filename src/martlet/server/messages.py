@@ -13,6 +13,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest
+from martlet.server.answers import Message, TokenCount, answers
 from martlet.server.chat import chat_prompt
 from martlet.server.errors import unsupported
 from martlet.server.generation import answer
@@ -68,7 +69,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _NAMES = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
 
 
-@router.post("/v1/messages", summary="Answer a conversation, in Anthropic's shape")
+@router.post(
+    "/v1/messages", summary="Answer a conversation, in Anthropic's shape", responses=answers(Message, stream=True)
+)
 async def messages(body: MessagesBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     record = http.scope["martlet.record"]
@@ -80,7 +83,9 @@ async def messages(body: MessagesBody, http: HttpRequest) -> Response:
     return await answer(service, dataclasses.replace(job, id=f"msg_{record.id}", shape=shape), record, http.receive)
 
 
-@router.post("/v1/messages/count_tokens", summary="How many tokens a conversation is to the model")
+@router.post(
+    "/v1/messages/count_tokens", summary="How many tokens a conversation is to the model", responses=answers(TokenCount)
+)
 async def count_tokens(body: CountBody, http: HttpRequest) -> Response:
     with told_as(_NAMES):
         ids = await chat_prompt(http.app.state.service, ChatBody.model_validate(_chat(body)))

@@ -8,19 +8,20 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from martlet.server.answers import ModelCard, ModelList, answers
 from martlet.server.service import Service
 
 router = APIRouter()
 
 
-@router.get("/v1/models", summary="The models that requests may name")
+@router.get("/v1/models", summary="The models that requests may name", responses=answers(ModelList))
 async def list_models(http: Request) -> Response:
     service: Service = http.app.state.service
     names = (*service.names, *service.backend.adapters())
     return _json({"object": "list", "data": [_card(service, name) for name in names]})
 
 
-@router.get("/v1/models/{name:path}", summary="One of them")
+@router.get("/v1/models/{name:path}", summary="One of them", responses=answers(ModelCard))
 async def get_model(name: str, http: Request) -> Response:
     service: Service = http.app.state.service
     return _json(_card(service, service.model_name(name)))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import orjson
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from martlet._version import __version__
 from martlet.engine.request import Stats
+from martlet.server.answers import State, Version, answers
 from martlet.server.service import Service
 
 router = APIRouter()
 
+_STATES = answers(State) | {503: {"model": State}}
+
 STUCK_SECONDS = 60.0  # no step takes this long on any machine that can serve
 
 
-@router.get("/health", summary="200 when requests will be answered, else 503 with the reason")
+@router.get("/health", summary="200 when requests will be answered, else 503 with the reason", responses=_STATES)
 async def health(http: Request) -> Response:
     service: Service = http.app.state.service
     state, detail = condition(service.backend.stats(), service.draining)
@@ -23,7 +26,7 @@ async def health(http: Request) -> Response:
     return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
 
 
-@router.get("/ready", summary="200 when a new request would be taken now, else 503 with the reason")
+@router.get("/ready", summary="200 when a new request would be taken now, else 503 with the reason", responses=_STATES)
 async def ready(http: Request) -> Response:
     service: Service = http.app.state.service
     stats, most = service.backend.stats(), service.max_num_queued
@@ -34,7 +37,7 @@ async def ready(http: Request) -> Response:
     return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
 
 
-@router.get("/version", summary="The server's version")
+@router.get("/version", summary="The server's version", responses=answers(Version))
 async def version() -> Response:
     return Response(orjson.dumps({"version": __version__}), media_type="application/json")
 
@@ -48,7 +51,7 @@ def condition(stats: Stats, draining: bool) -> tuple[str, str]:
     return ("draining", "") if draining else ("ok", "")
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(http: Request) -> Response:
     service: Service = http.app.state.service
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

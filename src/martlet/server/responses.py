@@ -12,6 +12,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest
+from martlet.server.answers import ResponseObject, answers
 from martlet.server.errors import ApiError, unsupported
 from martlet.server.generation import Job, answer
 from martlet.server.response_items import ResponseShape
@@ -91,7 +92,9 @@ _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal"
 _PARTS |= {"reasoning_text": "text"}
 
 
-@router.post("/v1/responses", summary="Answer a text or a conversation, in items")
+@router.post(
+    "/v1/responses", summary="Answer a text or a conversation, in items", responses=answers(ResponseObject, stream=True)
+)
 async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     record = http.scope["martlet.record"]

@@ -10,6 +10,7 @@ from martlet.sampling_params import SamplingParams
 from martlet.server.errors import ApiError, unsupported
 from martlet.server.schema import UNSUPPORTED, Body, ChatBody, CompletionBody, GenerationBody
 
+_MOST_BIASES = 4096
 _SAME_NAME = (
     "n",
     "temperature",
@@ -120,6 +121,8 @@ def _bounded(name: str, value: int, most: int) -> int:
 def _logit_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, dict):
         raise InvalidRequest("logit_bias must be an object from token id to a number", param="logit_bias")
+    if len(bias) > _MOST_BIASES:
+        raise InvalidRequest(f"logit_bias has {len(bias)} entries; at most {_MOST_BIASES}", param="logit_bias")
     result = {}
     for token, value in bias.items():
         if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 # Lists stop at the first bad element: a hostile body must not make millions of error objects.
 Strings = Annotated[list[str], Field(fail_fast=True)]
-Integers = Annotated[list[int], Field(fail_fast=True)]
+Integers = Annotated[list[int], Field(fail_fast=True, max_length=2**18)]
 # Checked by hand (prompts.py, sampling.py): trying a union member by member over a long list of ids is slow.
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation]
 LogitBias = Annotated[dict[str, float] | None, SkipValidation]

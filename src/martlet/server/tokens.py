@@ -8,6 +8,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest
+from martlet.server.answers import Text, Tokens, answers
 from martlet.server.errors import ApiError
 from martlet.server.generation import header_names
 from martlet.server.logprobs import token_name
@@ -20,7 +21,11 @@ from martlet.server.tools import check_history, read_listed
 router = APIRouter()
 
 
-@router.post("/tokenize", summary="Token ids of a prompt, or of messages as the chat template writes them")
+@router.post(
+    "/tokenize",
+    summary="Token ids of a prompt, or of messages as the chat template writes them",
+    responses=answers(Tokens),
+)
 async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     service.model_name(body.model)
@@ -55,7 +60,7 @@ async def _ids(service: Service, body: TokenizeBody) -> list[int]:
     return await off_loop(text_size(body), lambda: template.render(messages, tools=tools, **style))
 
 
-@router.post("/detokenize", summary="The text that token ids spell")
+@router.post("/detokenize", summary="The text that token ids spell", responses=answers(Text))
 async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     service.model_name(body.model)
