@@ -105,16 +105,16 @@ def nested(depth, inside="1"):
     return '{"a": ' * depth + inside + "}" * depth
 
 
-@pytest.mark.parametrize("depth", [100, 900, 5_000, 100_000])
+@pytest.mark.parametrize("depth", [50, 150, 900, 5_000, 100_000])
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES, "/v1/completions", "/v1/embeddings", "/tokenize"])
-def test_deep_json_is_a_4xx_or_ignored(web, path, depth):
+def test_json_has_a_bottom(web, path, depth):
     needed = {
         CHAT: '"messages": [{"role": "user", "content": "hi", "extra": %s}]',
         RESPONSES: '"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": %s}]',
         MESSAGES: '"max_tokens": 2, "messages": [{"role": "user", "content": "hi"}], "metadata": %s',
     }.get(path, '"prompt": "hi", "input": "hi", "extra": %s')
     answer = web.post(path, content="{" + needed % nested(depth) + "}", headers=JSON, timeout=30)
-    assert answer.status_code in (200, 400), answer.text[:500]
+    assert answer.status_code == (200 if depth == 50 and path != "/v1/embeddings" else 400), answer.text[:500]
 
 
 @pytest.mark.parametrize(

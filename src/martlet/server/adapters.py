@@ -18,11 +18,12 @@ from starlette.responses import Response
 from martlet.errors import InvalidRequest, ModelNotFound, did_you_mean
 from martlet.server.answers import State, answers
 from martlet.server.errors import ApiError
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import LoadAdapterBody, UnloadAdapterBody
 from martlet.server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

@@ -19,6 +19,7 @@ from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import chat_entries
 from martlet.server.prompts import chat_messages, off_loop, prompt_style, text_size
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import (
     asked_stops,
     chat_logprobs,
@@ -32,7 +33,7 @@ from martlet.server.service import Service
 from martlet.server.structure import answer_grammar
 from martlet.server.tools import Tools, read_tools
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", summary="Continue a conversation", responses=answers(ChatCompletion, stream=True))

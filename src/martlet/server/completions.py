@@ -15,12 +15,13 @@ from martlet.server.chunks import ChunkedShape
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import CompletionLogprobs
 from martlet.server.prompts import completion_prompts
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import check_stream_options, completion_logprobs, extra_fields, sampling_params
 from martlet.server.schema import CompletionBody
 from martlet.server.service import Service
 from martlet.server.structure import answer_grammar
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

@@ -16,11 +16,12 @@ from martlet.errors import InvalidRequest
 from martlet.server.answers import Embeddings, answers
 from martlet.server.generation import header_names
 from martlet.server.prompts import completion_prompts
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import EmbeddingBody
 from martlet.server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/embeddings", summary="Vectors that tell what texts are about", responses=answers(Embeddings))

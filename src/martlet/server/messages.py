@@ -18,11 +18,12 @@ from martlet.server.chat import chat_prompt
 from martlet.server.errors import unsupported
 from martlet.server.generation import answer
 from martlet.server.message_blocks import MessageShape
+from martlet.server.routing import JsonRoute
 from martlet.server.schema import Body, ChatBody, SamplingBody, Strings
 from martlet.server.service import Service
 from martlet.server.translation import member, shared_fields, text_parts, told_as, translated_job
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 Blocks = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 

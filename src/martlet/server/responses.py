@@ -16,12 +16,13 @@ from martlet.server.answers import ResponseObject, answers
 from martlet.server.errors import ApiError, unsupported
 from martlet.server.generation import Job, answer
 from martlet.server.response_items import ResponseShape
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import Body, SamplingBody, Strings
 from martlet.server.service import Service
 from martlet.server.translation import member, shared_fields, text_parts, translated_job
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class Reasoning(Body):

@@ -13,12 +13,13 @@ from martlet.server.errors import ApiError
 from martlet.server.generation import header_names
 from martlet.server.logprobs import token_name
 from martlet.server.prompts import chat_messages, check_ids, check_text, off_loop, prompt_style, text_size
+from martlet.server.routing import JsonRoute
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import DetokenizeBody, TokenizeBody
 from martlet.server.service import Service
 from martlet.server.tools import check_history, read_listed
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post(
