@@ -71,7 +71,7 @@ def matrices(folder, **options) -> list[bytes]:
     runner = CpuRunner(hub.resolve(str(folder)), LoadOptions(max_num_seqs=1, **options))
     found = [runner.decoder.embed, runner.decoder.head]
     for block in runner.decoder.blocks:
-        found += [one.matrix for one in (*block.qkv, block.o, *block.up, block.down)]
+        found += [one.matrix for one in block.linears]
     panels = [bytes(matrix.memory) for matrix in found]
     runner.close()
     return panels

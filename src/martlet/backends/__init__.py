@@ -48,11 +48,11 @@ def load(
         _need("torch", "transformers")
     card = model if isinstance(model, ModelCard) else hub.resolve(model)
     options, engine = load or LoadOptions(), engine or EngineOptions()
-    tokenizer = hub.load_tokenizer(card)
     if kind == "native":
         from martlet.backends.native import load_native
 
-        return load_native(card, tokenizer, options, engine, progress)
+        return load_native(card, options, engine, progress)
+    tokenizer = hub.load_tokenizer(card)
     if kind == "transformers":
         from martlet.backends.transformers_backend import load_transformers
 

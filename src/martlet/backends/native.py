@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from martlet.backends.base import Backend, Sink, check_adapter_name
@@ -85,12 +86,18 @@ class NativeBackend(Backend):
 
 def load_native(
     card: ModelCard,
-    tokenizer: Tokenizer,
     load: LoadOptions,
     engine: EngineOptions,
     progress: Callable[..., None] | None = None,
 ) -> NativeBackend:
-    from martlet import runners
+    """Reads the tokenizer while the runner reads the weights: one keeps Python busy, the other the memory."""
+    from martlet import hub, runners
 
-    runner = runners.load(card, load, progress=progress)
-    return NativeBackend(card, tokenizer, runner, engine, max_lora_rank=load.max_lora_rank)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(hub.load_tokenizer, card)
+        runner = runners.load(card, load, progress=progress)
+    try:
+        return NativeBackend(card, tokenizer.result(), runner, engine, max_lora_rank=load.max_lora_rank)
+    except BaseException:
+        runner.close()
+        raise

@@ -1,46 +1,56 @@
-"""Progress bars on stderr. Where stderr is no terminal nothing is drawn, so logs stay short."""
+"""Progress bars on stderr. Where stderr is no terminal nothing is drawn, so logs stay short.
+
+Rich takes as long to import as a model takes to load, so it is imported when there is something to draw.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
 def download_bar() -> Iterator[Callable[[str, int, int | None], None]]:
     """A function (what, bytes done, bytes in all or None) that draws a bar for each `what`."""
+    with ExitStack() as shown:
+        bar, tasks = None, {}
+
+        def advance(what: str, done: int, total: int | None) -> None:
+            nonlocal bar
+            bar = bar or shown.enter_context(_downloads())  # only now: most models are here already
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield advance
+
+
+def _downloads() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    tasks = {}
-
-    def advance(what: str, done: int, total: int | None) -> None:
-        bar.start()  # only now: most models are here already, and then the terminal is left alone
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        bar.stop()
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 @contextmanager
 def row_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of new tokens whenever a row is finished."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(
