@@ -17,6 +17,7 @@ from martlet import chat
 from martlet.backends.native import NativeBackend
 from martlet.chat import normalise
 from martlet.engine.options import EngineOptions
+from martlet.errors import InvalidRequest
 from martlet.hub.card import ModelCard
 from martlet.runners.base import Batch, Done, MemoryPlan, NewRow, StepResult, TokenLogprobs
 
@@ -106,3 +107,6 @@ class FakeBackend(NativeBackend):
     def __init__(self, runner: EchoRunner | None = None, options: EngineOptions | None = None, card=None):
         self.runner = runner or EchoRunner()
         super().__init__(card or fake_card(), ByteTokenizer(), self.runner, options)
+
+    def check_grammar(self, grammar) -> None:
+        raise InvalidRequest("an echo follows no grammar", param="grammar")

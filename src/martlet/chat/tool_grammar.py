@@ -33,6 +33,7 @@ def tool_grammar(
     parallel: bool = True,
     reasoning: ReasoningFormat | None = None,
     inside_reasoning: bool = False,
+    content: Mapping[str, Any] | None = None,
     ends: Sequence[int] = (),
     control_id: Callable[[str], int | None] = lambda mark: None,
 ) -> str:
@@ -40,10 +41,11 @@ def tool_grammar(
 
     tools: (name, JSON Schema of the parameters, an object). required: there must be a call; otherwise there may be.
     Schemas are strict where a call is required; elsewhere keywords that cannot be enforced are passed over.
-    parallel: whether there may be several. reasoning, inside_reasoning: thoughts go before everything. ends: ids
+    parallel: whether there may be several. content: a JSON Schema that an answer without calls must be valid by, None
+    for any text. reasoning, inside_reasoning: thoughts go before everything. ends: ids
     of control tokens with which a turn may end. control_id: id of a mark that is a control token, None for plain text.
     """
-    return _Writer(known, reasoning, inside_reasoning, control_id, required, parallel).write(tools, ends)
+    return _Writer(known, reasoning, inside_reasoning, control_id, required, parallel).write(tools, content, ends)
 
 
 class _Writer:
@@ -59,12 +61,21 @@ class _Writer:
         self.known, self.reasoning, self.inside = known, reasoning, inside
         self.required, self.parallel = required, parallel
         self.control_id = control_id
+        self.blank = required or known.at != "start"  # white space after thoughts is not the beginning of the rest
         self.rules: list[str] = []
 
-    def write(self, tools: Sequence[tuple[str, Mapping[str, Any]]], ends: Sequence[int]) -> str:
+    def write(
+        self, tools: Sequence[tuple[str, Mapping[str, Any]]], content: Mapping[str, Any] | None, ends: Sequence[int]
+    ) -> str:
         calls = [self._call(number, name, schema) for number, (name, schema) in enumerate(tools)]
         self.rules.append(f"call: {' | '.join(head + ' ' + rest for head, rest in calls)}")
-        body = self._calls() if self.required else self._free_or_calls([name for name, _ in tools], calls)
+        if self.required:
+            body = self._calls()
+        elif content is not None:
+            self.rules.append(f"content: %json {self._json(content)}")
+            body = f"{self._calls()} | content"
+        else:
+            body = self._free_or_calls([name for name, _ in tools], calls)
         self.rules.append(f"body: {body}")
         end = f" ({' | '.join(f'<[{token}]>' for token in ends)})?" if ends else ""
         start = f"start: {self._thoughts()}body{end}"
@@ -82,7 +93,7 @@ class _Writer:
             self.rules.append(f"thoughts[lazy]: /{_ANY}{_regex(self.reasoning.end)}/")
         else:
             self.rules.append(f"thoughts: /{_ANY}/ <[{end}]>")
-        blank = "blank " if self.required or self.known.at != "start" else ""
+        blank = "blank " if self.blank else ""
         self.rules += [r"blank: /[ \n]{0,3}/"] if blank else []
         if self.inside:
             return f"thoughts {blank}"

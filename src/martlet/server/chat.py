@@ -30,7 +30,7 @@ from martlet.server.sampling import (
 )
 from martlet.server.schema import ChatBody
 from martlet.server.service import Service
-from martlet.server.structure import answer_grammar
+from martlet.server.structure import answer_grammar, calls_grammar
 from martlet.server.tools import Tools, read_tools
 
 router = APIRouter(route_class=JsonRoute)
@@ -55,6 +55,9 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
     tokenizer = service.backend.tokenizer
     reading = answering(template, tokenizer, ids, tools)
     stop = (*template.stop, *reading.stop)
+    grammar = await answer_grammar(service.backend, body)
+    if tools.callable and not (tools.choice == "auto" and body.ignore_eos):  # which no grammar can do
+        grammar = await calls_grammar(service.backend, tools, reading, grammar)
     params = sampling_params(
         body,
         service.defaults,
@@ -62,7 +65,7 @@ async def chat_job(service: Service, body: ChatBody, request_id: str) -> Job:
         max_tokens=max_tokens,
         logprobs=logprobs,
         shown_token_ids=reading.shown,
-        grammar=await answer_grammar(service.backend, body),
+        grammar=grammar,
     )
     params.check_vocabulary(service.backend.vocab_size)
     service.check_length(len(ids), max_tokens, "messages")

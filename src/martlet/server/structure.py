@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 from martlet.backends.base import Backend
 from martlet.errors import InvalidRequest
 from martlet.grammar import Grammar, choice, json_schema
+from martlet.server.answering import Answering
 from martlet.server.errors import unsupported
 from martlet.server.schema import GenerationBody
+from martlet.server.tools import Tools
 
 # Compilers wait in line for one process: more threads than this would only wait, and the loop's own are for others.
 _WAITERS = ThreadPoolExecutor(8, thread_name_prefix="martlet-grammar")
@@ -63,6 +67,34 @@ async def answer_grammar(backend: Backend, body: GenerationBody) -> Grammar | No
         await loop.run_in_executor(_WAITERS, _about, name, backend.check_grammar, grammar)
         return grammar
     return None
+
+
+async def calls_grammar(backend: Backend, tools: Tools, reading: Answering, asked: Grammar | None) -> Grammar | None:
+    """The grammar of answers that may or must call tools, compiled. asked: what answers of other kinds must be like.
+
+    Where a call is required, raises InvalidRequest about the tool whose schema cannot be followed. Elsewhere such a
+    schema, or a backend that follows no grammars, leaves calls to the model.
+    """
+    check = functools.partial(asyncio.get_running_loop().run_in_executor, _WAITERS, backend.check_grammar)
+    content: dict[str, Any] | None = None
+    if tools.choice != "required" and asked is not None:
+        if asked.kind not in ("json_object", "json_schema"):
+            raise InvalidRequest(f"a {asked.kind} for the answer and tools exclude each other", param="tools")
+        schema = json.loads(asked.text) if asked.text else {"type": "object"}
+        content = schema if isinstance(schema, dict) else {}
+    grammar = _about("tools", lambda listed: reading.grammar(listed, content), tools.callable)
+    try:
+        await check(grammar)
+    except InvalidRequest as error:
+        if tools.choice != "required":
+            return asked
+        for tool in tools.callable:
+            try:
+                await check(reading.grammar([tool], None))
+            except InvalidRequest as cause:
+                raise InvalidRequest(f"{tools.where(tool[0])}: {cause.message}", param=tools.where(tool[0])) from cause
+        raise InvalidRequest(f"tools: {error.message}", param="tools") from error
+    return grammar
 
 
 def _about(name: str, work: Callable[[Any], Any], value: Any) -> Any:

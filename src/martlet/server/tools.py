@@ -32,6 +32,11 @@ class Tools:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.callable)
 
+    def where(self, name: str) -> str:
+        """The field that holds the schema of a tool's parameters."""
+        at = [tool["function"]["name"] for tool in self.listed].index(name)
+        return f"functions[{at}].parameters" if self.legacy else f"tools[{at}].function.parameters"
+
     @property
     def max_calls(self) -> int | None:
         return None if self.parallel else 1
