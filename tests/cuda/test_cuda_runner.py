@@ -14,7 +14,7 @@ from engines import CONFIGS, answers, card, check, options, requests
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
-from martlet.errors import UsageError
+from martlet.errors import OutOfMemory, UsageError
 from martlet.kernels.cuda import prefill_attention
 from martlet.model.weights import read_spec
 from martlet.runners.cuda_runner import CudaRunner, weights
@@ -48,6 +48,39 @@ def test_weights_keys_and_values_in_fp8_change_log_probabilities_little():
         outputs = drain(Engine(one), [Request("0", list(range(30, 49)), params)])
         found.append([e.logprob for o in outputs for e in (*(o.prompt_logprobs or [None])[1:], o.logprobs[0])])
     assert len(found[0]) >= 20 and 0 < np.abs(np.subtract(*found)).mean() < 0.02
+    runner.close()
+
+
+def test_a_step_that_does_not_fit_runs_in_pieces_and_those_after_it_are_smaller(monkeypatch):
+    prompts = [list(range(30, 30 + n)) for n in (100, 41, 3)]
+    params = SamplingParams(temperature=0.9, seed=4, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    sizes = {"max_model_len": 128, "kv_cache_tokens": 640}
+    runner = CudaRunner(card("qwen3"), options(DEVICE, **sizes), step_tokens=256)
+    forward, seen = runner.decoder.forward, []
+
+    def narrow(step, state):
+        seen.append(len(step.rows))
+        if len(step.rows) > 80:
+            raise torch.cuda.OutOfMemoryError("pretended")
+        return forward(step, state)
+
+    monkeypatch.setattr(runner.decoder, "forward", narrow)
+    found = []
+    for one in (TorchRunner(card("qwen3"), options("cpu", **sizes)), runner):
+        outputs = drain(Engine(one, options=EngineOptions(seed=0)), requests)
+        assert not [o.error for o in outputs if o.error]
+        found.append({o.request_id: (o.token_ids, [e.logprob for e in o.prompt_logprobs[1:]]) for o in outputs})
+    assert seen[:3] == [144, 72, 72] and runner.max_step_tokens == 72
+    for i in found[0]:
+        assert found[0][i][0] == found[1][i][0] and np.allclose(found[0][i][1], found[1][i][1], atol=1e-4)
+
+    monkeypatch.setattr(runner.decoder, "forward", lambda *_: narrow(HostStep(*[[0] * 99] * 6), None))
+    engine = Engine(runner)
+    (failed,) = drain(engine, [requests[0]])
+    assert isinstance(failed.error, OutOfMemory)
+    monkeypatch.setattr(runner.decoder, "forward", forward)
+    assert drain(engine, [requests[2]])[-1].token_ids == found[0]["2"][0]
     runner.close()
 
 

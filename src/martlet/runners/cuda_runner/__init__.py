@@ -21,12 +21,13 @@ from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, sampling
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import read_spec
-from martlet.runners.base import Batch, LoadOptions, MemoryPlan, StepResult
+from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResult
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import HostStep
+from martlet.runners.cuda_runner.pieces import LEAST, Joined, pieces
 from martlet.runners.cuda_runner.weights import load as load_weights
 from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory, size
@@ -116,20 +117,46 @@ class CudaRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> CudaStep:
-        """Start a step. Raises OutOfMemory when its activations do not fit; the runner stays usable."""
-        try:
-            return self._launch(batch)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(
-                f"a step of {batch.num_tokens} tokens did not fit: {size(_free_memory(self.device))} are free; "
-                "a lower --memory_utilization or --max_num_batched_tokens leaves more"
-            ) from error
-
-    def _launch(self, batch: Batch) -> CudaStep:
+    def launch(self, batch: Batch) -> Step:
+        """Start a step. Where its activations do not fit it runs in pieces; OutOfMemory when not even these fit."""
         self.rows.apply(batch)
         changes = self._changes(batch)
+        self._copy(batch.copies)
+        most = batch.num_tokens
+        try:
+            return self._launch(batch, changes)
+        except torch.cuda.OutOfMemoryError as error:
+            failure = error
+        self._apply(changes)
+        while most > LEAST:
+            torch.cuda.empty_cache()
+            most = max(LEAST, most // 2)
+            try:
+                parts = [(which, self._eager(piece)) for which, piece in pieces(batch, most)]
+            except torch.cuda.OutOfMemoryError as error:
+                failure = error
+                continue
+            log.warning(
+                "a step of %d tokens did not fit into %s; steps are of %d from now on (a lower --memory_utilization "
+                "leaves more)", batch.num_tokens, size(_free_memory(self.device)), most,
+            )  # fmt: skip
+            self.max_step_tokens, self.max_prefill_tokens = min(most, self.max_step_tokens), most
+            return Joined(len(batch.rows), parts)
+        torch.cuda.empty_cache()
+        raise OutOfMemory(
+            f"a step of {batch.num_tokens} tokens did not fit: {size(_free_memory(self.device))} are free; "
+            "a lower --memory_utilization or --max_num_batched_tokens leaves more"
+        ) from failure
+
+    def _copy(self, copies: np.ndarray) -> None:
+        """Copy KV blocks, [C, 2] source, target; a block's place in tables plays no part."""
+        if len(copies):
+            source, target = self.mailbox.send(copies.T.reshape(-1)).view(2, -1).long()
+            for cache in (*self.state.caches, *filter(torch.is_tensor, self.state.scales)):
+                raw = cache.view(torch.uint8)  # torch copies no float8 by index
+                raw.index_copy_(1, target, raw.index_select(1, source))
+
+    def _launch(self, batch: Batch, changes: np.ndarray) -> CudaStep:
         total = len(batch.rows)
         decodes = total > 0 and bool((batch.count == 1).all() and batch.sample.all())
         kind = sampler.GREEDY
@@ -140,11 +167,6 @@ class CudaRunner:
         if not (replay and changes.shape[1] <= total):
             self._apply(changes)
             changes = changes[:, :0]
-        if len(batch.copies):
-            source, target = self.mailbox.send(batch.copies.T.reshape(-1)).view(2, -1).long()
-            for cache in (*self.state.caches, *filter(torch.is_tensor, self.state.scales)):
-                raw = cache.view(torch.uint8)  # torch copies no float8 by index
-                raw.index_copy_(1, target, raw.index_select(1, source))
         if not total:
             return CudaStep(self.mailbox, np.empty(0, np.int64), 0, None, [], [])
         if replay:
