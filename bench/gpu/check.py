@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "cuda")]
 
 SECTIONS = {  # name: module, function, the most seconds it may take
-    "kernels": ("correctness", "kernels", 60),
-    "engine": ("correctness", "engine", 60),
+    "kernels": ("correctness", "kernels", 150),
+    "engine": ("correctness", "engine", 120),
     "quality": ("correctness", "quality", 60),
     "G": ("workloads", "g", 260),
     "steps": ("micro", "steps", 50),

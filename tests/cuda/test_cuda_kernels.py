@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, from_fp8, in_fp8, make_case, reference_attention
 
-from martlet.kernels.cuda import decode_attention, layers, linear, prefill_attention, sampling
+from martlet.kernels.cuda import decode_attention, launch, layers, linear, prefill_attention, sampling
 from martlet.kernels.ops import Sampling
 from martlet.kernels.philox import gumbel
 from martlet.kernels.reference import ReferenceOps
@@ -264,6 +266,36 @@ def test_cuts_on_flat_and_steep_logits():
     k[3] = 0
     want = OPS.sample(logits.clone(), Sampling(t, k, p, m, seed, position))
     assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(("p", "k"), [(0.9, 0), (0.999, 300)])
+def test_cuts_keep_what_the_definition_keeps_and_search_among_few(p, k, monkeypatch):
+    spreads = [0.05, 0.5, 2, 6, 20]
+    count, vocab, t = len(spreads), 9001, np.float32(0.8)
+    logits = randn(count, vocab) * torch.tensor(spreads, device=DEVICE)[:, None]
+    rows = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    made, run = {}, launch.run
+
+    def noted(kernel, grid, *arguments, **options):
+        run(kernel, grid, *arguments, **options)
+        made[kernel.__name__] = arguments
+
+    monkeypatch.setattr(launch, "run", noted)
+    settings = settings_of([{"t": t, "top_p": p, "top_k": k}] * count)
+    cuts = sampling._find_cuts(logits, rows, settings, functools.partial(new_tensor, DEVICE)).cpu().numpy()
+    x = logits.cpu().numpy()
+    keys = np.where(x.view(np.int32) >= 0, x.view(np.int32), x.view(np.int32) ^ 0x7FFFFFFF)
+    for line, key, cut in zip(x, keys, cuts, strict=True):
+        ordered = np.sort(line.astype(np.float64))[::-1][: k or vocab] / t
+        mass = np.exp(ordered - ordered[0])
+        want = (np.cumsum(mass) - mass < p * mass.sum()).sum()
+        assert (key >= cut).sum() == want
+    sizes = made["_gather"][8]
+    assert k or sizes.sum(1).max() < 100
+
+
+def new_tensor(device: str, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def test_greedy_sampling_takes_the_first_of_equals_and_skips_padding():

@@ -3,11 +3,13 @@
 `_best` finds each row's winner in slices of the vocabulary; `_choose` joins the slices, writes the token into the row's
 token list, so that the next step can read it, and reports it.
 
-Where some row wants top_k, top_p or min_p, four launches come before, which find the logit below which tokens go,
+Where some row wants top_k, top_p or min_p, five launches come before, which find the logit below which tokens go,
 without sorting the vocabulary. `_peaks` finds each row's largest logit; `_count` counts tokens by their distance from
 it, in BINS narrow bins. The counts tell in which bin top_k ends, and within bounds the mass of every bin, so in which
-few bins top_p may end (`_doubt`). `_gather` weighs the bins outside and keeps the tokens inside these few; `_cut` finds
-the exact logit among the kept, searching the integers that order float32, four bits a pass.
+few bins top_p may end (`_doubt`). `_refine` weighs what lies outside these few and counts inside them again, in FINE
+bins, which narrows top_p to a handful of tokens whatever the distribution (`_fine_doubt`). `_gather` keeps these and
+weighs the rest; `_cut` finds the exact logit among the kept, searching the integers that order float32, four bits a
+pass.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from martlet.kernels.cuda.launch import wait
 
 SLICE = 4096  # tokens of the vocabulary a program looks at
 CUT_SLICE = 1024  # the same for `_best` after a cut: where nothing is left, no noise is made
-BINS, BINS_A_NAT = 256, 8  # of logit / temperature, down to 32 below the largest; the last bin holds the rest
+BINS, BINS_A_NAT = 256, 8  # of logit / temperature, down to 32 below the largest
+FINE = 1024  # of the bins in which top_p may end
 KEPT = 2048  # kept tokens that a program of `_cut` looks at at a time
 GREEDY_BELOW = 1e-5
 # Columns of a row's settings, int32 (floats by their bits).
@@ -68,9 +71,25 @@ def _floor(top, temperature, min_p):
 
 
 @triton.jit
-def _bin(x, top, temperature, BINS: tl.constexpr, BINS_A_NAT: tl.constexpr):
-    """Grows as x falls, so a bin holds all tokens between two keys."""
-    return tl.minimum((top - x) * (BINS_A_NAT / temperature), BINS - 1.0).to(tl.int32)
+def _alive(x, top, temperature, min_p, BINS: tl.constexpr, BINS_A_NAT: tl.constexpr):
+    """(distance from the top in bins, does it count): the distance grows as x falls, so a bin, whole or fine, holds all
+    tokens between two keys. Tokens out of the bins are out of the draw: noise lies within 20 nats."""
+    distance = (top - x) * (BINS_A_NAT / temperature)
+    alive = (distance < BINS) & (_order(x) >= _floor(top, temperature, min_p))
+    return tl.where(alive, distance, 0.0), alive
+
+
+@triton.jit
+def _fine(distance, low, high, FINE: tl.constexpr):
+    """Which of the FINE parts of bins low ... high; only for tokens in these."""
+    part = (distance - low.to(tl.float32)) * (FINE / (high - low + 1).to(tl.float32))
+    return tl.minimum(tl.maximum(part, 0.0), FINE - 1.0).to(tl.int32)
+
+
+@triton.jit
+def _spare(top_p, total):
+    """A mass that may be missing behind where top_p ends. Of a peaked distribution it tells more than what is there."""
+    return total * ((1.0 - top_p) * 0.9998 - 4e-6)
 
 
 @triton.jit
@@ -89,17 +108,51 @@ def _doubt(counts, top_k, top_p, BINS: tl.constexpr, BINS_A_NAT: tl.constexpr):
     high = tl.full([], -1, tl.int32)
     if top_p < 1.0:
         most = tl.where(bin <= edge, count.to(tl.float32) * tl.exp(-bin.to(tl.float32) / BINS_A_NAT), 0.0)
-        least = tl.where((bin < edge) & (bin < BINS - 1), most * tl.exp(-1.0 / BINS_A_NAT), 0.0)
+        least = tl.where(bin < edge, most * tl.exp(-1.0 / BINS_A_NAT), 0.0)
         low = tl.min(tl.where(tl.cumsum(most, 0) >= top_p * tl.sum(least, 0) * 0.9998, bin, BINS), 0)
         high = tl.min(tl.where(tl.cumsum(least, 0) >= top_p * tl.sum(most, 0) * 1.0002, bin, BINS), 0)
-        high = tl.minimum(high, tl.minimum(edge, BINS - 1))
+        behind = tl.max(tl.where(tl.cumsum(most, 0, reverse=True) > _spare(top_p, tl.sum(least, 0)), bin, 0), 0)
+        high = tl.minimum(tl.minimum(high, behind), tl.minimum(edge, BINS - 1))
         low = tl.minimum(low, high)
     return low, high, edge
 
 
+@triton.jit
+def _fine_doubt(fine_counts, counts, above, between, low, high, edge, top_p, FINE: tl.constexpr, BINS: tl.constexpr,
+                BINS_A_NAT: tl.constexpr):  # fmt: skip
+    """(low, high): top_p ends in one of these fine bins. above, between: exact masses around bins low ... high.
+
+    All of them where there is no top_p, or where top_k ends among them, so that their mass is not known so well.
+    """
+    first = tl.full([], 0, tl.int32)
+    last = tl.full([], FINE - 1, tl.int32)
+    if (high >= low) & (high < edge):
+        part = tl.arange(0, FINE)
+        width = (high - low + 1).to(tl.float32) / FINE
+        count = tl.load(fine_counts + part).to(tl.float32)
+        most = count * tl.exp(-(low.to(tl.float32) + part * width) / BINS_A_NAT)
+        least = count * tl.exp(-(low.to(tl.float32) + (part + 1) * width) / BINS_A_NAT)
+        rest = tl.load(counts + tl.minimum(edge, BINS - 1)).to(tl.float32) * tl.exp(-edge.to(tl.float32) / BINS_A_NAT)
+        rest = tl.where(edge < BINS, rest, 0.0)  # at most what top_k leaves of its bin
+        total = above + between
+        from_mass = top_p * (total + tl.sum(least, 0)) * 0.99998 - above
+        to_mass = top_p * (total + tl.sum(most, 0) + rest) * 1.00002 - above
+        last = tl.minimum(tl.min(tl.where(tl.cumsum(least, 0) >= to_mass, part, FINE), 0), FINE - 1)
+        spare = _spare(top_p, total + tl.sum(least, 0)) - between - rest
+        last = tl.minimum(last, tl.max(tl.where(tl.cumsum(most, 0, reverse=True) > spare, part, 0), 0))
+        first = tl.minimum(tl.min(tl.where(tl.cumsum(most, 0) >= from_mass, part, FINE), 0), last)
+    return first, last
+
+
+@triton.jit
+def _total(parts, SLICES, SLICES_UP: tl.constexpr):
+    s = tl.arange(0, SLICES_UP)
+    return tl.sum(tl.load(parts + s, mask=s < SLICES, other=0.0), 0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows"])
-def _peaks(logits, rows, settings, peaks, counts, V, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
-           BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _peaks(logits, rows, settings, peaks, counts, fine_counts, V, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
+           FINE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     b = tl.program_id(0)
     piece = tl.program_id(1)
     row = tl.load(rows + b)
@@ -111,6 +164,7 @@ def _peaks(logits, rows, settings, peaks, counts, V, SLICES, SETTINGS: tl.conste
         tl.store(peaks + b * SLICES + piece, tl.max(x, 0))
         if piece == 0:
             tl.store(counts + b * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+            tl.store(fine_counts + b * FINE + tl.arange(0, FINE), tl.zeros([FINE], tl.int32))
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
@@ -124,33 +178,70 @@ def _count(logits, rows, settings, peaks, counts, V, SLICES, SETTINGS: tl.conste
     if some:
         x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
         top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
-        alive = (x > float("-inf")) & (_order(x) >= _floor(top, temperature, min_p))
-        where = _bin(tl.where(alive, x, top), top, temperature, BINS, BINS_A_NAT)
+        distance, alive = _alive(x, top, temperature, min_p, BINS, BINS_A_NAT)
+        where = distance.to(tl.int32)
         found = tl.histogram(where, BINS, mask=alive)
         tl.atomic_add(counts + b * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
-def _gather(logits, rows, settings, peaks, counts, kept, sizes, masses, V, SLICES, SETTINGS: tl.constexpr,
-            BINS: tl.constexpr, BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr, BLOCK: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+def _refine(logits, rows, settings, peaks, counts, fine_counts, masses, V, SLICES, SETTINGS: tl.constexpr,
+            BINS: tl.constexpr, FINE: tl.constexpr, BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr,
+            BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     b = tl.program_id(0)
     piece = tl.program_id(1)
     row = tl.load(rows + b)
     wait(PDL)
     some, temperature, top_k, top_p, min_p = _wants(settings, row, SETTINGS)
-    if some:
+    if some & (top_p < 1.0):
         low, high, edge = _doubt(counts + b * BINS, top_k, top_p, BINS, BINS_A_NAT)
         top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
         at = piece * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
-        alive = (x > float("-inf")) & (_order(x) >= _floor(top, temperature, min_p))
-        where = _bin(tl.where(alive, x, top), top, temperature, BINS, BINS_A_NAT)
+        distance, alive = _alive(x, top, temperature, min_p, BINS, BINS_A_NAT)
+        where = distance.to(tl.int32)
         mass = tl.exp((x - top) / temperature)
         tl.store(masses + b * SLICES + piece, tl.sum(tl.where(alive & (where < low), mass, 0.0), 0))
         between = alive & (where > high) & (where < edge)
         tl.store(masses + (tl.num_programs(0) + b) * SLICES + piece, tl.sum(tl.where(between, mass, 0.0), 0))
-        take = alive & (((where >= low) & (where <= high)) | (where == edge))
+        inside = alive & (where >= low) & (where <= high)
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            found = tl.histogram(_fine(distance, low, high, FINE), FINE, mask=inside)
+            tl.atomic_add(fine_counts + b * FINE + tl.arange(0, FINE), found, mask=found > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
+def _gather(logits, rows, settings, peaks, counts, fine_counts, outer, kept, sizes, masses, V, SLICES,
+            SETTINGS: tl.constexpr, BINS: tl.constexpr, FINE: tl.constexpr, BINS_A_NAT: tl.constexpr,
+            SLICES_UP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    piece = tl.program_id(1)
+    beside = (tl.num_programs(0) + b) * SLICES
+    row = tl.load(rows + b)
+    wait(PDL)
+    some, temperature, top_k, top_p, min_p = _wants(settings, row, SETTINGS)
+    if some:
+        low, high, edge = _doubt(counts + b * BINS, top_k, top_p, BINS, BINS_A_NAT)
+        first = tl.full([], 0, tl.int32)
+        last = tl.full([], FINE - 1, tl.int32)
+        if top_p < 1.0:
+            first, last = _fine_doubt(
+                fine_counts + b * FINE, counts + b * BINS, _total(outer + b * SLICES, SLICES, SLICES_UP),
+                _total(outer + beside, SLICES, SLICES_UP), low, high, edge, top_p, FINE, BINS, BINS_A_NAT,
+            )  # fmt: skip
+        top = _top(peaks + b * SLICES, SLICES, SLICES_UP)
+        at = piece * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + b.to(tl.int64) * V + at, mask=at < V, other=float("-inf"))
+        distance, alive = _alive(x, top, temperature, min_p, BINS, BINS_A_NAT)
+        where = distance.to(tl.int32)
+        inside = (where >= low) & (where <= high)
+        part = tl.where(inside, _fine(distance, low, tl.maximum(high, low), FINE), 0)
+        mass = tl.exp((x - top) / temperature)
+        before = alive & ((where < low) | (inside & (part < first)))
+        tl.store(masses + b * SLICES + piece, tl.sum(tl.where(before, mass, 0.0), 0))
+        behind = alive & (((where > high) & (where < edge)) | (inside & (part > last)))
+        tl.store(masses + beside + piece, tl.sum(tl.where(behind, mass, 0.0), 0))
+        take = alive & ((inside & (part >= first) & (part <= last)) | (where == edge))
         place = tl.cumsum(take.to(tl.int32), 0) - 1
         tl.store(kept + (b.to(tl.int64) * SLICES + piece) * BLOCK + place, x, mask=take)
         tl.store(sizes + b * SLICES + piece, tl.sum(take.to(tl.int32), 0))
@@ -196,9 +287,9 @@ def _mass(kept, sizes, SLICES, longest, floor, top, temperature, SLICES_UP: tl.c
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
-def _cut(rows, settings, peaks, counts, kept, sizes, masses, cuts, SLICES, SETTINGS: tl.constexpr, BINS: tl.constexpr,
-         BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
-         PDL: tl.constexpr):  # fmt: skip
+def _cut(rows, settings, peaks, counts, fine_counts, outer, kept, sizes, masses, cuts, SLICES, SETTINGS: tl.constexpr,
+         BINS: tl.constexpr, FINE: tl.constexpr, BINS_A_NAT: tl.constexpr, SLICES_UP: tl.constexpr,
+         AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     b = tl.program_id(0)
     row = tl.load(rows + b)
     wait(PDL)
@@ -215,13 +306,21 @@ def _cut(rows, settings, peaks, counts, kept, sizes, masses, cuts, SLICES, SETTI
             bin = tl.arange(0, BINS)
             count = tl.load(counts + b * BINS + bin)
             gone = tl.sum(tl.where((bin < edge) & ((bin < low) | (bin > high)), count, 0), 0)  # in front, and not kept
+            if top_p < 1.0:
+                first, last = _fine_doubt(
+                    fine_counts + b * FINE, counts + b * BINS, _total(outer + b * SLICES, SLICES, SLICES_UP),
+                    _total(outer + (tl.num_programs(0) + b) * SLICES, SLICES, SLICES_UP), low, high, edge, top_p,
+                    FINE, BINS, BINS_A_NAT,
+                )  # fmt: skip
+                part = tl.arange(0, FINE)
+                fine_count = tl.load(fine_counts + b * FINE + part)
+                gone += tl.sum(tl.where((part < first) | (part > last), fine_count, 0), 0)
             target = (top_k - gone).to(tl.float32)
             floor = _least(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, target, False, SLICES_UP,
                            AT_ONCE, BLOCK)  # fmt: skip
         if top_p < 1.0:
-            above = tl.sum(tl.load(masses + b * SLICES + s, mask=s < SLICES, other=0.0), 0)
-            beside = masses + (tl.num_programs(0) + b) * SLICES
-            between = tl.sum(tl.load(beside + s, mask=s < SLICES, other=0.0), 0)
+            above = _total(masses + b * SLICES, SLICES, SLICES_UP)
+            between = _total(masses + (tl.num_programs(0) + b) * SLICES, SLICES, SLICES_UP)
             here = _mass(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, SLICES_UP, AT_ONCE, BLOCK)
             target = tl.maximum(top_p * (above + here + between) - above, 1e-30)
             floor = _least(mine, sizes + b * SLICES, SLICES, longest, floor, top, temperature, target, True, SLICES_UP,
@@ -354,36 +453,21 @@ def _find_cuts(
     count, vocab = logits.shape
     slices = triton.cdiv(vocab, SLICE)
     slices_up = triton.next_power_of_2(slices)
-    peaks, counts = new(count, slices, dtype=torch.float32), new(count, BINS)
+    peaks, counts, fine_counts = new(count, slices, dtype=torch.float32), new(count, BINS), new(count, FINE)
     kept, sizes = new(count, slices, SLICE, dtype=torch.float32), new(count, slices)
-    masses, cuts = (
-        new(2, count, slices, dtype=torch.float32),
-        new(count),
-    )  # masses: above the bins in doubt, and between
-    bins = {"BINS": BINS, "BINS_A_NAT": BINS_A_NAT, "SLICES_UP": slices_up, "SETTINGS": SETTINGS, "BLOCK": SLICE}
+    outer, masses = (new(2, count, slices, dtype=torch.float32) for _ in range(2))  # above tokens in doubt, and behind
+    cuts = new(count)
+    bins = {"BINS": BINS, "FINE": FINE, "SETTINGS": SETTINGS, "BLOCK": SLICE}
+    fine = {"BINS_A_NAT": BINS_A_NAT, "SLICES_UP": slices_up}
+    head, grid = (logits, rows, settings, peaks, counts), (count, slices)
+    launch.run(_peaks, grid, *head, fine_counts, vocab, slices, **bins, warps=8)
     launch.run(
-        _peaks, (count, slices), logits, rows, settings, peaks, counts, vocab, slices,
-        SETTINGS=SETTINGS, BINS=BINS, BLOCK=SLICE, warps=8,
+        _count, grid, *head, vocab, slices, BINS=BINS, SETTINGS=SETTINGS, BLOCK=SLICE, **fine, warps=8
     )  # fmt: skip
-    launch.run(_count, (count, slices), logits, rows, settings, peaks, counts, vocab, slices, **bins, warps=8)
+    launch.run(_refine, grid, *head, fine_counts, outer, vocab, slices, **bins, **fine, warps=8)
+    launch.run(_gather, grid, *head, fine_counts, outer, kept, sizes, masses, vocab, slices, **bins, **fine, warps=8)
     launch.run(
-        _gather,
-        (count, slices),
-        logits,
-        rows,
-        settings,
-        peaks,
-        counts,
-        kept,
-        sizes,
-        masses,
-        vocab,
-        slices,
-        **bins,
-        warps=8,
-    )
-    launch.run(
-        _cut, (count,), rows, settings, peaks, counts, kept, sizes, masses, cuts, slices,
-        **bins, AT_ONCE=max(1, KEPT // slices_up), warps=16,
+        _cut, (count,), *head[1:], fine_counts, outer, kept, sizes, masses, cuts, slices,
+        **bins, **fine, AT_ONCE=max(1, KEPT // slices_up), warps=16,
     )  # fmt: skip
     return cuts
