@@ -55,6 +55,7 @@ class Constraint:
     slot: int = -1
     ticket: int = 0
     ready: bool = False
+    deaths: int = 0  # of workers that had nothing else to do
     error: MartletError | None = None
 
 
@@ -248,7 +249,9 @@ class Constraints:
         assert self._port is not None
         suspects = [one for one in self._asked[min(self._asked)] if one.key in self.live]
         if len(suspects) == 1 and self._started:
-            self._fail(suspects[0], "it takes too much " + ("time" if self._port.alive else "memory"))
+            suspects[0].deaths += not self._port.alive  # once may be somebody else's doing
+            if self._port.alive or suspects[0].deaths > 1:
+                self._fail(suspects[0], "it takes too much " + ("time" if self._port.alive else "memory"))
         elif not self._started:
             for constraint in list(self.live.values()):
                 self._fail(constraint, "the process that follows grammars does not start")

@@ -33,13 +33,15 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 # Between tokens of JSON: nothing, a space, or a new line and its indent. A model cannot fill an answer with blanks.
 WHITESPACE = r" |\n {0,32}"
+# Where one text only can follow, llguidance would allow the first of its usual tokens alone; any spelling is right.
+FREE = '%llguidance {"no_forcing": true}\n'
 KEPT = 64  # compiled grammars
 PROBES = 8  # masks that a check computes along one path
 LIMITS = LLParserLimits(max_lexer_states=50_000, step_max_items=30_000, verbose_errors=False)
 
 
 class Vocabulary:
-    """What llguidance asks of a tokenizer. It tokenizes greedily; no mask depends on that."""
+    """What llguidance asks of a tokenizer. It tokenizes greedily; FREE keeps masks from depending on that."""
 
     is_tokenizer_wrapper = True
 
@@ -66,7 +68,7 @@ class Compiler:
     """Grammars to matchers. The last few are kept and copied."""
 
     def __init__(self, tokens: list[bytes], special: Sequence[int], eos: Sequence[int]):
-        self.special = {tokens[token].decode("utf-8", "replace") for token in special}
+        self.special = {tokens[token].decode("utf-8", "replace"): token for token in special}
         self.tokenizer = LLTokenizer(Vocabulary(tokens, special, eos), eos_token=list(eos))
         self._kept: OrderedDict[tuple[str, str, str | None], LLMatcher] = OrderedDict()
 
@@ -86,12 +88,8 @@ class Compiler:
 
     def source(self, kind: str, text: str, trigger: str | None) -> str:
         """The grammar as llguidance takes it. Raises ValueError."""
-        if trigger is None and kind in ("json_object", "json_schema"):
-            return LLMatcher.grammar_from_json_schema(schema(text))
-        if trigger is None and kind == "regex":
-            return LLMatcher.grammar_from_regex(text)
         if kind == "lark":
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if "::=" in text else text)
+            return LLMatcher.grammar_from_lark(FREE + (gbnf_to_lark(text) if "::=" in text else text))
         if kind == "choice":
             rule = " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(text))
         elif kind == "regex":
@@ -99,15 +97,12 @@ class Compiler:
         else:
             rule = f"%json {json.dumps(schema(text))}"
         if trigger is None:
-            return LLMatcher.grammar_from_lark(f"start: {rule}")
+            return LLMatcher.grammar_from_lark(f"{FREE}start: {rule}")
         if trigger in self.special:
-            until = rf"/(.|\n)*/ {trigger if trigger.startswith('<|') else f'<[{self._id(trigger)}]>'}"
+            before = rf"before: /(.|\n)*/ <[{self.special[trigger]}]>"
         else:
-            until = "/(.|\\n)*" + "".join(f"\\x{{{ord(c):x}}}" for c in trigger) + "/"
-        return LLMatcher.grammar_from_lark(f"start: /(.|\\n)*/ | before body\nbefore[lazy]: {until}\nbody: {rule}")
-
-    def _id(self, name: str) -> int:
-        return self.tokenizer.tokenize_str(name, parse_special=True)[0]
+            before = r"before[lazy]: /(.|\n)*" + "".join(f"\\x{{{ord(c):x}}}" for c in trigger) + "/"
+        return LLMatcher.grammar_from_lark(f"{FREE}start: /(.|\\n)*/ | before body\n{before}\nbody: {rule}")
 
     def check(self, grammar: Sequence[Any]) -> str | None:
         """Compile and take a few steps along one path; what went wrong, if anything."""
