@@ -100,6 +100,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://169.254.169.2
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"stop_sequences": ["a"] * 10_000}, "stop_sequences"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"thinking": {}}, "thinking.type"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"container": "c"}, "container"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
@@ -171,3 +172,61 @@ def test_blocks_are_the_same_streamed_and_whole(chunks):
         assert block == made
     last = next(e for e in streamed if e["type"] == "message_delta")
     assert last["delta"]["stop_reason"] == whole["stop_reason"] == ("tool_use" if said.calls else "end_turn")
+
+
+SAYS = '<think>hm</think>So.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+ADD = {
+    "name": "add",
+    "description": "adds",
+    "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_text_and_calls_are_blocks(claude, stream):
+    said = {"model": "echo", "messages": [{"role": "user", "content": SAYS}], "max_tokens": 200, "tools": [ADD]}
+    if stream:
+        with claude.messages.stream(**said, extra_body=GREEDY) as events:
+            message = events.get_final_message()
+    else:
+        message = claude.messages.create(**said, extra_body=GREEDY)
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
+    thinking, text, call = message.content
+    assert (thinking.thinking, text.text, call.name, call.input) == ("hm", "So.", "add", {"a": 1})
+    assert message.stop_reason == "tool_use"
+    turns = [
+        {"role": "user", "content": SAYS},
+        {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in message.content]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "2"}]},
+    ]
+    assert ask(claude, turns, tools=[ADD]).content[0].text == "2"
+
+
+def test_tools_count_and_may_be_chosen(claude, url):
+    plain = claude.messages.count_tokens(model="echo", messages=HI)
+    assert claude.messages.count_tokens(model="echo", messages=HI, tools=[ADD]).input_tokens >= plain.input_tokens
+    body = {"messages": HI, "max_tokens": 9, "tools": [ADD], "tool_choice": {"type": "tool", "name": "sub"}}
+    answer = httpx.post(f"{url}/v1/messages", json=body)
+    assert answer.status_code == 400 and "tool_choice" in answer.json()["error"]["message"]
+    body["tool_choice"] = {"type": "none", "disable_parallel_tool_use": True}
+    assert httpx.post(f"{url}/v1/messages", json={**body, "temperature": 0}).json()["stop_reason"] == "end_turn"
+
+
+def test_thinking_may_be_left_to_the_model_and_switched_off_where_the_template_can(monkeypatch, url):
+    body = {"messages": HI, "max_tokens": 50, "temperature": 0}
+
+    def ask_for(kind):
+        return httpx.post(f"{url}/v1/messages", json={**body, "thinking": {"type": kind}})
+
+    assert ask_for("adaptive").status_code == 200
+    render, told = FakeTemplate.render, []
+
+    def switched(self, messages, *, enable_thinking=True, **more):
+        told.append(enable_thinking)
+        return render(self, messages, **more)
+
+    monkeypatch.setattr(FakeTemplate, "render", switched)
+    assert ask_for("disabled").status_code == 200 and told == [False]
+    monkeypatch.setattr(FakeTemplate, "reasoning", None)
+    assert ask_for("disabled").status_code == 200 and told == [False, True]
+    assert "thinking" in ask_for("adaptive").json()["error"]["message"]

@@ -170,3 +170,59 @@ def test_items_are_the_same_streamed_and_whole(chunks):
             assert event["item_id"] == rebuilt[at]["id"]
     for item, made_of in zip(whole["output"], rebuilt.values(), strict=True):
         assert (item["arguments"] if "arguments" in item else item["content"][0]["text"]) == made_of["text"]
+
+
+SAYS = '<think>hm</think>So.\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "🦆"}}\n</tool_call>'
+ADD = {
+    "type": "function",
+    "name": "add",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
+    "strict": None,
+}
+
+
+def shape(item):
+    if item.type == "function_call":
+        return item.type, item.name, json.loads(item.arguments), item.call_id[:5]
+    return item.type, item.content[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_text_and_calls_are_items_of_their_own(client, stream):
+    if stream:
+        found = events(client, text=SAYS, tools=[ADD])
+        assert [e.sequence_number for e in found] == list(range(len(found)))
+        answer = found[-1].response
+        arguments = "".join(e.delta for e in found if e.type == "response.function_call_arguments.delta")
+        assert json.loads(arguments) == {"a": 1, "b": "🦆"}
+        thoughts = "".join(e.delta for e in found if e.type == "response.reasoning_text.delta")
+        assert thoughts == "hm"
+    else:
+        answer = ask(client, SAYS, tools=[ADD])
+    assert [shape(item) for item in answer.output] == [
+        ("reasoning", "hm"),
+        ("message", "So."),
+        ("function_call", "add", {"a": 1, "b": "🦆"}, "call_"),
+    ]
+    assert answer.usage.output_tokens_details.reasoning_tokens == 2
+    assert answer.tools[0].name == "add" and answer.status == "completed"
+
+
+def test_the_next_turn_brings_the_calls_and_their_results(client):
+    first = ask(client, SAYS, tools=[ADD])
+    call = first.output[-1]
+    turns = [
+        {"role": "user", "content": SAYS},
+        *[item.model_dump(exclude_none=True) for item in first.output],
+        {"type": "function_call_output", "call_id": call.call_id, "output": "2"},
+    ]
+    answer = client.responses.create(model="echo", input=turns, tools=[ADD], temperature=0)
+    assert answer.output_text == "2"  # the echo repeats the last turn: the result
+
+
+def test_a_choice_of_tools_is_passed_on(url):
+    for choice in ("sub", "nobody"):
+        wish = {"input": "a", "tools": [ADD], "tool_choice": {"type": "function", "name": choice}}
+        answer = httpx.post(f"{url}/v1/responses", json=wish)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+    assert httpx.post(f"{url}/v1/responses", json={"input": "a", "tool_choice": "required"}).status_code == 400

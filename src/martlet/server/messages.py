@@ -39,6 +39,7 @@ class CountBody(SamplingBody):
     tools: Blocks | None = None
     tool_choice: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None  # prefixes are cached anyway
 
 
@@ -57,7 +58,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_config": ({},),
     "service_tier": ("auto", "standard_only"),
     "speed": ("standard",),
-    "thinking": ({"type": "disabled"},),
     "user_profile_id": (),
     "workspace_id": (),
     "n": (1,),
@@ -67,7 +67,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "max_completion_tokens": (),
 }
-_NAMES = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
+_NAMES = {"stop": "stop_sequences", "chat_template_kwargs": "thinking", "max_completion_tokens": "max_tokens"}
 
 
 @router.post(
@@ -76,7 +76,7 @@ _NAMES = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
 async def messages(body: MessagesBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     record = http.scope["martlet.record"]
-    chat = _chat(body) | {"max_completion_tokens": body.max_tokens}
+    chat = _chat(service, body) | {"max_completion_tokens": body.max_tokens}
     if body.stop_sequences:
         chat["stop"] = body.stop_sequences
     job = await translated_job(service, chat, record.id, _NAMES)
@@ -88,13 +88,21 @@ async def messages(body: MessagesBody, http: HttpRequest) -> Response:
     "/v1/messages/count_tokens", summary="How many tokens a conversation is to the model", responses=answers(TokenCount)
 )
 async def count_tokens(body: CountBody, http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
     with told_as(_NAMES):
-        ids = await chat_prompt(http.app.state.service, ChatBody.model_validate(_chat(body)))
+        ids = await chat_prompt(service, ChatBody.model_validate(_chat(service, body)))
     return Response(orjson.dumps({"input_tokens": len(ids)}), media_type="application/json")
 
 
-def _chat(body: CountBody) -> dict[str, Any]:
+def _chat(service: Service, body: CountBody) -> dict[str, Any]:
     chat = shared_fields(body, _UNSUPPORTED)
+    if body.thinking is not None:
+        thinks = service.template is not None and service.template.reasoning is not None
+        kind = member(body.thinking, "type", str, "thinking")
+        if kind == "disabled" and thinks:
+            chat["chat_template_kwargs"] = {"enable_thinking": False}
+        elif kind != "disabled" and not (kind == "adaptive" and thinks):
+            raise unsupported("thinking", "may be disabled, or adaptive where the model thinks, on this server")
     turns = _turns(body)
     chat["messages"] = turns
     if turns and turns[-1]["role"] == "assistant":  # what the answer is to begin with
