@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from martlet.server.schema import UNSUPPORTED
+from martlet.server.schema import UNSUPPORTED, ChatBody, CompletionBody
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -122,6 +122,28 @@ def test_a_prompt_too_long_names_both_lengths(url):
     error = refused(httpx.post(url + COMPLETIONS, json={"prompt": "x" * 600, "max_tokens": 7}), 400, "prompt")
     assert error["code"] == "context_length_exceeded"
     assert "512" in error["message"] and "600" in error["message"] and "7" in error["message"]
+
+
+FIELDS = """
+messages model frequency_penalty presence_penalty logit_bias logprobs top_logprobs n seed stop stream stream_options
+temperature top_p max_completion_tokens max_tokens user response_format tools tool_choice parallel_tool_calls
+reasoning_effort use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids
+include_stop_str_in_output ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens
+truncate_prompt_tokens truncation_side prompt_logprobs logprob_token_ids allowed_token_ids bad_words
+thinking_token_budget repetition_detection watermarking structured_outputs echo add_generation_prompt
+continue_final_message add_special_tokens documents chat_template chat_template_kwargs media_io_kwargs
+mm_processor_kwargs priority request_id session_id cache_salt include_reasoning return_token_ids
+return_tokens_as_token_ids return_token_offsets return_prompt_text stream_interval kv_transfer_params
+ec_transfer_params vllm_xargs mm_payload return_weight_versions routed_experts_prompt_start store metadata
+service_tier modalities audio prediction web_search_options verbosity functions function_call safety_identifier
+prompt_cache_key best_of suffix prompt prompt_embeds
+"""
+
+
+def test_every_field_that_the_field_knows_is_honoured_or_refused_by_name():
+    """OpenAI's and vLLM's fields: none of them may fall among those that are merely named in a header."""
+    known = {*ChatBody.model_fields, *CompletionBody.model_fields, *UNSUPPORTED}
+    assert set(FIELDS.split()) - known == set()
 
 
 def asking(name):

@@ -47,6 +47,7 @@ class ResponsesBody(SamplingBody):
     include: Strings | None = None
     top_logprobs: int | None = None
     metadata: dict[str, str] | None = None
+    session_id: str | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

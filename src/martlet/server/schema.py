@@ -58,11 +58,18 @@ class SamplingBody(Body):
 
 
 class GenerationBody(SamplingBody):
-    """What chat completions and completions share besides."""
+    """What chat completions and completions share besides. The last five are the client's own marks and hints about
+    the cache, which finds common prefixes without them: they change nothing and are logged nowhere.
+    """
 
     n: int | None = None
     max_tokens: int | None = None
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    session_id: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -212,4 +219,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "ec_transfer_params": (),
     "vllm_xargs": ({},),
     "continuous_usage_stats": (False,),  # of stream_options
+    "request_id": (),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "mm_payload": (),
+    "return_weight_versions": (False,),
+    "routed_experts_prompt_start": (),
 }
