@@ -48,7 +48,6 @@ _SAME_NAME = (
     "logprobs",
     "prompt_logprobs",
     "detokenize",
-    "skip_special_tokens",
 )
 
 
@@ -213,6 +212,8 @@ async def _start(args: AsyncEngineArgs) -> AsyncLLM:
 def vllm_params(params: SamplingParams, *, stream: bool) -> VllmParams:
     return VllmParams(
         **{name: getattr(params, name) for name in _SAME_NAME},
+        # vLLM shows all control tokens or none; the end tokens are not in its text anyway.
+        skip_special_tokens=params.skip_special_tokens and not params.shown_token_ids,
         stop=list(params.stop),
         stop_token_ids=list(params.stop_token_ids),
         logit_bias=dict(params.logit_bias) or None,
