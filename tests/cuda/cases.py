@@ -24,6 +24,7 @@ ATTENTIONS = {
     "grouped, normed": Attention(6, 2, 32, Rope(1e4, 32), 0.2, qk_norm=True),
     "odd head, partly rotated": Attention(5, 1, 40, Rope(1e4, 24, scaling=RopeScaling("linear", 2.0)), 0.2),
     "window, interleaved": Attention(4, 2, 16, Rope(1e4, 16, style="interleaved"), 0.25, window=20),
+    "capped, not rotated": Attention(4, 2, 16, Rope(1e4, 0), 1.0, softcap=2.0),
 }
 
 

@@ -31,6 +31,16 @@ CONFIGS = {
         "sliding_window": 9,
         "max_window_layers": 1,
     },
+    "gemma2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "intermediate_size": 40,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 0.5,
+    },
+    "glm4": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 40},
 }
 
 
@@ -65,8 +75,9 @@ def requests(max_tokens: int = 6) -> list[Request]:
     ]
 
 
-def answers(runner, max_tokens: int = 6, **settings) -> dict:
-    outputs = drain(Engine(runner, options=EngineOptions(seed=0, **settings)), requests(max_tokens))
+def answers(runner, max_tokens: int = 6, first: int | None = None, **settings) -> dict:
+    """What the first `first` requests (None: all) are given."""
+    outputs = drain(Engine(runner, options=EngineOptions(seed=0, **settings)), requests(max_tokens)[:first])
     assert not [o.error for o in outputs if o.error]
     found: dict = {}
     for o in outputs:

@@ -5,6 +5,8 @@ Where there is no GPU one small case runs under Triton's interpreter: all of the
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from engines import CONFIGS, answers, card, check, options, requests
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
-from martlet.errors import OutOfMemory, UsageError
+from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
+from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import prefill_attention
+from martlet.model import families
 from martlet.model.weights import read_spec
 from martlet.runners.cuda_runner import CudaRunner, weights
 from martlet.runners.cuda_runner.decoder import StepTensors
@@ -26,15 +30,22 @@ from martlet.sampling_params import SamplingParams
 gpu = pytest.mark.gpu
 
 
+def test_what_it_cannot_run_it_says():
+    mixture = ModelCard("m", Path("-"), "dummy", "mixtral", config=families.example("mixtral"))
+    with pytest.raises(BackendUnavailable, match="mixtures of experts"):
+        CudaRunner(mixture, options(DEVICE))
+
+
 def reference(family: str, **settings) -> dict:
     want = answers(TorchRunner(card(family), options("cpu")), **settings)
     assert any(want[key][0] != want["0", 0][0] for key in want)
     return want
 
 
-def test_the_engine_answers_as_on_the_reference():
-    runner = CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64)
-    check(answers(runner, max_tokens=2), reference("qwen3", max_tokens=2))
+@pytest.mark.parametrize(("family", "first"), [("qwen3", None), ("gemma2", 3)])
+def test_the_engine_answers_as_on_the_reference(family, first):
+    runner = CudaRunner(card(family), options(DEVICE), step_tokens=64)
+    check(answers(runner, max_tokens=2, first=first), reference(family, max_tokens=2, first=first))
     runner.close()
 
 

@@ -157,18 +157,3 @@ class DecoderSpec:
     def kv_elements_per_token(self) -> int:
         """Elements (keys and values) that one token keeps over all layers."""
         return sum(2 * layer.mixer.kv_size for layer in self.layers)
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What this decoder has beyond LLaMA's, in words, for runners that lack some of it to say so."""
-        mixers, mlps = {layer.mixer for layer in self.layers}, {layer.mlp for layer in self.layers}
-        scalings = {mixer.rope.scaling for mixer in mixers}
-        found = {
-            "mixtures of experts": any(mlp.experts for mlp in mlps),
-            "norms behind attention and feed-forward": any(layer.post_norms for layer in self.layers),
-            "soft caps": self.logit_softcap is not None or any(mixer.softcap for mixer in mixers),
-            "scaled embeddings": self.embedding_scale != 1.0,
-            "LongRoPE and YaRN": any(s and (s.magnitude != 1.0 or s.kind == "factors") for s in scalings),
-            "layers without rotary embedding": any(mixer.rope.dim == 0 for mixer in mixers),
-        }
-        return tuple(name for name, has in found.items() if has)

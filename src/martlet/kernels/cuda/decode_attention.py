@@ -57,8 +57,8 @@ def _attend(
     scale, q_stride, block_stride, cache_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(0)
@@ -108,6 +108,8 @@ def _attend(
                 mask = inside[:, None] & (d < DIM)[None, :]
                 key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
                 scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+            if CAP > 0:
+                scores = CAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             top = tl.maximum(best, tl.max(scores, 1))
             weight = tl.exp2(scores - top[:, None])
@@ -143,6 +145,16 @@ def _attend(
                       AT_ONCE)  # fmt: skip
         else:
             tl.store(mine + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+
+
+def score_scale(spec: Attention) -> tuple[float, float]:
+    """(factor, cap): exponents to base 2 are products times `factor`, or cap * tanh(products times `factor`).
+
+    cap is 0 where there is no soft cap.
+    """
+    if spec.softcap is None:
+        return spec.scale * LOG2E, 0.0
+    return spec.scale / spec.softcap, spec.softcap * LOG2E
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +226,15 @@ def decode_attention(
     out = q.new_empty(batch, spec.q_size) if out is None else out
     group = spec.heads // spec.kv_heads
     group_up = triton.next_power_of_2(group)
+    factor, cap = score_scale(spec)
     launch.run(
         _attend, (spec.kv_heads, batch, tile.parts),
         q, *kept, *(cache if scales is None else scales), block_table, rows, positions, out,
         room.partial, room.sums, room.counters,
-        spec.scale * LOG2E, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
+        factor, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
         SCALED=scales is not None, SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=tile.warps, stages=stages,
+        CAP=cap, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=tile.warps, stages=stages,
     )  # fmt: skip
     return out

@@ -36,8 +36,8 @@ def _store_fp8(out, scales, t, k, x, mask, WIDTH):
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "changes"], do_not_specialize=["changes_stride"])
 def _embed(
-    tokens, rows, positions, changes, state, table, out, WIDTH, tokens_stride, changes_stride,
-    CHANGES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens, rows, positions, changes, state, table, out, scale, WIDTH, tokens_stride, changes_stride,
+    CHANGES: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     row = tl.load(rows + t)
@@ -51,7 +51,10 @@ def _embed(
     token = tl.maximum(token, 0).to(tl.int64)
     for begin in range(0, WIDTH, BLOCK):
         k = begin + tl.arange(0, BLOCK)
-        tl.store(out + t.to(tl.int64) * WIDTH + k, tl.load(table + token * WIDTH + k, mask=k < WIDTH), mask=k < WIDTH)
+        value = tl.load(table + token * WIDTH + k, mask=k < WIDTH)
+        if SCALED:
+            value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
+        tl.store(out + t.to(tl.int64) * WIDTH + k, value, mask=k < WIDTH)
 
 
 def embed(
@@ -60,10 +63,11 @@ def embed(
     positions: torch.Tensor,
     table: torch.Tensor,
     *,
+    scale: float = 1.0,
     changes: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Embeddings [T, W] of tokens[rows[t], positions[t]]; rows -1 are padding.
+    """Embeddings [T, W] of tokens[rows[t], positions[t]], times scale; rows -1 are padding.
 
     tokens int32 [rows, length]; rows, positions int32 [T]; table [V, W]. changes: int32 [2, T], places in the flat
     int32 `state` and what to write there, place -1 for nothing; the kernels behind this one see them.
@@ -73,8 +77,8 @@ def embed(
     launch.run(
         _embed, (count,),
         tokens, rows, positions, rows if changes is None else changes, rows if state is None else state, table, out,
-        width, tokens.stride(0), 0 if changes is None else changes.stride(0),
-        CHANGES=changes is not None, BLOCK=min(triton.next_power_of_2(width), 2048),
+        scale, width, tokens.stride(0), 0 if changes is None else changes.stride(0),
+        CHANGES=changes is not None, SCALED=scale != 1.0, BLOCK=min(triton.next_power_of_2(width), 2048),
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from martlet.kernels.cuda import launch
-from martlet.kernels.cuda.decode_attention import LOG2E
+from martlet.kernels.cuda.decode_attention import score_scale
 from martlet.kernels.cuda.fp8 import in_units
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
@@ -25,8 +25,8 @@ FRESH_STEP = 1024  # cuDNN builds a plan, for 70 ms, for every length that it ha
 
 
 def takes_fresh(spec: Attention) -> bool:
-    """Whether `fresh_attention` can run this (in 16 bits, on a GPU): no window, and a head size that cuDNN has."""
-    return spec.window is None and spec.head_dim % 8 == 0 and spec.head_dim <= 128
+    """Whether `fresh_attention` can run this (in 16 bits, on a GPU): no window or cap, and a head size cuDNN has."""
+    return spec.window is None and spec.softcap is None and spec.head_dim % 8 == 0 and spec.head_dim <= 128
 
 
 def queries_for(dtype: torch.dtype) -> int:
@@ -49,7 +49,7 @@ def _attend(
     scale, q_stride, block_stride, cache_stride, num_tiles, num_sequences,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     head = tl.program_id(0)
@@ -90,6 +90,8 @@ def _attend(
             scores = tl.dot(query, key.to(query.dtype).T, input_precision=PRECISION) * factor * key_scale[None, :]
         else:
             scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
+        if CAP > 0:
+            scores = CAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
             seen &= at[None, :] > position[:, None] - WINDOW
@@ -143,13 +145,15 @@ def prefill_attention(
     while block_n * bytes_a_row * stages + block_m * bytes_a_row // 2 > 200 << 10 and block_n > 16:
         block_n //= 2  # keys and values of all stages, and the queries, share 227 KiB
     num_tiles = tile_list.shape[1]
+    factor, cap = score_scale(spec)
     launch.run(
         _attend, (spec.heads, num_tiles),
         q, *cache, *(cache if scales is None else scales), block_table, tile_list, sequences, out,
-        spec.scale * LOG2E, q.stride(0), block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
+        factor, q.stride(0), block_table.stride(0), cache.stride(1), num_tiles, sequences.shape[1],
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(spec.head_dim), STAGES=stages,
-        SCALED=scales is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=warps, stages=stages,
+        SCALED=scales is not None, CAP=cap, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        warps=warps, stages=stages,
     )  # fmt: skip
     return out
 

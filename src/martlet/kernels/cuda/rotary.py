@@ -114,7 +114,7 @@ def rotate_and_write(
         eps, block_table.stride(0), cache.stride(1), cache.stride(0), 0 if scales is None else scales.stride(0),
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, ROT=spec.rope.dim,
         INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, SCALED=scales is not None,
-        BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(spec.rope.dim // 2),
+        BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(max(spec.rope.dim // 2, 1)),
         BLOCK_P=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip
     return qkv[:, : spec.q_size].view(count, spec.heads, spec.head_dim)

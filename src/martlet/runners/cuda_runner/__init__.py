@@ -71,8 +71,8 @@ class CudaRunner:
         self.dtype = DTYPES[options.dtype]
         self.max_step_tokens = self.max_prefill_tokens = step_tokens
         self.spec = spec = read_spec(card)
-        if spec.features:
-            raise BackendUnavailable(f"the CUDA runner has no {' and no '.join(spec.features)}")
+        if any(layer.mlp.experts for layer in spec.layers):
+            raise BackendUnavailable("the CUDA runner has no mixtures of experts")
         self.vocab_size = spec.vocab_size
         clock = _Clock()
         with torch.inference_mode():

@@ -77,8 +77,9 @@ class Decoder:
     def forward(self, step: StepTensors, state: State) -> torch.Tensor:
         """Hidden states ready for the head, [S, W]."""
         x = layers.embed(
-            state.tokens, step.rows, step.positions, self.weights.embed, changes=step.changes, state=state.flat
-        )
+            state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
+            changes=step.changes, state=state.flat,
+        )  # fmt: skip
         delta = None
         through = self._narrow if len(x) == 1 else self._wide
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
@@ -88,10 +89,13 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, W] -> float32 [S, V]."""
         if len(hidden) == 1:
-            return linear(hidden, self.weights.head, dtype=torch.float32)
-        if hidden.dtype == torch.float32:
-            return F.linear(hidden, self.weights.head.matrix)
-        return torch.mm(hidden, self.weights.head.matrix.T, out_dtype=torch.float32)
+            y = linear(hidden, self.weights.head, dtype=torch.float32)
+        elif hidden.dtype == torch.float32:
+            y = F.linear(hidden, self.weights.head.matrix)
+        else:
+            y = torch.mm(hidden, self.weights.head.matrix.T, out_dtype=torch.float32)
+        cap = self.spec.logit_softcap
+        return y if cap is None else y.div_(cap).tanh_().mul_(cap)
 
     def _narrow(
         self,
@@ -106,9 +110,16 @@ class Decoder:
         """A layer in place on x [1, W]."""
         eps, mlp = self.spec.eps, layer.mlp
         qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
-        linear(self._attend(qkv, layer.mixer, block, number, step, state), block.o, residual=x, out=x)
+        self._add(x, self._attend(qkv, layer.mixer, block, number, step, state), block.o, block.attn_post_norm)
         hidden = linear(x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated)
-        linear(hidden, block.down, residual=x, out=x)
+        self._add(x, hidden, block.down, block.mlp_post_norm)
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: Linear, post_norm: torch.Tensor | None) -> None:
+        """x [1, W] += the product of y, normed if there is a norm behind it."""
+        if post_norm is None:
+            linear(y, weight, residual=x, out=x)
+        else:
+            x += layers.add_rms_norm(linear(y, weight), None, post_norm, self.spec.eps)
 
     def _wide(
         self,
@@ -125,9 +136,13 @@ class Decoder:
         y = layers.add_rms_norm(x, delta, block.attn_norm, eps, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
         y = self._attend(_padded(y, block.qkv, len(x), rows, x.dtype), layer.mixer, block, number, step, state)
-        y = layers.add_rms_norm(x, product(y, block.o, x.dtype), block.mlp_norm, eps, fp8=block.up.fp8)
+        y = self._normed(product(y, block.o, x.dtype), block.attn_post_norm)
+        y = layers.add_rms_norm(x, y, block.mlp_norm, eps, fp8=block.up.fp8)
         hidden = layers.activation(product(y, block.up, x.dtype), mlp.activation, mlp.gated, fp8=block.down.fp8)
-        return product(hidden, block.down, x.dtype)
+        return self._normed(product(hidden, block.down, x.dtype), block.mlp_post_norm)
+
+    def _normed(self, y: torch.Tensor, post_norm: torch.Tensor | None) -> torch.Tensor:
+        return y if post_norm is None else layers.add_rms_norm(y, None, post_norm, self.spec.eps)
 
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State

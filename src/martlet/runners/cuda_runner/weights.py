@@ -33,9 +33,11 @@ class Block:
     qkv: Linear
     qk_norms: torch.Tensor | None
     o: Linear
+    attn_post_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
     up: Linear
     down: Linear
+    mlp_post_norm: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +157,11 @@ def allocate(
             qkv=fused(at, qkv, spec.width, attention.qkv_bias),
             qk_norms=qk_norms,
             o=fused(at, [("o", spec.width)], attention.q_size, attention.out_bias),
+            attn_post_norm=vector(at + "attn_post_norm", spec.width) if layer.post_norms else None,
             mlp_norm=vector(at + "mlp_norm", spec.width),
             up=fused(at, up, spec.width, mlp.bias),
             down=fused(at, [("down", spec.width)], mlp.hidden, mlp.bias),
+            mlp_post_norm=vector(at + "mlp_post_norm", spec.width) if layer.post_norms else None,
         )
 
     embed = new(spec.vocab_size, spec.width)
