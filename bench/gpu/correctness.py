@@ -176,7 +176,7 @@ def kernels(args) -> None:
                     tasks[f"{check.__name__} {name} {dtype} {fp8}"] = functools.partial(check, name, fp8)
         for k, n in ((1024, 4096), (4096, 1024), (200, 37)):
             tasks[f"wide {k}x{n} {dtype}"] = functools.partial(wide, k, n)
-        for tile in (None, linear.Tile(4, 512, 4, 4)):
+        for tile in (None, linear.Tile(4, 512, 4, 4), linear.Tile(4, 512, 4, stages=4)):
             for shape in ((200, 37, False), (1024, 4096, False), (1024, 3072, True), (3072, 1024, False)):
                 for fp8 in (False, True):
                     tasks[f"linear {tile} {shape} {dtype} {fp8}"] = functools.partial(product, tile, *shape, fp8)

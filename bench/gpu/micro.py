@@ -78,6 +78,14 @@ def steps(args) -> None:
 
         return persistent
 
+    def piped(block_n: int, block_k: int, warps: int, stages: int):
+        """Large matrices through shared memory, small ones as they are."""
+
+        def tile(n, k):
+            return linear.Tile(block_n, block_k, warps, stages=stages) if n * k >= 1 << 24 else tile_for(n, k)
+
+        return tile
+
     one_row = {
         "as is": [],
         "no overlap": [(launch, "overlap_allowed", False)],
@@ -88,6 +96,14 @@ def steps(args) -> None:
         "8x512": [(linear, "tile_for", lambda n, k: linear.Tile(8, 512, 4))],
         "8x512 4 programs": [(linear, "tile_for", lambda n, k: linear.Tile(8, 512, 4, 4))],
         "4x1024 w8": [(linear, "tile_for", lambda n, k: linear.Tile(4, 1024, 8))],
+        "piped 4x512 s4": [(linear, "tile_for", piped(4, 512, 4, 4))],
+        "piped 8x512 s4": [(linear, "tile_for", piped(8, 512, 4, 4))],
+        "piped 8x512 s3, overlap all": [(linear, "tile_for", piped(8, 512, 4, 3)), (linear, "OVERLAP_BYTES", 1 << 40)],
+        "piped 4x1024 s3": [(linear, "tile_for", piped(4, 1024, 4, 3))],
+        "piped 4x512 s6": [(linear, "tile_for", piped(4, 512, 4, 6))],
+        "8 programs, overlap all": [(linear, "tile_for", tiles(8)), (linear, "OVERLAP_BYTES", 1 << 40)],
+        "piped 4x512 s4, overlap all": [(linear, "tile_for", piped(4, 512, 4, 4)), (linear, "OVERLAP_BYTES", 1 << 40)],
+        "piped 4x512 s4 everywhere": [(linear, "tile_for", lambda n, k: linear.Tile(4, 512, 4, stages=4))],
         "cuBLAS": [(Decoder, "_narrow", Decoder._wide)],
         "cuBLAS, no overlap": [(Decoder, "_narrow", Decoder._wide), (launch, "overlap_allowed", False)],
     }
@@ -219,9 +235,11 @@ def tiles(args) -> None:
             cases = {"cuBLAS": [lambda m=m: torch.nn.functional.linear(x, m) for m in matrices]}
             some = [(4, 512, 4, None), (4, 512, 4, 4), (4, 512, 4, 8), (8, 512, 4, None), (8, 512, 4, 4),
                     (8, 512, 8, 2), (4, 1024, 8, None), (4, 1024, 8, 4), (2, 2048, 4, None), (16, 256, 4, 4),
-                    (16, 256, 8, None)]  # fmt: skip
+                    (16, 256, 8, None), (4, 512, 4, None, 3), (4, 512, 4, None, 4), (4, 512, 4, None, 6),
+                    (8, 512, 4, None, 3), (8, 512, 4, None, 4), (8, 512, 8, None, 4), (2, 1024, 4, None, 4),
+                    (4, 1024, 8, None, 4), (16, 256, 4, None, 4)]  # fmt: skip
             for tile in (linear.Tile(*numbers) for numbers in some):
-                cases[f"{tile.block_n}x{tile.block_k} w{tile.warps} p{tile.programs}"] = [
+                cases[f"{tile.block_n}x{tile.block_k} w{tile.warps} p{tile.programs} s{tile.stages}"] = [
                     lambda m=m, tile=tile: linear.linear(x, linear.Linear(m), tile=tile, **extra) for m in matrices
                 ]
             say("tiles", model=model, name=name, gb_s=timed(cases, lambda us: round(matrix_bytes / us / 1e3)))
@@ -235,7 +253,7 @@ def tiles(args) -> None:
             ]
             scales = torch.rand(len(small[0]), device="cuda")
             cases = {
-                f"{tile.block_n}x{tile.block_k} w{tile.warps} p{tile.programs}": [
+                f"{tile.block_n}x{tile.block_k} w{tile.warps} p{tile.programs} s{tile.stages}": [
                     lambda m=m, tile=tile: linear.linear(x, linear.Linear(m, None, scales), tile=tile, **extra)
                     for m in small
                 ]

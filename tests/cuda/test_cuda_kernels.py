@@ -68,10 +68,10 @@ def test_scatter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("programs", [None, 1])
+@pytest.mark.parametrize(("programs", "stages"), [(None, 0), (1, 0), (None, 3)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_linear_with_all_around_it(dtype, programs, gated):
-    k, n, rows, tile = 200, 37, 1, linear.Tile(4, 128, 4, programs)
+def test_linear_with_all_around_it(dtype, programs, stages, gated):
+    k, n, rows, tile = 200, 37, 1, linear.Tile(4, 128, 4, programs, stages)
     x, gain, residual = randn(rows, k, dtype=dtype), randn(k, dtype=dtype), randn(rows, n, dtype=dtype)
     matrix, bias = (
         randn(2 * n if gated else n, k, dtype=dtype, scale=k**-0.5),
@@ -111,13 +111,14 @@ def fp8_linear(n: int, k: int, bias: bool = True) -> tuple[linear.Linear, torch.
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_linear_of_one_row_with_fp8_weights(gated):
+@pytest.mark.parametrize("tile", [None, linear.Tile(8, 32, 4, stages=3)])
+def test_linear_of_one_row_with_fp8_weights(gated, tile):
     k, n = 200, 37
     x, gain, residual = randn(1, k), randn(k), randn(1, n)
     weight, matrix = fp8_linear(2 * n if gated else n, k)
     want = OPS.rms_norm(x, gain, 1e-5) @ matrix.T + weight.bias
     want = OPS.activation(want, FeedForward(n, gated=gated)) + residual
-    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual)
+    got = linear.linear(x, weight, gain=gain, eps=1e-5, activation="silu", gated=gated, residual=residual, tile=tile)
     assert close(got, want)
 
 

@@ -39,6 +39,56 @@ class Linear:
 
 
 @triton.jit
+def _add(acc, acc_up, weights, weights_up, v, SCALED: tl.constexpr, GATED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + weights * v, and the same of the up rows. SCALED: weights are pairs, and v has twice their number."""
+    if SCALED:
+        one, two = tl.split(v.reshape(BLOCK_K, 2))
+        first, second = unpacked(weights, tl.float32)
+        acc += first * one[None, :]
+        acc += second * two[None, :]
+        if GATED:
+            first, second = unpacked(weights_up, tl.float32)
+            acc_up += first * one[None, :]
+            acc_up += second * two[None, :]
+    else:
+        acc += weights.to(tl.float32) * v[None, :]
+        if GATED:
+            acc_up += weights_up.to(tl.float32) * v[None, :]
+    return acc, acc_up
+
+
+@triton.jit
+def _finish(
+    acc, acc_up, squares, n, scales, bias, residual, out, eps, N, width,
+    SCALED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Outputs n from their sums: norm, scales, bias, activation, gate and residual."""
+    inside = n < N
+    y = tl.sum(acc, 1)
+    up = tl.sum(acc_up, 1)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares) / width + eps)
+        y *= scale
+        up *= scale
+    if SCALED:
+        y *= tl.load(scales + n, mask=inside, other=0.0) * PAIR_SCALE
+        if GATED:
+            up *= tl.load(scales + N + n, mask=inside, other=0.0) * PAIR_SCALE
+    if BIAS:
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION != "":
+        y = activate(y, ACTIVATION)
+    if GATED:
+        y *= up
+    if RESIDUAL:
+        y += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _one_row(
     x, gain, w, scales, bias, residual, out, eps, N, K,
     SCALED: tl.constexpr, NORM: tl.constexpr,
@@ -83,51 +133,66 @@ def _one_row(
             if NORM:
                 squares += v * v
                 v *= tl.load(gain + at_x, mask=at_x < width, other=0.0).to(tl.float32)
-            if SCALED:
-                v, second = tl.split(v.reshape(BLOCK_K, 2))
-                weights, others = unpacked(weights, tl.float32)
-                acc += others * second[None, :]
-                if GATED:
-                    weights_up, others = unpacked(weights_up, tl.float32)
-                    acc_up += others * second[None, :]
-            acc += weights.to(tl.float32) * v[None, :]
-            if GATED:
-                acc_up += weights_up.to(tl.float32) * v[None, :]
-        inside = n < N
-        y = tl.sum(acc, 1)
-        up = tl.sum(acc_up, 1)
-        if NORM:
-            scale = 1.0 / tl.sqrt(tl.sum(squares) / width + eps)
-            y *= scale
-            up *= scale
-        if SCALED:
-            y *= tl.load(scales + n, mask=inside, other=0.0) * PAIR_SCALE
-            if GATED:
-                up *= tl.load(scales + N + n, mask=inside, other=0.0) * PAIR_SCALE
-        if BIAS:
-            y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-            if GATED:
-                up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION != "":
-            y = activate(y, ACTIVATION)
+            acc, acc_up = _add(acc, acc_up, weights, weights_up if GATED else weights, v, SCALED, GATED, BLOCK_K)
+        _finish(acc, acc_up, squares, n, scales, bias, residual, out, eps, N, width,
+                SCALED, NORM, GATED, ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def _one_row_piped(
+    x, gain, w, scales, bias, residual, out, eps, N, K,
+    SCALED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    # The weights of the next STAGES - 1 pieces are on their way to shared memory: three times the bytes in flight that
+    # registers have room for. What it gives up is asking for weights before the predecessor is done.
+    WIDE: tl.constexpr = 2 * BLOCK_K if SCALED else BLOCK_K
+    width = 2 * K if SCALED else K
+    k = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, WIDE)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    at_up = at + N.to(tl.int64) * K
+    wait(PDL)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([WIDE], tl.float32)
+    for begin in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        here = (begin + k < K)[None, :]
+        if EVEN:
+            weights = tl.load(at + begin, eviction_policy="evict_first")
+        else:
+            weights = tl.load(at + begin, mask=here, other=0, eviction_policy="evict_first")
+        weights_up = weights
         if GATED:
-            y *= up
-        if RESIDUAL:
-            y += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
+            if EVEN:
+                weights_up = tl.load(at_up + begin, eviction_policy="evict_first")
+            else:
+                weights_up = tl.load(at_up + begin, mask=here, other=0, eviction_policy="evict_first")
+        at_x = (2 * begin if SCALED else begin) + i
+        v = tl.load(x + at_x, mask=at_x < width, other=0.0).to(tl.float32)
+        if NORM:
+            squares += v * v
+            v *= tl.load(gain + at_x, mask=at_x < width, other=0.0).to(tl.float32)
+        acc, acc_up = _add(acc, acc_up, weights, weights_up, v, SCALED, GATED, BLOCK_K)
+    _finish(acc, acc_up, squares, n, scales, bias, residual, out, eps, N, width,
+            SCALED, NORM, GATED, ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """block_n outputs and block_k inputs (FP8: pairs of them) at a time.
 
-    programs: most on a multiprocessor; None: one for each block_n.
+    programs: most on a multiprocessor; None: one for each block_n. stages: pieces of the weights under way through
+    shared memory, with one program for each block_n; 0: through registers.
     """
 
     block_n: int
     block_k: int
     warps: int
     programs: int | None = None
+    stages: int = 0
 
 
 def tile_for(n: int, k: int) -> Tile:
@@ -161,13 +226,18 @@ def linear(
     tile = tile or tile_for(n, k)
     blocks = triton.cdiv(n, tile.block_n)
     programs = blocks if tile.programs is None else min(blocks, tile.programs * launch.num_sms())
+    options = {
+        "SCALED": weight.fp8, "NORM": gain is not None, "GATED": gated, "ACTIVATION": activation,
+        "BIAS": weight.bias is not None, "RESIDUAL": residual is not None, "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k, "EVEN": k % tile.block_k == 0, "warps": tile.warps,
+        "overlap": weight.matrix.nbytes <= OVERLAP_BYTES,
+    }  # fmt: skip
+    if tile.stages:
+        options |= {"STAGES": tile.stages, "stages": tile.stages}
     launch.run(
-        _one_row, (programs,),
+        _one_row_piped if tile.stages else _one_row, (programs,),
         x, x if gain is None else gain, matrix, x if weight.scales is None else weight.scales,
-        x if weight.bias is None else weight.bias, x if residual is None else residual, out, eps, n, k,
-        SCALED=weight.fp8, NORM=gain is not None, GATED=gated, ACTIVATION=activation, BIAS=weight.bias is not None,
-        RESIDUAL=residual is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN=k % tile.block_k == 0,
-        warps=tile.warps, overlap=weight.matrix.nbytes <= OVERLAP_BYTES,
+        x if weight.bias is None else weight.bias, x if residual is None else residual, out, eps, n, k, **options,
     )  # fmt: skip
     return out
 
