@@ -3,6 +3,7 @@
 
 #include "attention.hpp"
 #include "gemm.hpp"
+#include "lora.hpp"
 #include "rows.hpp"
 #include "sampler.hpp"
 
@@ -29,7 +30,8 @@ extern const Kernels NAME(MARTLET_SET);
 const Kernels NAME(MARTLET_SET) = {
     MARTLET_ISA::kPairDot,         MARTLET_ISA::kWordRows,
     MARTLET_ISA::prepare,          MARTLET_ISA::panel_product,
-    MARTLET_ISA::finish,           MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
+    MARTLET_ISA::finish,           MARTLET_ISA::shrink,           MARTLET_ISA::expand,
+    MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,
     MARTLET_ISA::take_best,        MARTLET_ISA::take_best_of,     MARTLET_ISA::sample_with,

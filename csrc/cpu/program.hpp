@@ -48,6 +48,17 @@ enum Epilogue : int32_t {
   kGated,     // y = act(gate) * up
 };
 
+// What an adapter adds to a linear before its epilogue: B (A rmsnorm(x)). The matrices fused into the linear (q, k, v;
+// gate, up) each have an A of `rank` rows, padded with zeros; they stand under each other.
+struct Lora {
+  const void* a;          // [rows][k padded to 16]
+  const void* b;          // [panels][rank][32]
+  const int32_t* halves;  // [panels * 2], the first row of A for each half of a panel; -1: nothing is added there
+  int32_t rank, rows;     // rows 0: this adapter leaves the linear alone
+  int32_t bf16;           // else f32
+  int32_t reserved;
+};
+
 // y = epilogue(w * rmsnorm(x) + bias); no norm when `norm` is null, no bias when `bias` is null.
 struct LinearOp {
   Matrix w;
@@ -59,6 +70,7 @@ struct LinearOp {
   float eps;
   int32_t epilogue, activation;
   int32_t n_out;  // columns of y: n, or the gated half of it
+  const Lora* loras;  // [slots], slot 0 unused; null: adapters cannot concern it
 };
 
 // Rotates q and k (after an optional norm of each head), writes k and v into the cache, attends causally.
@@ -177,6 +189,7 @@ struct Batch {
   int32_t* top_ids;          // [n_queries][top_stride]
   float* top_logprobs;
   void (*before_head)();  // null, or called on the calling thread when only the head and sampling are left
+  const int32_t* adapters;  // [n_seqs], slot of each sequence's adapter, 0 for none; null: no sequence has any
 };
 
 }  // namespace martlet

@@ -48,6 +48,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   for (int s = 0; s < batch.n_seqs; ++s)
     for (int i = 0; i < batch.count[s]; ++i) tokens_.push_back({s, batch.start[s] + i});
   decode_ = (int)tokens_.size() == batch.n_seqs;
+  lay_out_adapters(ops, n_ops);
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
   int64_t times = 1;  // rows a token has in the linears of experts
   plans_.clear();
@@ -165,12 +166,14 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const Format format = Format(op.w.format);
   warm(worker, op.w);
   const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
+  const float* low = groups_.empty() || !op.loras ? nullptr : shrink(worker, op);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
   worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
     for (int p = begin; p < end; ++p) {
       kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
+      if (low) expand(op, p, low, products);
       kernels_.finish(op, p, products, 0, n);
     }
   });

@@ -58,11 +58,15 @@ class Executor {
   };
   // A thread's own memory.
   struct Own {
-    Scratch acts, panel, products, queries, attention, sampler, seen, best;
+    Scratch acts, panel, products, lora, queries, attention, sampler, seen, best;
   };
   struct Rows {
     const uint8_t* acts;
     int64_t stride;
+  };
+  // Tokens that run with the adapter of one slot: `count` of adapted_ from `first` on.
+  struct Group {
+    int32_t slot, first, count;
   };
   // Where the tokens of a mixture of experts go. Pair p = token * active + choice.
   struct Routing {
@@ -76,12 +80,15 @@ class Executor {
   };
 
   void lay_out(const Op* ops, int n_ops, const Batch& batch);
+  void lay_out_adapters(const Op* ops, int n_ops);
   Plan plan(const AttentionOp& op) const;
   const Plan* plan_of(const AttentionOp& op) const;
 
   void embed(Worker&, const EmbedOp&);
   void angles(Worker&, const AnglesOp&);
   void linear(Worker&, const LinearOp&);
+  const float* shrink(Worker&, const LinearOp&);
+  void expand(const LinearOp&, int panel, const float* t, float* products) const;
   void attention(Worker&, const AttentionOp&);
   void attend(Worker&, const AttentionOp&, const Plan&, const Task&);
   void head(Worker&, const HeadOp&);
@@ -109,6 +116,10 @@ class Executor {
   bool decode_ = false;  // one token of each sequence
   std::vector<Plan> plans_;
   Routing routing_;
+  std::vector<int32_t> adapted_;  // tokens that run with an adapter, by slot
+  std::vector<Group> groups_;
+  int32_t lora_rows_ = 0;  // between the products of two tokens with their A
+  Scratch lora_inputs_, lora_t_;
   std::vector<int32_t> query_tokens_, logit_slot_;
   Scratch acts_, queries_, parts_, logits_;
   std::unique_ptr<std::atomic<int>[]> done_;  // finished chunks of each split (tile, kv head)

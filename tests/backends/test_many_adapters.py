@@ -13,6 +13,7 @@ from martlet.backends.native import NativeBackend
 from martlet.engine.request import Request
 from martlet.errors import InvalidRequest, ModelNotFound
 from martlet.runners.base import LoadOptions
+from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
 
@@ -87,9 +88,9 @@ def answers(backend, requests) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("slots", [12, 3])
-def test_64_mixed_requests_answer_as_their_merged_models(base, tuned, wanted, slots):
-    backend = backend_of(TorchRunner, base[0], slots)
+@pytest.mark.parametrize(("runner", "slots"), [(TorchRunner, 12), (TorchRunner, 3), (CpuRunner, 12), (CpuRunner, 3)])
+def test_64_mixed_requests_answer_as_their_merged_models(base, tuned, wanted, runner, slots):
+    backend = backend_of(runner, base[0], slots)
     for name, each in tuned.items():
         backend.load_adapter(name, each.path)
     got = answers(backend, [request(str(i), name, prompt) for i, (name, prompt, _) in enumerate(wanted)])

@@ -81,6 +81,7 @@ class LinearOp(ctypes.Structure):
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("n_out", c_int32),
+        ("loras", c_void_p),
     ]
 
 
@@ -197,9 +198,13 @@ class Batch(ctypes.Structure):
         ("top_ids", c_void_p),
         ("top_logprobs", c_void_p),
         ("before_head", BEFORE_HEAD),
+        ("adapters", c_void_p),
     ]
 
 
+LORA = np.dtype(
+    [("a", "u8"), ("b", "u8"), ("halves", "u8"), ("rank", "i4"), ("rows", "i4"), ("bf16", "i4"), ("reserved", "i4")]
+)
 SAMPLING = np.dtype(
     [
         ("seed", "u8"),

@@ -31,8 +31,10 @@ from martlet.kernels.cpu.program import (
     RouteOp,
     address,
 )
+from martlet.model.adapters import TARGETS
 from martlet.model.rope import inverse_frequencies, magnitude
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
+from martlet.runners.cpu_runner.adapters import AdapterTables
 from martlet.runners.cpu_runner.packed_cache import PackedCache
 from martlet.runners.cpu_runner.packing import Packer, Precision, contiguous, source_format
 
@@ -42,13 +44,17 @@ MAX_HEAD_DIM = 512
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A packed matrix and what it does with its product. bias: float32 in panel order."""
+    """A packed matrix and what it does with its product. bias: float32 in panel order.
+
+    parts: (name, rows) of the linears in it, where they may carry adapters.
+    """
 
     matrix: Matrix
     bias: np.ndarray | None
     outputs: int
     epilogue: Epilogue = Epilogue.STORE
     column: int = 0  # of the output buffer where its columns begin
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +172,13 @@ class Decoder:
             stacked = list(names)
             matrix = self._packer.stack([tensors[name] for name in stacked], self.precision.target(source))
             bias = _bias([tensors.get(name + ".bias") for name in stacked])
-            linears.append(Linear(matrix, bias, matrix.n, epilogue, column))
+            linears.append(Linear(matrix, bias, matrix.n, epilogue, column, self._parts(stacked, tensors)))
             column += matrix.n
         return linears
+
+    def _parts(self, names: list[str], tensors: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
+        at = f"layers.{len(self.blocks)}."
+        return tuple((at + name, tensors[name].shape[0]) for name in names if name in TARGETS)
 
     def _block(self, layer: Layer, tensors: dict[str, Tensor]) -> Block:
         added = Epilogue.STORE if layer.post_norms else Epilogue.ADD
@@ -221,7 +231,8 @@ class Decoder:
             sides = np.zeros((2, matrix.n // 2), np.float32)
             sides[0, : mlp.hidden], sides[1, : mlp.hidden] = _floats(tensors["gate.bias"]), _floats(tensors["up.bias"])
             bias = np.ascontiguousarray(sides.reshape(2, -1, PANEL // 2).swapaxes(0, 1)).reshape(-1)
-        return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED)]
+        parts = self._parts([at + "gate", at + "up"], tensors)
+        return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED, parts=parts)]
 
     def caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """Zeroed KV memory, in whole cache lines; the system gives pages only as they are written."""
@@ -229,18 +240,22 @@ class Decoder:
         sizes = [layer.mixer.kv_size * block_size * element for layer in self.spec.layers]
         return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
-    def program(self, tokens: int, caches: list[Cache], longest: int) -> Program:
+    def adapter_tables(self, slots: int) -> AdapterTables:
+        return AdapterTables((one for block in self.blocks for one in block.linears), slots)
+
+    def program(self, tokens: int, caches: list[Cache], longest: int, adapters: AdapterTables) -> Program:
         """The whole step, for at most `tokens` tokens of sequences of up to `longest`."""
-        return _Builder(self, tokens, caches, longest).build()
+        return _Builder(self, tokens, caches, longest, adapters).build()
 
 
 class _Builder:
     """Lists the operations and owns the activations between them, float32 [tokens, size]."""
 
-    def __init__(self, decoder: Decoder, tokens: int, caches: list[Cache], longest: int):
+    def __init__(self, decoder: Decoder, tokens: int, caches: list[Cache], longest: int, adapters: AdapterTables):
         self.decoder, self.tokens, self.caches, self.longest = decoder, tokens, caches, longest
+        self.adapters = adapters
         layers = decoder.spec.layers
-        self.keep: list[Any] = [decoder]
+        self.keep: list[Any] = [decoder, adapters]
         self.x = self._buffer(decoder.spec.width)
         self.qkv = self._buffer(max(layer.mixer.q_size + 2 * layer.mixer.kv_size for layer in layers))
         self.mixed = self._buffer(max(layer.mixer.q_size for layer in layers))
@@ -345,6 +360,7 @@ class _Builder:
             linear.epilogue,
             ACTIVATIONS[activation],
             linear.outputs,
+            self.adapters.address(linear),
         )
 
     def _attention(self, attention: Attention, block: Block, cache: Cache, angles: AnglesOp) -> AttentionOp:

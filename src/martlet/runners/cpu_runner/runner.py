@@ -19,6 +19,7 @@ from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels.cpu import program as c
 from martlet.kernels.cpu.library import Executor
 from martlet.model import weights
+from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
@@ -41,7 +42,6 @@ class CpuRunner:
     lag = 0
     max_drafts = 0
     max_prefill_tokens = PREFILL_TOKENS
-    max_adapters = 0
 
     def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
         """Load `card`. progress(done, total) is called for each parameter.
@@ -59,7 +59,7 @@ class CpuRunner:
         checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
         try:
             stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
-            kept = options.packed_cache and card.format != "dummy"
+            kept = options.packed_cache and card.format != "dummy" and card.merge is None
             cache = packed_cache(card, spec, precision, self.executor) if kept else None
             self.decoder = Decoder(spec, stream, self.executor, precision, cache)
         finally:
@@ -79,6 +79,9 @@ class CpuRunner:
         self.blocks = np.zeros((rows, -(-longest // self.memory.block_size)), np.int32)
         self.sampling = np.zeros(rows, c.SAMPLING)
         self.logprobs, self.prompt_logprobs = np.full(rows, -1, np.int32), np.full(rows, -1, np.int32)
+        self.max_adapters = options.max_adapters
+        self.adapters = np.zeros(rows, np.int32)  # slot of each row's adapter
+        self.adapter_tables = self.decoder.adapter_tables(options.max_adapters)
         self._lists: dict[int, tuple[np.ndarray, ...]] = {}  # keeps alive what `sampling` points at
         self._capacity = 0
         self._pace = Pace()
@@ -95,6 +98,9 @@ class CpuRunner:
     @property
     def max_step_tokens(self) -> int:
         return self._pace.tokens
+
+    def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        self.adapter_tables.put(slot, adapter)
 
     def launch(self, batch: Batch) -> Done:
         for new in batch.new_rows:
@@ -137,6 +143,7 @@ class CpuRunner:
             params.frequency_penalty,
             params.repetition_penalty,
         )
+        self.adapters[row] = new.adapter
         self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
 
@@ -145,7 +152,9 @@ class CpuRunner:
         ends = np.cumsum(count, dtype=np.int32)
         if ends[-1] > self._capacity:
             self._capacity = int(ends[-1])
-            self.program = self.decoder.program(self._capacity, self.caches, self.memory.max_model_len)
+            self.program = self.decoder.program(
+                self._capacity, self.caches, self.memory.max_model_len, self.adapter_tables
+            )
         sequences = np.flatnonzero(batch.sample)
         drafted = np.zeros(len(rows), np.int32) if batch.drafts is None else self._put_drafts(batch, rows)
         queries, owners = self._sample_queries(rows, ends, sequences, drafted)
@@ -158,6 +167,7 @@ class CpuRunner:
         most = max(0, int(queries["top"].max(initial=0)))
         top_ids, top_logprobs = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
         failures: list[Exception] = []
+        slots = np.ascontiguousarray(self.adapters[rows])
         self.executor.run(
             self.program,
             c.Batch(
@@ -178,6 +188,7 @@ class CpuRunner:
                 top_ids.ctypes.data,
                 top_logprobs.ctypes.data,
                 self._before_head(batch, rows, failures),
+                slots.ctypes.data if slots.any() else None,
             ),
         )
         self.sampling["mask"][rows] = 0
