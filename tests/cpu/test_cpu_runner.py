@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,55 @@ def test_quality_of_quantisation(smollm2):
     assert change[None] < 0.02
     assert change["int8"] < 0.13 and loss["int8"] < 0.03
     assert change["int4"] < 0.08 and loss["int4"] < 0.03  # the blocks of this file have four bits already
+
+
+class Allow:
+    """martlet.runners.base.Masks of one sequence."""
+
+    def __init__(self, entry: int, tokens):
+        bits = np.zeros(32 * -(-VOCAB // 32), np.uint8)
+        bits[list(tokens)] = 1
+        self.entries, self.bits = np.array([entry]), np.packbits(bits, bitorder="little").view(np.uint32)[None]
+
+    def wait(self) -> np.ndarray:
+        return self.bits
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 0, "logprobs": 2}, {"seed": 4}], ids=str)
+def test_masks_are_applied_to_their_rows_alone_and_for_one_step(params):
+    runner, params = load("llama"), SamplingParams(**params)
+    start = np.zeros(2, np.int32)
+    new = [NewRow(row, TOKENS[:9], 9, params, seed=5) for row in (0, 1)]
+    batch = Batch(
+        rows=np.array([0, 1], np.int32),
+        start=start,
+        count=start + 9,
+        sample=start == 0,
+        new_rows=new,
+        block_rows=np.array([0, 1], np.int32),
+        block_slots=start,
+        block_ids=np.array([3, 4], np.int32),
+    )
+    free = runner.launch(batch).result().tokens
+    assert free[0] == free[1]
+    for allowed in ([VOCAB - 1], [7, 70, 200], range(200, VOCAB), set(range(VOCAB)) - {int(free[0])}):
+        tokens = runner.launch(replace(batch, masks=Allow(1, allowed))).result().tokens
+        assert tokens[0] == free[0] and tokens[1] in allowed
+    padded = Allow(1, range(VOCAB))
+    padded.bits[:] = 0xFFFFFFFF  # as of a mask that is late: bits past the vocabulary too
+    for masks in (padded, None):
+        assert runner.launch(replace(batch, masks=masks)).result().tokens.tolist() == free.tolist()
+    runner.close()
+
+
+def test_a_failure_to_get_masks_is_the_failure_of_the_step():
+    runner = load("llama")
+    masks = Allow(0, [1])
+    masks.wait = lambda: 1 / 0
+    one = np.zeros(1, np.int32)
+    new = [NewRow(0, TOKENS[:1], 1, SamplingParams(temperature=0), seed=5)]
+    batch = Batch(rows=one, start=one, count=one + 1, sample=one == 0, new_rows=new, masks=masks)
+    with pytest.raises(ZeroDivisionError):
+        runner.launch(batch)
+    assert 0 <= runner.launch(replace(batch, masks=None)).result().tokens[0] < VOCAB
+    runner.close()

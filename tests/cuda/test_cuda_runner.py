@@ -12,11 +12,13 @@ import pytest
 import torch
 from cases import DEVICE
 from engines import CONFIGS, answers, card, check, options, requests
+from toy_grammar import END, allowed, constraints
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
+from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import prefill_attention
 from martlet.model import families
@@ -114,6 +116,30 @@ def test_a_kind_of_kv_memory_that_a_runner_lacks_is_refused_by_name():
         CudaRunner(card("qwen3"), options(DEVICE, kv_dtype="int8"))
     with pytest.raises(UsageError, match=r"'fp8'.* auto"):
         TorchRunner(card("qwen3"), options("cpu", kv_dtype="fp8"))
+
+
+def test_masks_hold_beside_rows_without():
+    def constrained(runner):
+        wants = [
+            {"temperature": 0, "grammar": Grammar("regex", "fine:2"), "logit_bias": {7: 3.0}},
+            {"temperature": 0},
+            {"temperature": 1, "seed": 3, "grammar": Grammar("regex", "fine:1"), "top_k": 3, "logprobs": 1},
+        ]
+        asked = [
+            Request(str(i), [5, 9, 2 + i], SamplingParams(max_tokens=3, stop_token_ids=[END], **want))
+            for i, want in enumerate(wants)
+        ]
+        engine = Engine(runner, options=EngineOptions(seed=0), constraints=constraints(None, 6, words=10))
+        outputs = sorted(drain(engine, asked), key=lambda output: output.request_id)
+        engine.close()
+        return [(output.token_ids, output.finish_reason) for output in outputs]
+
+    got = constrained(CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64))
+    assert got == constrained(TorchRunner(card("qwen3"), options("cpu")))
+    assert [got[0][0][2:], got[2][0][1:]] == [[END], [END]] and [got[0][1], got[2][1]] == ["stop", "stop"]
+    for text, tokens in (("fine:2", got[0][0]), ("fine:1", got[2][0])):
+        for at, token in enumerate(tokens):
+            assert allowed(text, tokens[:at])[token // 32] >> np.uint32(token % 32) & 1
 
 
 @torch.inference_mode()

@@ -28,8 +28,8 @@ def allowed(text: str, output: list[int]) -> np.ndarray:
 class ToyPort:
     """martlet.engine.constraints.Port. A "dead:n" grammar breaks after n tokens, a "stuck:n" one never answers."""
 
-    def __init__(self, rng: random.Random, slots: int):
-        self.masks = np.zeros((slots, WORDS), np.uint32)
+    def __init__(self, rng: random.Random, slots: int, words: int = WORDS):
+        self.masks = np.zeros((slots, words), np.uint32)
         self.waiting: list[int] = []
         self.busy_since = float("inf")
         self.alive = True
@@ -72,7 +72,7 @@ class ToyPort:
             if text.startswith("dead") and len(known) >= int(text.split(":")[1]):
                 errors[str(key)] = "dead"
             elif slot >= 0:
-                self.masks[slot] = allowed(text, known)
+                self.masks[slot, :WORDS] = allowed(text, known)
         for key in closes:
             self._texts.pop(key, None)
         return errors
@@ -84,10 +84,10 @@ class ToyPort:
 class Prompt(ToyPort):
     """Never late."""
 
-    def __init__(self, slots: int):
-        super().__init__(random.Random(0), slots)
+    def __init__(self, slots: int, words: int):
+        super().__init__(random.Random(0), slots, words)
         self._rng.random = lambda: 0.0
 
 
-def constraints(rng: random.Random | None, rows: int) -> Constraints:
-    return Constraints(lambda slots: Prompt(slots) if rng is None else ToyPort(rng, slots), rows)
+def constraints(rng: random.Random | None, rows: int, words: int = WORDS) -> Constraints:
+    return Constraints(lambda slots: Prompt(slots, words) if rng is None else ToyPort(rng, slots, words), rows)
