@@ -70,7 +70,8 @@ class StepMasks:
     late: np.ndarray | None = None
 
     def wait(self) -> np.ndarray:
-        self.bits, self.late = self.constraints.collect(self.members)
+        if self.bits is None:
+            self.bits, self.late = self.constraints.collect(self.members)
         return self.bits
 
     def allows(self, tokens: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from martlet.runners.base import Batch, Step, StepResult, TokenLogprobs
+from martlet.runners.base import Batch, Masks, Step, StepResult, TokenLogprobs
 
 LEAST = 64  # tokens of a piece below which nothing is cut any more
 
@@ -38,7 +38,30 @@ def pieces(batch: Batch, most: int) -> Iterator[tuple[np.ndarray, Batch]]:
 
 def _piece(batch: Batch, chunks: list[tuple[int, int, int, bool]]) -> tuple[np.ndarray, Batch]:
     which, start, count, sample = (np.array(column) for column in zip(*chunks, strict=True))
-    return which, Batch(batch.rows[which], start.astype(np.int32), count.astype(np.int32), sample.astype(bool))
+    return which, Batch(
+        batch.rows[which],
+        start.astype(np.int32),
+        count.astype(np.int32),
+        sample.astype(bool),
+        masks=None if batch.masks is None else _masks(batch.masks, which, sample.astype(bool)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PieceMasks:
+    """Those masks of a step that a piece needs. of_step: their numbers among the step's masks."""
+
+    step: Masks
+    entries: np.ndarray
+    of_step: np.ndarray
+
+    def wait(self) -> np.ndarray:
+        return self.step.wait()[self.of_step]
+
+
+def _masks(masks: Masks, which: np.ndarray, sample: np.ndarray) -> PieceMasks | None:
+    entries = np.flatnonzero(sample & np.isin(which, masks.entries))
+    return PieceMasks(masks, entries, np.searchsorted(masks.entries, which[entries])) if len(entries) else None
 
 
 @dataclass(frozen=True, slots=True)
