@@ -142,6 +142,37 @@ def test_a_failing_step_fails_its_requests_and_no_others():
     assert output.token_ids == expected_tokens([1, 2, 3], 7, 3) and engine.stats().error is None
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_poisoned_request_hurts_only_itself(lag, at):
+    """It comes with others, or joins them later; they give what they give alone, streams without a gap."""
+    engine = make(lag)
+    engine.runner.poison = 9
+    good = {f"g{i}": (5, i, i) for i in range(3)}
+    for name, prompt in good.items():
+        engine.add(ask(name, prompt, stream=True, max_tokens=10))
+    outputs = [output for _ in range(at) for output in engine.step()]
+    outputs += drain(engine, [ask("poisoned", (9, 1), max_tokens=10)])
+    ends = {o.request_id: o for o in outputs if o.last}
+    assert ends["poisoned"].finish_reason == "error" and "poison" in str(ends["poisoned"].error)
+    for name, prompt in good.items():
+        assert ends[name].finish_reason == "length"
+        tokens = [t for o in outputs if o.request_id == name for t in o.token_ids]
+        assert tokens == expected_tokens(list(prompt), 7, 10)
+    assert engine.stats().kv_blocks_used == 0 and engine.stats().error is None
+
+
+def test_a_step_that_fails_once_fails_nobody_in_company():
+    engine = make()
+    requests = [ask(f"r{i}", (5, i), max_tokens=6) for i in range(3)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    engine.runner.fail_next = True
+    outputs = drain(engine, [])
+    assert {o.finish_reason for o in outputs} == {"length"} and len(outputs) == 3
+
+
 def test_an_engine_that_only_fails_says_so():
     engine = make()
     for i in range(3):

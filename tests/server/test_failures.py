@@ -98,6 +98,29 @@ def test_a_failing_step_is_a_500_with_an_id_and_no_detail(backend, url, caplog):
     assert answers["healthy"].json()["choices"][0]["message"]["content"] == "healthy"
 
 
+def test_a_poisoned_request_hurts_only_itself(backend, url):
+    backend.runner.delay, backend.runner.fail_on = 0.01, b"poison"
+    texts, answers = ["one healthy stream", "two", "three of them"], {}
+
+    def ask(text):
+        stream = text != "two"
+        body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "stream": stream}
+        answers[text] = post(url, body, timeout=30)
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in (*texts, "poison")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    error = json.loads(answers["poison"].text.split("data: ")[-1])["error"]
+    assert error["code"] == "internal_error" and "secret" not in answers["poison"].text
+    assert answers["two"].json()["choices"][0]["message"]["content"] == "two"
+    for text in (texts[0], texts[2]):
+        events = [json.loads(line[6:]) for line in answers[text].text.splitlines() if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == text
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"} and backend.stats().kv_blocks_used == 0
+
+
 def test_an_error_in_mid_stream_is_an_event_and_the_end(backend, url):
     backend.runner.delay = 0.01
     body = {**ENDLESS, "stream": True}

@@ -58,6 +58,7 @@ class FakeRunner:
         self.slots = {0: FakeAdapter(0)}
         self.adapters = [0] * memory.max_rows
         self.fail_next = False
+        self.poison: int | None = None  # a step that computes a row that begins with this token raises, at its end
         self.under_way = 0
         self.tokens_computed = 0
 
@@ -69,10 +70,16 @@ class FakeRunner:
 
     def launch(self, batch: Batch):
         self.under_way += 1
+        try:
+            return self._launch(batch)
+        except BaseException:
+            self.under_way -= 1
+            raise
+
+    def _launch(self, batch: Batch):
         assert self.under_way <= self.lag + 1, "more steps in flight than the runner allows"
         if self.fail_next:
             self.fail_next = False
-            self.under_way -= 1
             raise RuntimeError("injected failure")
         assert len(np.unique(batch.rows)) == len(batch.rows), "a row twice in a step"
         for new in batch.new_rows:
@@ -99,6 +106,8 @@ class FakeRunner:
             positions = np.arange(start + count)
             size = self.memory.block_size
             contexts.append(self.kv[self.tables[row, positions // size], positions % size])
+        if self.poison is not None and (self.tokens[batch.rows, 0] == self.poison).any():
+            raise RuntimeError("injected poison")
         sampled = np.full((len(batch.rows), 1 + width), -1, np.int32)
         masks = dict(zip(batch.masks.entries.tolist(), batch.masks.wait(), strict=True)) if batch.masks else {}
         for b in np.flatnonzero(batch.sample):

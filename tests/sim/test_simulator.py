@@ -55,6 +55,7 @@ def simulate(seed: int) -> Engine:
     runner = FakeRunner(
         memory, lag=rng.choice([0, 1]), max_step_tokens=chunk, max_prefill_tokens=alone, max_adapters=slots
     )
+    runner.poison = rng.randrange(VOCAB) if rng.random() < 0.2 else None
     options = EngineOptions(
         enable_prefix_caching=rng.random() < 0.8, seed=seed, speculative_tokens=rng.choice([0, 0, 1, 3])
     )
@@ -129,6 +130,9 @@ def simulate(seed: int) -> Engine:
     for request in requests.values():
         assert closed[request.id] == 1, "a request was lost"
         params = request.params
+        if request.prompt_token_ids[0] == runner.poison:
+            assert request.id in failed | aborted, "poison was survived"
+            assert not any(answers[request.id, index] for index in range(params.n))
         for index in range(params.n):
             room = engine.max_model_len - len(request.prompt_token_ids)
             limit = min(params.max_tokens, room)

@@ -35,7 +35,8 @@ class Engine:
     """Runs requests on a runner.
 
     `step` launches one step and takes in the oldest one under way, so with a runner whose `lag` is 1 the next step is
-    computing while Python reads the last one's tokens. A step that raises fails the requests in it and no others.
+    computing while Python reads the last one's tokens. When a step of several requests raises, each of
+    them does its part again alone, so that only the one that fails by itself is failed.
     """
 
     def __init__(
@@ -203,6 +204,9 @@ class Engine:
             self._take_in(*self._in_flight.popleft())
         elif plan is None and constrained:
             self._hear_constraints(PATIENCE)  # all that runs waits for masks
+        # Nothing is launched behind a launch that failed: the runner has not heard what that one had to say.
+        while self._in_flight and isinstance(self._in_flight[-1][1], BaseException):
+            self._take_in(*self._in_flight.popleft())
         outputs, self._outbox = self._outbox, []
         self._step_began = None
         return outputs
@@ -225,6 +229,8 @@ class Engine:
             self._fail(plan, error)
             return
         self._failed_in_a_row, self._error = 0, None
+        if self.scheduler.suspects:
+            self.scheduler.clear(plan)
         table, batch = self.scheduler.table, plan.batch
         before = table.arrived[batch.rows]
         chosen = result.tokens if batch.masks is None else self._judged(batch, result.tokens)
@@ -333,9 +339,14 @@ class Engine:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= BROKEN_AFTER:
             self._error = f"{self._failed_in_a_row} steps in a row failed"
-        for row in batch.rows[table.epoch[batch.rows] == plan.epochs].tolist():
-            if table.sequences[row] is not None:
-                self._fail_request(table.sequences[row].request.id, error)
+        rows = batch.rows[table.epoch[batch.rows] == plan.epochs].tolist()
+        sequences = [seq for row in rows if (seq := table.sequences[row]) is not None]
+        requests = {seq.request.id for seq in sequences}
+        if len(requests) > 1 or len(sequences) < len(batch.rows):  # any of them, or of those gone by now, may be why
+            self.scheduler.suspect(sequences)
+            return
+        for request_id in requests:
+            self._fail_request(request_id, error)
 
     def _fail_request(self, request_id: str, error: Exception | None) -> None:
         for seq in list(self._requests.get(request_id, ())):

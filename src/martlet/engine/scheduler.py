@@ -58,6 +58,7 @@ class Scheduler:
         self.table = RowTable(memory.max_rows, memory.max_model_len)
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
+        self.suspects: list[Sequence] = []  # of a step that failed; see `suspect`
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._rows = np.empty(0, np.int32)  # rows of `running`; rebuilt when that changes
         self._watermark = max(1, memory.num_blocks // 100)
@@ -73,6 +74,8 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out for good, wherever it is, and give back what it holds."""
         seq.finished = True
+        if seq in self.suspects:
+            self.suspects.remove(seq)
         if seq.row >= 0:
             self._stop_running(seq)
         else:
@@ -81,12 +84,39 @@ class Scheduler:
                 del self.waiting[at]
 
     def plan(self) -> Plan | None:
-        """Decide the next step; None when nothing can be computed now."""
+        """Decide the next step; None when nothing can be computed now.
+
+        Suspects come first, each in steps of its own. While one cannot run, the others do, but nobody new enters: their
+        memory is what it may be waiting for.
+        """
+        if self.suspects:
+            return self._plan(alone=self.suspects[0]) or self._plan(admits=False)
+        return self._plan()
+
+    def suspect(self, sequences: Iterable[Sequence]) -> None:
+        """A step of these running sequences failed, and one of them may be why: each does its part again, alone."""
+        for seq in sequences:
+            self._preempt(seq)
+            if seq not in self.suspects:
+                self.suspects.append(seq)
+
+    def clear(self, plan: Plan) -> None:
+        """A step went well: the suspects that it brought up to date are suspects no more."""
+        batch = plan.batch
+        fine = {self.table.sequences[row] for row in batch.rows[batch.sample & self._is_live(plan)].tolist()}
+        self.suspects = [seq for seq in self.suspects if seq not in fine]
+
+    def _is_live(self, plan: Plan) -> np.ndarray:
+        return self.table.epoch[plan.batch.rows] == plan.epochs
+
+    def _plan(self, alone: Sequence | None = None, *, admits: bool = True) -> Plan | None:
         table = self.table
         rows = self._running_rows()
         known = table.known[rows]
         waits = table.held[rows] | (table.stepwise[rows] & (known > table.arrived[rows]))
         want = np.where((known < table.limit[rows]) & ~waits, known - table.computed[rows], 0)
+        if alone is not None:
+            want[rows != alone.row] = 0
 
         # Decodes first: one token each, so that nobody's stream waits behind a long prompt. Prompts share the rest of
         # the budget in order; a quarter of it is theirs even when decodes alone would fill a step. When nobody decodes,
@@ -106,8 +136,8 @@ class Scheduler:
 
         if self._make_room(rows, table.computed[rows] + count):
             count[[table.sequences[row] is None for row in rows]] = 0  # some were preempted
-        elif self.waiting:
-            admitted, counts = self._admit(budget)
+        elif self.waiting and admits and (alone is None or alone.row < 0):
+            admitted, counts = self._admit(budget, alone)
             rows, count = np.append(rows, admitted), np.append(count, counts)
             if drafts is not None:
                 drafts = np.pad(drafts, ((0, len(admitted)), (0, 0)), constant_values=-1)
@@ -145,7 +175,7 @@ class Scheduler:
         token or their limit. The caller removes the ended ones.
         """
         table, batch = self.table, plan.batch
-        live = table.epoch[batch.rows] == plan.epochs
+        live = self._is_live(plan)
         ended = np.zeros(len(batch.rows), bool)
         position = batch.start + batch.count  # of the next token to arrive
         if batch.drafts is not None:
@@ -252,7 +282,7 @@ class Scheduler:
 
     # Admission
 
-    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
+    def _admit(self, budget: int, alone: Sequence | None = None) -> tuple[list[int], list[int]]:
         """Move sequences from the queue into rows while budget, rows and memory last, in order.
 
         A sequence gets the blocks for all it knows at once, so a prompt in chunks never runs out half way. Some blocks
@@ -264,6 +294,9 @@ class Scheduler:
         at, slotless = 0, False
         while at < len(self.waiting) and budget > 0 and self.table.has_free_row:
             seq = self.waiting[at]
+            if alone is not None and seq is not alone:
+                at += 1
+                continue
             if seq.adapter is not None:
                 held_back = slotless and self._overtaken >= OVERTAKERS
                 if held_back or not self.adapters.has_room(seq.adapter):
