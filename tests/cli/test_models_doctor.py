@@ -10,6 +10,7 @@ from martlet import cli, hub
 from martlet.bench import machine
 from martlet.cli import doctor
 from martlet.hub.card import ModelCard
+from martlet.model import families
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,17 @@ def test_list_as_json_tells_what_is_here(capsys, monkeypatch, tmp_path):
     assert cli.main(["models", "list", "--json", "--cached"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["name"], row["cached"], row["path"]) == (hub.DEFAULT_MODEL, True, str(tmp_path))
+
+
+def test_families_tell_formats_and_runners(capsys):
+    assert cli.main(["models", "families"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["family", "formats", "runners", "covers"]
+    assert [line.split()[0] for line in lines[1:]] == list(families.names())
+    assert cli.main(["models", "families", "--json"]) == 0
+    rows = {row["family"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["llama"]["runners"] == ["c++", "cuda", "torch"] and rows["llama"]["formats"] == ["safetensors", "gguf"]
+    assert rows["mixtral"]["runners"] == ["c++", "torch"] and "Mixtral" in rows["mixtral"]["covers"]
 
 
 def test_show(capsys):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from martlet.chat.named import names as chat_templates
 from martlet.errors import CheckpointError, ModelNotFound
+from martlet.hub import registry
 from martlet.model import families, weights
 from martlet.model.spec import Rope, RopeScaling
 
@@ -32,7 +34,19 @@ def test_a_page_is_complete(name):
     assert page.name == name and page.about
     spec = page.read(families.example(name))
     assert 1_000 < weights.num_parameters(spec) < 200_000
-    assert spec.family in (name, "gemma3_text") and len(spec.layers) == 2
+    assert spec.family in (name, "gemma3_text") and 2 <= len(spec.layers) <= 4
+
+
+@pytest.mark.parametrize("entry", registry.registered(), ids=lambda entry: entry.name)
+def test_registered_models_have_a_page_and_targets_that_are_its_linears(entry):
+    if entry.family == "rwkv5" or entry.family.startswith("rwkv"):
+        return  # a recurrence: its page is not a decoder of this kind
+    page = families.get(entry.family)
+    spec = page.read(families.example(entry.family))
+    linears = [p.name for p in weights.parameters(spec) if p.kind == "linear"]
+    modules = {page.source(spec, name, "safetensors").name.split(".")[-2] for name in linears}
+    assert set(entry.lora_target_modules) <= modules and entry.lora_target_modules
+    assert entry.template is None or entry.template in chat_templates()
 
 
 def test_llama_defaults():

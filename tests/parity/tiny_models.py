@@ -67,6 +67,7 @@ MODELS = {
     "gemma": sketch("Gemma", 4, 1, head_dim=16),
     "gemma2": sketch("Gemma2", 4, 2, head_dim=16, sliding_window=9, query_pre_attn_scalar=30, **CAPS),
     "gemma3_text": sketch("Gemma3", 4, 1, head_dim=16, sliding_window=9, num_hidden_layers=7),
+    "smollm3": sketch("SmolLM3", 6, 2, num_hidden_layers=4),
     "phi3": sketch("Phi3", 4, 2, sliding_window=9),
     "phi3-long": sketch("Phi3", 4, 2, rope_parameters=LONG_ROPE, original_max_position_embeddings=24),
 }

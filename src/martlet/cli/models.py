@@ -20,6 +20,13 @@ class ListOptions:
 
 
 @dataclass(frozen=True)
+class FamiliesOptions:
+    """What to print."""
+
+    json: bool = flag("print JSON instead of a table", False)
+
+
+@dataclass(frozen=True)
 class ShowOptions:
     """What to print."""
 
@@ -48,6 +55,27 @@ def list_models(options: ListOptions) -> int:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for name, family, size, here, about in cells:
         print(f"{name:{widths[0]}}  {family:{widths[1]}}  {size:>{widths[2]}}  {here:{widths[3]}}  {about}")
+    return 0
+
+
+def list_families(options: FamiliesOptions) -> int:
+    from martlet.model import families
+    from martlet.runners.coverage import runners_for
+
+    rows = []
+    for name in families.names():
+        page = families.get(name)
+        spec = page.read(families.example(name))
+        formats = ["safetensors"] + (["gguf"] if page.gguf is not None else [])
+        rows.append({"family": name, "covers": page.about, "formats": formats, "runners": runners_for(spec)})
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return 0
+    cells = [("family", "formats", "runners", "covers")]
+    cells += [(row["family"], ", ".join(row["formats"]), ", ".join(row["runners"]), row["covers"]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for *columns, covers in cells:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(columns, widths, strict=False)), covers, sep="  ")
     return 0
 
 
@@ -99,6 +127,7 @@ COMMAND = CommandGroup(
     "List, show, fetch and remove models.",
     {
         "list": Command("Registered models, and which of them are on this machine.", ListOptions, list_models),
+        "families": Command("Families of models that the native engine runs.", FamiliesOptions, list_families),
         "show": Command("All that is known about one model.", ShowOptions, show),
         "pull": Command("Fetch a model into the cache.", NameOptions, pull),
         "rm": Command("Remove a model from the cache.", NameOptions, remove),

@@ -22,6 +22,7 @@ from martlet.kernels.cuda import decode_attention, layers, prefill_attention, sa
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import read_spec
 from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResult
+from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
@@ -71,8 +72,8 @@ class CudaRunner:
         self.dtype = DTYPES[options.dtype]
         self.max_step_tokens = self.max_prefill_tokens = step_tokens
         self.spec = spec = read_spec(card)
-        if any(layer.mlp.experts for layer in spec.layers):
-            raise BackendUnavailable("the CUDA runner has no mixtures of experts")
+        if lacks := cuda_lacks(spec):
+            raise BackendUnavailable(f"the CUDA runner has no {lacks}")
         self.vocab_size = spec.vocab_size
         clock = _Clock()
         with torch.inference_mode():
