@@ -13,9 +13,8 @@ from martlet.model.spec import DecoderSpec
 
 def read(config: Config) -> DecoderSpec:
     depth, every = need(config, "num_hidden_layers"), config.get("no_rope_layer_interval") or 4
-    rotated = config.get("no_rope_layers") or [
-        (n + 1) % every for n in range(depth)
-    ]  # despite its name: 1 is with rope
+    # despite the name of the list, 1 stands for a layer with rotary embedding
+    rotated = config.get("no_rope_layers") or [(n + 1) % every for n in range(depth)]
     rope = read_rope(config, read_head_dim(config), default_base=2_000_000.0)
     ropes = [rope if has else replace(rope, dim=0, scaling=None) for has in rotated]
     if config.get("layer_types") is None and config.get("use_sliding_window"):
