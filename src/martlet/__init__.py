@@ -14,6 +14,7 @@ _PUBLIC = {
     "LLM": "martlet.llm",
     "RequestOutput": "martlet.llm",
     "CompletionOutput": "martlet.llm",
+    "LoRARequest": "martlet.lora_request",
     "SamplingParams": "martlet.sampling_params",
     "MartletError": "martlet.errors",
 }
@@ -21,9 +22,10 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from martlet.errors import MartletError
     from martlet.llm import LLM, CompletionOutput, RequestOutput
+    from martlet.lora_request import LoRARequest
     from martlet.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "MartletError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "LoRARequest", "MartletError", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str):

@@ -13,6 +13,7 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest, MartletError
 from martlet.hub.tokenizer import Tokenizer
+from martlet.lora_request import LoRARequest, LoRARequests
 from martlet.runners.base import LoadOptions, TokenLogprobs
 from martlet.sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, {"prompt": text} or {"prompt_token_ids": [...]}."""
+Lora = LoRARequest | Sequence[LoRARequest | None] | None
 Conversation = Sequence[Mapping[str, Any]]
 
 
@@ -81,8 +83,9 @@ class LLM:
     model: anything hub.resolve takes. dtype: "auto", "float32", "bfloat16", "float16". max_model_len: prompt and output
     tokens together. gpu_memory_utilization: share of the free memory to use, on a GPU as on a CPU. kv_cache_tokens:
     size of the KV cache instead. kv_cache_dtype: "auto", "bf16", "fp8" or "int8", where the runner has it. seed: makes
-    unseeded sampling repeatable. load_format: "dummy" for random weights from a config.json alone. backend: "native",
-    "pt" or "vllm", or a Backend that is loaded already.
+    unseeded sampling repeatable. enable_lora: calls may name LoRA adapters, max_loras of them in a batch, of ranks up
+    to max_lora_rank. load_format: "dummy" for random weights from a config.json alone. backend: "native", "pt" or
+    "vllm", or a Backend that is loaded already.
 
     Raises ModelNotFound, CheckpointError, OutOfMemory, BackendUnavailable or UsageError.
     """
@@ -102,6 +105,9 @@ class LLM:
         enable_prefix_caching: bool = True,
         max_num_batched_tokens: int | None = None,
         seed: int | None = None,
+        enable_lora: bool = False,
+        max_loras: int = 16,
+        max_lora_rank: int = 64,
         load_format: str = "auto",
         backend: str | Backend = "native",
     ):
@@ -118,6 +124,8 @@ class LLM:
                 kv_dtype=kv_cache_dtype,
                 memory_utilization=gpu_memory_utilization,
                 seed=seed or 0,
+                max_adapters=max_loras if enable_lora else 0,
+                max_lora_rank=max_lora_rank,
             )
             engine = EngineOptions(
                 max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching, seed=seed
@@ -125,6 +133,7 @@ class LLM:
             card = hub.resolve(model or hub.DEFAULT_MODEL, load_format=load_format)
             backend = backends.load(card, backend=backend, load=load, engine=engine)
         self.backend = backend
+        self._lora_requests = LoRARequests(backend)
         self._template: Template | None = None
         self._ids = count()
 
@@ -134,15 +143,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        lora_request: Lora = None,
     ) -> list[RequestOutput]:
         """Continue raw prompts; answers in the order of the prompts.
 
-        sampling_params: for all, or one each; None: what the model recommends. use_tqdm: show a progress bar.
-        Raises InvalidRequest for a prompt that can never run, before anything is generated.
+        sampling_params, lora_request: for all, or one each; None: what the model recommends, and no adapter.
+        use_tqdm: show a progress bar.
+        Raises InvalidRequest for a prompt that can never run or an adapter that does not fit, before anything is
+        generated.
         """
         prompts = _as_list(prompts)
         params = self._params(sampling_params, len(prompts))
-        return self._run([self._read(prompt) for prompt in prompts], params, use_tqdm)
+        return self._run([self._read(prompt) for prompt in prompts], params, use_tqdm, lora_request)
 
     def chat(
         self,
@@ -150,6 +162,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        lora_request: Lora = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -160,7 +173,7 @@ class LLM:
         template = self._chat_template()
         style = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         read = [(None, template.render(turns, tools=tools, **style)) for turns in conversations]
-        return self._run(read, [self._with_ends(each, template) for each in params], use_tqdm)
+        return self._run(read, [self._with_ends(each, template) for each in params], use_tqdm, lora_request)
 
     def get_tokenizer(self) -> Tokenizer:
         return self.backend.tokenizer
@@ -196,6 +209,16 @@ class LLM:
             raise InvalidRequest(f"{size} prompts but {len(given)} sampling_params", param="sampling_params")
         return list(given)
 
+    def _adapters(self, given: Lora, size: int) -> list[str | None]:
+        """What the requests name; loads what is new."""
+        if given is None or isinstance(given, LoRARequest):
+            return [self._lora_requests.adapter(given)] * size
+        if len(given) != size:
+            raise InvalidRequest(f"{size} prompts but {len(given)} lora_requests", param="lora_request")
+        if len({one.lora_name for one in given if one}) < len({one for one in given if one}):
+            raise InvalidRequest("one lora_name stands for different adapters in one call", param="lora_request")
+        return [self._lora_requests.adapter(one) for one in given]
+
     def _with_ends(self, params: SamplingParams, template: Template) -> SamplingParams:
         """Also stop where the template ends a turn; at the model's end tokens a request stops anyway."""
         if params.ignore_eos:
@@ -219,10 +242,12 @@ class LLM:
         return None, list(prompt)
 
     def _run(
-        self, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: bool
+        self, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: bool, lora: Lora
     ) -> list[RequestOutput]:
+        adapters = self._adapters(lora, len(prompts))
         requests = [
-            Request(f"llm-{next(self._ids)}", ids, each) for (_, ids), each in zip(prompts, params, strict=True)
+            Request(f"llm-{next(self._ids)}", ids, each, adapter=adapter)
+            for (_, ids), each, adapter in zip(prompts, params, adapters, strict=True)
         ]
         answers = {
             request.id: RequestOutput(request.id, text, ids, [CompletionOutput(i) for i in range(request.params.n)])

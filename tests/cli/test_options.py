@@ -77,7 +77,7 @@ def test_deploy_hands_everything_to_the_server(monkeypatch, capsys, tmp_path):
 
     seen = []
     card = ModelCard("m", tmp_path, "dummy", "llama")
-    monkeypatch.setattr(deploy, "resolve_model", lambda flags: card)
+    monkeypatch.setattr(deploy, "resolve_model", lambda flags, chosen: card)
     monkeypatch.setattr(server, "run", lambda wanted: seen.append(wanted) or 0, raising=False)
     words = ["--host", "0.0.0.0", "--port", "81", "--served_model_name", "a", "b", "--api_key", "k1", "--api-key", "k2"]
     words += ["--infer_backend", "pt", "--template_type", "chatml", "--enable_prefix_caching", "false"]
@@ -96,7 +96,7 @@ def test_deploy_reads_keys_limits_and_defaults(monkeypatch, tmp_path):
     from martlet.server.options import Limits
 
     seen = []
-    monkeypatch.setattr(deploy, "resolve_model", lambda flags: ModelCard("m", tmp_path, "dummy", "llama"))
+    monkeypatch.setattr(deploy, "resolve_model", lambda flags, chosen: ModelCard("m", tmp_path, "dummy", "llama"))
     monkeypatch.setattr(server, "run", lambda wanted: seen.append(wanted) or 0, raising=False)
     (tmp_path / "keys").write_text("one # the first\n\n# nobody\n two \n")
     words = ["--api_key", "zero", "--api_key_file", str(tmp_path / "keys"), "--max_requests_per_key", "2"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from martlet import hub
 from martlet.backends.base import Backend, Sink
@@ -29,9 +30,11 @@ def load(
     load: LoadOptions | None = None,
     engine: EngineOptions | None = None,
     progress: Callable[..., None] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Backend:
     """Load a model, given by anything hub.resolve takes or by its card.
 
+    adapters: name -> folder, to be served beside it from the start; `load.max_adapters` makes room for them.
     progress: called while weights are read, as martlet.runners.load calls it (native only).
     Raises UsageError for an unknown backend, and what resolving and loading raise.
     """
@@ -48,6 +51,23 @@ def load(
         _need("torch", "transformers")
     card = model if isinstance(model, ModelCard) else hub.resolve(model)
     options, engine = load or LoadOptions(), engine or EngineOptions()
+    backend = _load(kind, card, options, engine, progress)
+    try:
+        for name, path in (adapters or {}).items():
+            backend.load_adapter(name, path)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def _load(
+    kind: str,
+    card: ModelCard,
+    options: LoadOptions,
+    engine: EngineOptions,
+    progress: Callable[..., None] | None,
+) -> Backend:
     if kind == "native":
         from martlet.backends.native import load_native
 

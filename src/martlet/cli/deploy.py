@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from martlet.cli import swift_flags
+from martlet.cli.adapters import AdapterFlags, choose, with_slots
 from martlet.cli.flags import Command, flag
 from martlet.cli.options import EngineFlags, ModelFlags, engine_options, load_options, resolve_model, template_name
 from martlet.errors import UsageError
@@ -56,7 +57,7 @@ class DefaultsFlags:
 
 
 @dataclass(frozen=True)
-class DeployOptions(DefaultsFlags, LimitFlags, AccessFlags, EngineFlags, ModelFlags):
+class DeployOptions(DefaultsFlags, LimitFlags, AccessFlags, AdapterFlags, EngineFlags, ModelFlags):
     """Server."""
 
     host: str = flag("address to listen on; 0.0.0.0 lets other machines in", "127.0.0.1", metavar="ADDRESS")
@@ -93,7 +94,9 @@ def run(options: DeployOptions) -> int:
     limits = _limits(options, keys)
     from martlet import chat, server
 
-    load = load_options(options, options)
+    chosen = choose(options, options)
+    more = options.adapter_dir is not None
+    load = with_slots(load_options(options, options), options, chosen, more_may_come=more)
     if options.tool_format is not None:
         chat.tool_format(options.tool_format)  # unknown names are told before the model loads
     if options.reasoning_format is not None:
@@ -105,7 +108,7 @@ def run(options: DeployOptions) -> int:
         )
     return server.run(
         server.ServerOptions(
-            model=resolve_model(options),
+            model=resolve_model(options, chosen),
             backend=options.infer_backend,
             load=load,
             engine=engine_options(options, options.seed),
@@ -121,6 +124,7 @@ def run(options: DeployOptions) -> int:
             owned_by=options.owned_by,
             api_keys=keys,
             cors_origins=options.cors_origins,
+            adapters=chosen.beside,
             adapter_dir=options.adapter_dir,
             defaults=_defaults(options),
             limits=limits,

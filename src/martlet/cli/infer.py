@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from martlet.cli import repl, swift_flags
+from martlet.cli.adapters import AdapterFlags
 from martlet.cli.flags import Command, flag
 from martlet.cli.options import EngineFlags, Loaded, ModelFlags, SamplingFlags, check_sampling, load
 from martlet.errors import UsageError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InferOptions(SamplingFlags, EngineFlags, ModelFlags):
+class InferOptions(SamplingFlags, AdapterFlags, EngineFlags, ModelFlags):
     """Input and output."""
 
     prompt: str | None = flag("answer this and leave; - reads it from the standard input", None)
@@ -49,7 +50,7 @@ def run(options: InferOptions) -> int:
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", param="prompt")
     alone = replace(options, max_num_seqs=options.max_num_seqs or 1)  # one conversation needs the memory of one
-    loaded = load(alone, alone)
+    loaded = load(alone, alone, alone)
     with closing(loaded.backend):
         if prompt is None:
             return run_chat(loaded, options)
@@ -71,7 +72,7 @@ def run_dataset(options: InferOptions) -> int:
 
     source, result = dataset_paths(options)
     done = batch.already_done(source, result)
-    loaded = load(options, options)
+    loaded = load(options, options, options)
     with closing(loaded.backend):
 
         def make_request(row: Row) -> Request:

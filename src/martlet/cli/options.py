@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from martlet.cli.adapters import AdapterFlags, Chosen, choose, with_slots
 from martlet.cli.flags import flag
 from martlet.errors import UsageError
 
@@ -95,8 +96,11 @@ class SamplingFlags:
     seed: int | None = flag("makes sampling repeatable (default: random)", None)
 
 
-def resolve_model(flags: ModelFlags) -> ModelCard:
-    """The model that was asked for, or the default one; fetched when it is not on this machine yet."""
+def resolve_model(flags: ModelFlags, chosen: Chosen | None = None) -> ModelCard:
+    """The model that was asked for, or the default one; fetched when it is not on this machine yet.
+
+    chosen: what adapter flags make of the model's own.
+    """
     from martlet import hub
     from martlet.cli.progress import download_bar
 
@@ -105,15 +109,16 @@ def resolve_model(flags: ModelFlags) -> ModelCard:
             f"--model {flags.model} and --model_id_or_path {flags.model_id_or_path} differ; give one of them",
             param="model",
         )
-    name = flags.model or flags.model_id_or_path
+    chosen = chosen or Chosen(flags.model or flags.model_id_or_path, flags.model_type)
     with download_bar() as progress:
-        return hub.resolve(
-            name or flags.model_type or DEFAULT_MODEL,
+        card = hub.resolve(
+            chosen.model or chosen.model_type or DEFAULT_MODEL,
             progress=progress,
-            model_type=flags.model_type if name else None,
+            model_type=chosen.model_type if chosen.model else None,
             load_format=flags.load_format,
             revision=flags.model_revision,
         )
+    return card if chosen.merge is None else replace(card, merge=chosen.merge)
 
 
 def template_name(flags: ModelFlags) -> str | None:
@@ -156,11 +161,15 @@ def engine_options(engine: EngineFlags, seed: int | None = None) -> EngineOption
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to answer. template: None for a base model. own: the model's sampling settings."""
+    """A model ready to answer. template: None for a base model. own: the model's sampling settings.
+
+    adapter: what it answers with, None for the base model.
+    """
 
     backend: Backend
     template: Template | None
     own: Mapping[str, Any]
+    adapter: str | None = None
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of a conversation; a base model continues the text of the last message."""
@@ -183,7 +192,7 @@ class Loaded:
             stop_token_ids=template.stop_ids if template else (),
             seed=flags.seed,
         )
-        return Request(id, ids, params, stream=stream)
+        return Request(id, ids, params, stream=stream, adapter=self.adapter)
 
 
 def own_settings(card: ModelCard) -> dict[str, Any]:
@@ -218,14 +227,22 @@ def check_sampling(flags: SamplingFlags) -> None:
     SamplingParams(**sampling_settings(flags, {"temperature": 0.0}), stop=flags.stop_words, seed=flags.seed)
 
 
-def load(model: ModelFlags, engine: EngineFlags) -> Loaded:
-    """Find the model, fetching it when it is not here yet, and load it."""
+def load(model: ModelFlags, engine: EngineFlags, adapters: AdapterFlags) -> Loaded:
+    """Find the model, fetching it when it is not here yet, and load it, with the one adapter to answer with."""
     from martlet import backends, chat
 
-    options = load_options(model, engine)
-    card = resolve_model(model)
-    backend = backends.load(card, backend=model.infer_backend, load=options, engine=engine_options(engine))
+    chosen = choose(model, adapters)
+    if len(chosen.beside) > 1:
+        raise UsageError(
+            f"one adapter answers here, and {', '.join(chosen.beside)} are given; martlet deploy serves several",
+            param="adapters",
+        )
+    options = with_slots(load_options(model, engine), adapters, chosen)
+    card = resolve_model(model, chosen)
+    backend = backends.load(
+        card, backend=model.infer_backend, load=options, engine=engine_options(engine), adapters=chosen.beside
+    )
     name = template_name(model)
     has_one = name or card.template or backend.tokenizer.chat_template
     template = chat.template_for(card, backend.tokenizer, name) if has_one else None
-    return Loaded(backend, template, own_settings(card))
+    return Loaded(backend, template, own_settings(card), next(iter(chosen.beside), None))

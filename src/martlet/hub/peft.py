@@ -68,6 +68,14 @@ def folder_of(path: str | Path) -> Path | None:
     return next((folder for folder in (path, path / "default") if (folder / CONFIG).is_file()), None)
 
 
+def find(path: str | Path) -> Path:
+    """Like `folder_of`, but raises InvalidRequest that says what there is instead."""
+    folder = folder_of(path)
+    if folder is None:
+        raise _bad(_no_adapter(Path(path).expanduser()))
+    return folder
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What a checkpoint folder says it was made from. base: a name or path; model_type, template: SWIFT's keys."""
@@ -97,14 +105,21 @@ def origin(path: str | Path) -> Origin:
     return Origin(_text(base))
 
 
+def rank_of(path: str | Path) -> int:
+    """The largest rank that the config at `path` speaks of; 0 where it does not say."""
+    folder = folder_of(path)
+    config = {} if folder is None else read_json(folder / CONFIG)
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
 def read(path: str | Path) -> PeftAdapter:
     """The adapter at `path`, checked as far as it can be without a model.
 
     Raises InvalidRequest naming the file and what in it cannot be served, and what would work.
     """
-    folder = folder_of(path)
-    if folder is None:
-        raise _bad(_no_adapter(Path(path).expanduser()))
+    folder = find(path)
     try:
         config = read_json(folder / CONFIG)
         _check_config(folder, config)

@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from martlet.errors import MartletError
+from martlet.errors import MartletError, UsageError
 from martlet.server.app import create_app
 from martlet.server.logs import log_throughput, set_up
 from martlet.server.options import ServerOptions
@@ -40,9 +40,12 @@ def run(options: ServerOptions) -> int:
         if options.uds is not None:
             stack.callback(Path(options.uds).unlink, missing_ok=True)
         card = hub.resolve(options.model) if isinstance(options.model, str) else options.model
-        backend = stack.enter_context(
-            contextlib.closing(backends.load(card, backend=options.backend, load=options.load, engine=options.engine))
+        backend = backends.load(
+            card, backend=options.backend, load=options.load, engine=options.engine, adapters=options.adapters
         )
+        stack.enter_context(contextlib.closing(backend))
+        if taken := set(options.adapters) & set(options.served_model_names or (card.name,)):
+            raise UsageError(f"{taken.pop()!r} is the name of both the model and an adapter", param="adapters")
         template = None
         if options.template or card.template or backend.tokenizer.chat_template:
             template = chat.template_for(

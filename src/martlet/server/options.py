@@ -38,7 +38,8 @@ class ServerOptions:
     served_model_names: names clients may ask for, the first one is the default (empty: the model's own name).
     api_keys: any of them lets a client in; empty: no keys are asked for. cors_origins: web origins whose pages may call
     the server, "*" for all. uds: path of a Unix socket to listen on instead of host and port. ssl_certfile,
-    ssl_keyfile: PEM files for HTTPS. adapter_dir: lets clients load adapters from below this folder.
+    ssl_keyfile: PEM files for HTTPS.
+    adapters: name -> folder, those served from the start. adapter_dir: lets clients load more from below this folder.
     defaults: SamplingParams fields for requests that leave them open, over the model's own. log_format: "text" or
     "json". log_interval: seconds between lines about the throughput, 0 for none. drain_seconds: after SIGTERM, how
     long running requests may take to finish.
@@ -60,6 +61,7 @@ class ServerOptions:
     owned_by: str = "martlet"
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
     adapter_dir: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)

@@ -28,6 +28,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from martlet.lora_request import LoRARequest
     from martlet.swift.client import (
         XRequestConfig,
         get_model_list_client,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
         inference_client,
         inference_client_async,
     )
-    from martlet.swift.engine import LoRARequest, VllmEngine, get_vllm_engine
+    from martlet.swift.engine import VllmEngine, get_vllm_engine
     from martlet.swift.generation_config import VllmGenerationConfig
     from martlet.swift.history import HistoryPair
     from martlet.swift.inference import inference_stream_vllm, inference_vllm

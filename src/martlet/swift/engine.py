@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from martlet.errors import MartletError, UsageError
+from martlet.lora_request import LoRARequest, LoRARequests
 from martlet.swift.generation_config import VllmGenerationConfig
+
+__all__ = ["LoRARequest", "VllmEngine", "get_vllm_engine"]
 
 if TYPE_CHECKING:
     from martlet.backends import Backend
@@ -28,21 +30,13 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LoRARequest:
-    """A LoRA adapter for requests: its name, a number, and the folder that holds it."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_local_path: str
-
-
 class VllmEngine:
     """A loaded model. generation_config: default settings of its requests, to be changed at will."""
 
     def __init__(self, backend: Backend, model_type: str):
         self.backend = backend
         self.model_type = model_type
+        self.lora_requests = LoRARequests(backend)
         self.generation_config = VllmGenerationConfig.from_model(backend.card.generation_config)
 
     @property
@@ -95,14 +89,14 @@ def get_vllm_engine(
     machine decide. model_id_or_path: weights other than the registered ones, such as a fine-tuned checkpoint; the
     template stays that of model_type. gpu_memory_utilization: share of the free memory to use. max_num_seqs: most
     sequences in a batch. engine_kwargs: further options by name. enforce_eager: accepted either way, since this
-    engine has no graphs to leave out. max_loras and max_lora_rank count only with enable_lora.
+    engine has no graphs to leave out. enable_lora: answers may name adapters, max_loras of them in a batch, of ranks
+    up to max_lora_rank; without it the two do not count.
 
     Raises MartletError naming an option that cannot be had, and what resolving and loading raise.
     """
     options = {
         "tensor_parallel_size": (tensor_parallel_size, 1, "models run on one device"),
         "use_async": (use_async, False, "martlet.backends.load gives a backend with an asynchronous `stream`"),
-        "enable_lora": (enable_lora, False, "adapters are not served yet; merge the adapter into the weights"),
     }
     for name, (value, only, why) in options.items():
         if value != only:
@@ -120,6 +114,8 @@ def get_vllm_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         memory_utilization=gpu_memory_utilization,
+        max_adapters=max_loras if enable_lora else 0,
+        max_lora_rank=max_lora_rank,
     )
     return VllmEngine(backends.load(card, backend="native", load=load), model_type)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from martlet.errors import InvalidRequest, MartletError
+from martlet.errors import InvalidRequest
 from martlet.swift.history import HistoryPair
 
 if TYPE_CHECKING:
@@ -129,14 +129,9 @@ def _batch(
     from martlet.chat import history_to_messages
     from martlet.engine.request import Request
 
-    if lora_request is not None:
-        raise MartletError(
-            f"lora_request={lora_request.lora_name!r} cannot be had: adapters are not served yet; "
-            "merge the adapter into the weights",
-            param="lora_request",
-        )
     if isinstance(request_list, Mapping) or not all(isinstance(r, Mapping) for r in request_list):
         raise InvalidRequest('request_list must be a list of {"query": ...}', param="request_list")
+    adapter = engine.lora_requests.adapter(lora_request)
     params = (generation_config or engine.generation_config).sampling_params(template)
     tasks = []
     for i, request in enumerate(request_list):
@@ -148,7 +143,7 @@ def _batch(
         messages = history_to_messages(request.get("history"), request["query"], request.get("system"))
         history = [HistoryPair(*pair) for pair in request.get("history") or ()]
         ids = template.render(messages, tools=request.get("tools"))
-        job = Request(f"swift-{uuid.uuid4().hex}", ids, params, stream=stream)
+        job = Request(f"swift-{uuid.uuid4().hex}", ids, params, stream=stream, adapter=adapter)
         tasks.append(_Task(request["query"], history, ids, job))
     return _Batch(tasks)
 
