@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Output, Request
 from martlet.errors import InvalidRequest, MartletError
@@ -174,6 +176,14 @@ class LLM:
         style = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         read = [(None, template.render(turns, tools=tools, **style)) for turns in conversations]
         return self._run(read, [self._with_ends(each, template) for each in params], use_tqdm, lora_request)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> np.ndarray:
+        """A vector of length one for each text: float32 [number of prompts, width].
+
+        Raises InvalidRequest when the model makes no embeddings or a text is longer than it takes.
+        """
+        vectors = self.backend.embed([self._read(prompt)[1] for prompt in _as_list(prompts)])
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
 
     def get_tokenizer(self) -> Tokenizer:
         return self.backend.tokenizer

@@ -13,6 +13,7 @@ from martlet.backends.defaults import generation_defaults
 from martlet.engine.options import EngineOptions
 from martlet.errors import BackendUnavailable, UsageError, did_you_mean
 from martlet.hub.card import ModelCard
+from martlet.model import encoder as encoders
 from martlet.runners.base import LoadOptions
 
 __all__ = ["NAMES", "Backend", "Sink", "generation_defaults", "load"]
@@ -68,6 +69,12 @@ def _load(
     engine: EngineOptions,
     progress: Callable[..., None] | None,
 ) -> Backend:
+    if card.family in encoders.FAMILIES:
+        if kind != "native":
+            raise UsageError(f"{card.name} is an encoder; only the native backend runs those", param="infer_backend")
+        from martlet.backends.encoder import load_encoder
+
+        return load_encoder(card, hub.load_tokenizer(card), options, engine)
     if kind == "native":
         from martlet.backends.native import load_native
 

