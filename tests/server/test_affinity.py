@@ -59,9 +59,10 @@ def test_a_conversation_returns_to_its_replica_until_that_is_overloaded():
     policy = Affinity(margin=2)
     digests = beginnings(chat("x" * 3 * BLOCK_BYTES))
     home = policy.rank(digests, REPLICAS)[0]
-    for i in range(3):
+    policy.began("0", home, digests)
+    for request in ("1", "2"):
         assert policy.rank(digests, REPLICAS)[0] == home
-        policy.began(str(i), home, digests)
+        policy.began(request, home, digests)
     assert policy.rank(digests, REPLICAS)[0] != home
     policy.ended("0")
     assert policy.rank(digests, REPLICAS)[0] == home
