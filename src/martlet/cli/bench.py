@@ -70,6 +70,19 @@ class MemoryOptions:
     output: int = flag("tokens of each answer", 128)
 
 
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """What to measure."""
+
+    model: str = flag("the model; starts with --quant auto know its figures then", DEFAULT_MODEL, metavar="NAME")
+    quants: tuple[str, ...] = flag(
+        "number formats to measure", ("stored", "bf16", "int8", "int4"), commas=True, metavar="QUANT"
+    )
+    tokens: int = flag("tokens of text to measure on", 2000)
+    text: str | None = flag("a text file to measure on (default: the prompts of W3)", None, metavar="FILE")
+    output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
+
+
 def run_cpu(options: CpuOptions) -> int:
     import json
 
@@ -175,6 +188,47 @@ def run_memory(options: MemoryOptions) -> int:
     return 0
 
 
+def run_precision(options: PrecisionOptions) -> int:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from martlet import hub
+    from martlet.bench import quality as bench
+    from martlet.cli.progress import download_bar
+    from martlet.runners import quality
+
+    if options.tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, got {options.tokens}", param="tokens")
+    _check_runs(1, options.output, None)
+    text = options.text if options.text is None else _text(options.text)
+    with download_bar() as progress:
+        card = hub.resolve(options.model, progress=progress)
+    words = ["martlet bench precision --model", options.model, "--quants", ",".join(options.quants)]
+    words += ["--tokens", str(options.tokens), *(["--text", options.text] if options.text else [])]
+    texts = bench.passages(card, options.tokens, text)
+    found = list(bench.measure(card, options.quants, texts, " ".join(words)))
+    table = Table("quant", "mean |change| of log-probability", "mean loss", "good for auto")
+    for one in found:
+        table.add_row(one.quant, f"{one.change:.4f}", f"{one.loss:+.4f}", "yes" if one.good else "no")
+    Console().print(table)
+    if card.format != "dummy":
+        print(f"kept in {quality.keep(card, found)}", file=sys.stderr)
+    if options.output is not None:
+        with Path(options.output).expanduser().open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+    return 0
+
+
+def _text(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {name}: {error}", param="text") from None
+
+
 def tell(result) -> None:
     """One line a measurement, as soon as it is there."""
     what = f"{result.workload} {result.engine}"
@@ -221,6 +275,9 @@ COMMAND = CommandGroup(
         "cpu": Command("Workloads W1-W5 and start on several engines, each in its own process.", CpuOptions, run_cpu),
         "report": Command("Results of bench cpu as Markdown, beside the goals.", ReportOptions, run_report),
         "http": Command("Workloads against any OpenAI-compatible server.", HttpOptions, run_http),
+        "precision": Command(
+            "What number formats cost in log-probability of real text, on a CPU.", PrecisionOptions, run_precision
+        ),
         "memory": Command("KV memory that paging wastes, and that shared prompts save.", MemoryOptions, run_memory),
     },
 )

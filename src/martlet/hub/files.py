@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,21 @@ def weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX}: tensor {name} lies in {file!r}, which is no plain file name")
     return table
+
+
+HEAD = 64 << 10  # bytes at the beginning of a weight file that count for its identity
+
+
+def fingerprint(model: Path) -> str:
+    """Tells a model's weight files as they lie on the disk now from any others, without reading them whole.
+
+    model: a .gguf file or a folder of safetensors. Path, inode, size, times and first bytes of each file count.
+    """
+    digest = hashlib.sha256()
+    for path in [model] if model.is_file() else sorted(model.glob("*.safetensors")):
+        path = path.resolve()
+        stat = path.stat()
+        digest.update(repr((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HEAD))
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ import numpy as np
 
 from martlet.hub.cache import cache_dir
 from martlet.hub.card import ModelCard
+from martlet.hub.files import fingerprint
 from martlet.kernels.cpu.library import Executor, library
 from martlet.model.spec import DecoderSpec
 
@@ -33,7 +34,6 @@ SMALLEST = 16 << 20  # bytes: smaller models are packed at once anyway
 CAPACITY = 4 << 30  # bytes of all files together; the least recently used go first
 MARGIN = 2 << 30  # bytes left free on the disk
 ALIGN = 64  # bytes: a cache line
-HEAD = 64 << 10  # bytes at the beginning of a checkpoint's file that count for its identity
 ROOMS = ("hub", "model", "runners/cpu_runner")  # the code that decides what is packed, and in which order
 
 Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a matrix was packed from and as
@@ -101,14 +101,8 @@ class PackedCache:
 
 def packed_cache(card: ModelCard, spec: DecoderSpec, precision: object, executor: Executor) -> PackedCache:
     """The cache of a checkpoint as it lies on the disk now."""
-    files = [card.path] if card.path.is_file() else sorted(card.path.glob("*.safetensors"))
-    known = [executor.isa, Path(library()._name).name, repr(precision), repr(spec), code_digest()]
-    for path in files:
-        path = path.resolve()
-        stat = path.stat()
-        with path.open("rb") as file:
-            head = hashlib.sha256(file.read(HEAD)).hexdigest()
-        known.append(f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {head}")
+    known = [fingerprint(card.path), repr(spec), repr(precision), executor.isa, Path(library()._name).name]
+    known.append(code_digest())
     digest = hashlib.sha256("\0".join(known).encode()).hexdigest()[:32]
     return PackedCache(cache_dir() / "packed" / f"{digest}.bin")
 

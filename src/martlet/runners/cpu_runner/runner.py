@@ -21,7 +21,7 @@ from martlet.kernels.cpu.library import Executor
 from martlet.model import weights
 from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
-from martlet.runners import machine
+from martlet.runners import machine, quality
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
 from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
@@ -285,13 +285,14 @@ def _accepted(drafts: np.ndarray, sequences: np.ndarray, drafted: np.ndarray, ch
 def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
     """What to run in: `quant`, else `dtype`, else what the checkpoint holds.
 
-    quant "auto" is what runs fastest at next to no loss: the blocks of a quantised checkpoint as they are, else int8.
+    quant "auto" is what runs fastest within the bounds of martlet.runners.quality: the blocks of a quantised checkpoint
+    as they are, else int8, else bf16. One log line tells what it came to, and how good that is.
     """
     if options.device not in ("auto", "cpu"):
         raise BackendUnavailable(f"the native CPU kernels do not run on device {options.device!r}")
     quant = options.quant
     if quant == "auto":
-        quant = "stored" if card.format == "gguf" else "int8"
+        quant = quality.choose(card, ("stored",) if card.format == "gguf" else ("int8", "bf16"))
     if quant is None:
         by_dtype = {"auto": "stored", "float32": "float32", "bfloat16": "bf16"}
         if options.dtype not in by_dtype:
