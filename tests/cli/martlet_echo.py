@@ -14,7 +14,7 @@ from martlet.cli import infer  # noqa: E402
 from martlet.cli.options import Loaded  # noqa: E402
 
 
-def load(model, engine) -> Loaded:
+def load(*_) -> Loaded:
     backend = FakeBackend()
     backend.runner.delay = float(sys.argv[1])
     return Loaded(backend, FakeTemplate(), {"temperature": 0.0})

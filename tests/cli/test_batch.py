@@ -24,7 +24,7 @@ ECHO = Path(__file__).parent / "martlet_echo.py"
 def run(monkeypatch, tmp_path):
     """run(lines) -> (exit code, result rows by row number); the model echoes the last message."""
     source, result = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    monkeypatch.setattr(infer, "load", lambda m, e: Loaded(FakeBackend(), FakeTemplate(), {"temperature": 0.0}))
+    monkeypatch.setattr(infer, "load", lambda *_: Loaded(FakeBackend(), FakeTemplate(), {"temperature": 0.0}))
 
     def go(lines, *words):
         source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
@@ -128,7 +128,7 @@ def test_more_rows_than_are_kept_in_flight(run):
 def test_a_failing_step_costs_its_rows_only(run, monkeypatch, capsys):
     backend = FakeBackend()
     backend.runner.fail_on = b"poison"
-    monkeypatch.setattr(infer, "load", lambda m, e: Loaded(backend, FakeTemplate(), {"temperature": 0.0}))
+    monkeypatch.setattr(infer, "load", lambda *_: Loaded(backend, FakeTemplate(), {"temperature": 0.0}))
     code, got = run([{"prompt": "poison"}])
     assert (code, got) == (1, {})
     assert f"{run.source}:1: injected failure" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def echo(monkeypatch):
             seen.extend(requests)
             super().submit(requests, sink)
 
-    def load(model, engine):
+    def load(*_):
         return Loaded(Backend(), FakeTemplate(), {"temperature": 0.0})
 
     monkeypatch.setattr(infer, "load", load)
@@ -60,7 +60,7 @@ def test_flags_reach_the_request(echo, capsys):
 
 def test_a_base_model_continues_the_text(monkeypatch, capsys):
     backend = FakeBackend()
-    monkeypatch.setattr(infer, "load", lambda model, engine: Loaded(backend, None, {"temperature": 0.0}))
+    monkeypatch.setattr(infer, "load", lambda *_: Loaded(backend, None, {"temperature": 0.0}))
     assert cli.main(["infer", "--prompt", "abc", "--verbose"]) == 0
     said = capsys.readouterr()
     assert said.out == "abc\n"

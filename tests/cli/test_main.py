@@ -44,7 +44,7 @@ def test_version(capsys):
         (["--infer"], "unknown flag --infer."),
         (["models", "lst"], "unknown command lst. Did you mean list? `martlet models --help` lists them."),
         (["infer", "--model-tpye", "x"], "unknown flag --model-tpye. Did you mean --model_type?"),
-        (["infer", "--ckpt_dir", "x"], "--ckpt_dir is a SWIFT flag that is not supported yet"),
+        (["infer", "--num_beams", "2"], "--num_beams is a SWIFT flag that is not supported yet"),
         (["deploy", "--port", "no"], "--port wants a whole number, got 'no'"),
         (["deploy", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
         (["deploy", "--tensor_parallel_size", "2"], "--tensor_parallel_size 2 is not supported yet"),
@@ -52,7 +52,7 @@ def test_version(capsys):
         (["infer", "--prompt", "x", "--top_p", "3"], "top_p must be a number above 0"),
         (["infer", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["infer", "--val_dataset", "nowhere.jsonl", "--result_path", "x"], "--val_dataset: no file nowhere.jsonl"),
-        (["infer", "--val_dataset", "nowhere.jsonl"], "--val_dataset needs --result_path OUT.jsonl"),
+        (["infer", "--val_dataset", "nowhere.jsonl"], "where shall the answers go? --result_path OUT.jsonl"),
         (["infer", "--result_path", "x"], "--result_path goes with --val_dataset"),
         (["infer", "--model", "a", "--model_id_or_path", "b"], "--model a and --model_id_or_path b differ"),
         (["bench", "cpu", "--engines", "natvie"], "no engine 'natvie'; there are"),
@@ -74,7 +74,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr(words, message, capsys):
     ("error", "code"), [(ModelNotFound("no such"), 3), (MartletError("odd"), 1), (KeyboardInterrupt(), 130)]
 )
 def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
-    def fail(model, engine):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(infer, "load", fail)
@@ -84,7 +84,7 @@ def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(infer, "load", lambda model, engine: 1 / 0)
+    monkeypatch.setattr(infer, "load", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["infer", "--prompt", "x"])
 

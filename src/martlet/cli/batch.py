@@ -9,17 +9,19 @@ import json
 import queue
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from martlet.errors import InvalidRequest, MartletError, UsageError
 
 if TYPE_CHECKING:
     from martlet.backends.base import Backend
     from martlet.engine.request import Output, Request
+
+T = TypeVar("T")
 
 IN_FLIGHT = 256  # rows that are tokenised and queued ahead; enough to fill any batch
 
@@ -42,10 +44,12 @@ class BadRow(MartletError):
 
 
 @dataclass(slots=True)
-class Running:
-    row: Row
+class Answer:
+    """The text so far, and its tokens; output: the last one, when all of it is there."""
+
     text: str = ""
     tokens: int = 0
+    output: Output | None = None
 
 
 @dataclass(slots=True)
@@ -93,48 +97,69 @@ def run_file(
     called with the tokens of each finished row. A bad row is named on stderr with file, line and reason, and skipped.
     """
     tally = Tally(already=len(done))
-    outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
-    running: dict[str, Running] = {}
     pending = ((number, line) for number, line in lines(source) if number not in done)
     total = sum(1 for _ in lines(source))
+    rows: dict[int, Row] = {}
+
+    def request_of(numbered: tuple[int, bytes]) -> Request:
+        row = parse_row(*numbered)
+        request = make_request(row)
+        rows[row.number] = row
+        return request
 
     with result.open("a", encoding="utf-8") as out, progress(total, len(done)) as advance:
+        for (number, _), answer in answers(backend, pending, request_of):
+            row = rows.pop(number, None)
+            if row is None or not isinstance(answer, Answer):
+                tally.bad += 1
+                print(f"{source}:{number}: {answer}", file=sys.stderr)
+                advance(0)
+                continue
+            out.write(result_line(row, answer))
+            out.flush()
+            tally.answered += 1
+            advance(answer.tokens)
+    return tally
 
-        def refuse(number: int, why: object) -> None:
-            tally.bad += 1
-            print(f"{source}:{number}: {why}", file=sys.stderr)
-            advance(0)
 
-        try:
-            while True:
-                while len(running) < IN_FLIGHT and (next_one := next(pending, None)):
-                    number, line = next_one
-                    try:
-                        row = parse_row(number, line)
-                        request = make_request(row)
-                        backend.submit([request], outbox)
-                    except (BadRow, InvalidRequest) as error:
-                        refuse(number, error)
-                    else:
-                        running[request.id] = Running(row)
-                if not running:
-                    return tally
-                for output in outbox.get():
-                    job = running[output.request_id]
-                    job.text += output.text
-                    job.tokens += len(output.token_ids)
-                    if not output.last:
-                        continue
+def answers(
+    backend: Backend, items: Iterable[T], make_request: Callable[[T], Request]
+) -> Iterator[tuple[T, Answer | BaseException]]:
+    """Each of `items` with its answer, in the order in which they end, or with why it has none.
+
+    make_request: an item to a Request with an id of its own; BadRow and InvalidRequest mean that it cannot be sent.
+    Items are taken only as far ahead as fills a batch. Leaving the iterator stops what runs.
+    """
+    outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+    running: dict[str, tuple[T, Answer]] = {}
+    items = iter(items)
+    more = True
+    try:
+        while more or running:
+            while more and len(running) < IN_FLIGHT:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    more = False
+                    break
+                try:
+                    request = make_request(item)
+                    backend.submit([request], outbox)
+                except (BadRow, InvalidRequest) as error:
+                    yield item, error
+                else:
+                    running[request.id] = item, Answer()
+            for output in outbox.get() if running else ():
+                item, answer = running[output.request_id]
+                answer.text += output.text
+                answer.tokens += len(output.token_ids)
+                if output.last:
                     del running[output.request_id]
-                    if output.finish_reason == "error":
-                        refuse(job.row.number, output.error)
-                        continue
-                    out.write(result_line(job, output))
-                    out.flush()
-                    tally.answered += 1
-                    advance(job.tokens)
-        finally:
-            backend.abort(list(running))
+                    answer.output = output
+                    failed = output.finish_reason == "error"
+                    yield item, (output.error or MartletError("the model failed")) if failed else answer
+    finally:
+        backend.abort(list(running))
 
 
 def lines(source: Path) -> Iterator[tuple[int, bytes]]:
@@ -199,16 +224,16 @@ def messages_of(data: dict[str, Any]) -> list[Message]:
     return [*messages, {"role": "user", "content": query}]
 
 
-def result_line(job: Running, output: Output) -> str:
-    row = job.row
+def result_line(row: Row, done: Answer) -> str:
     asked = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
+    assert done.output is not None
     answer = {
         "row": row.number,
         "fingerprint": row.fingerprint,
-        "response": job.text,
-        "finish_reason": output.finish_reason,
-        "prompt_tokens": output.prompt_tokens,
-        "completion_tokens": job.tokens,
+        "response": done.text,
+        "finish_reason": done.output.finish_reason,
+        "prompt_tokens": done.output.prompt_tokens,
+        "completion_tokens": done.tokens,
     }
     return json.dumps({**row.rest, **asked, **answer}, ensure_ascii=False) + "\n"
 

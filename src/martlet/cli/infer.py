@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from martlet.cli import repl, swift_flags
+from martlet.cli import evaluate, repl, swift_flags
 from martlet.cli.adapters import AdapterFlags
+from martlet.cli.evaluate import EvaluationFlags
 from martlet.cli.flags import Command, flag
 from martlet.cli.options import EngineFlags, Loaded, ModelFlags, SamplingFlags, check_sampling, load
 from martlet.errors import UsageError
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InferOptions(SamplingFlags, AdapterFlags, EngineFlags, ModelFlags):
+class InferOptions(EvaluationFlags, SamplingFlags, AdapterFlags, EngineFlags, ModelFlags):
     """Input and output."""
 
     prompt: str | None = flag("answer this and leave; - reads it from the standard input", None)
     system: str | None = flag("system message; '' for none (default: the model's own)", None)
-    val_dataset: str | None = flag(
-        "answer every row of a .jsonl file; goes on where a killed run stopped", None, metavar="FILE"
+    val_dataset: tuple[str, ...] = flag(
+        "with --result_path: answer every row of a .jsonl file, and go on where a killed run stopped; without: answer "
+        "all rows of these datasets, beside their labels",
+        (),
+        metavar="DATASET",
+        aliases=("custom_val_dataset_path",),
     )
     result_path: str | None = flag("where the answers of --val_dataset go, one JSON line each", None, metavar="FILE")
     stream: bool = flag("print an answer as it comes", True)
@@ -40,7 +45,15 @@ class InferOptions(SamplingFlags, AdapterFlags, EngineFlags, ModelFlags):
 def run(options: InferOptions) -> int:
     """Check what can be checked without a model, load it, and do what was asked."""
     check_sampling(options)
-    if options.val_dataset is not None:
+    if evaluate.is_asked_for(options):
+        if options.prompt is not None:
+            raise UsageError("--prompt and datasets exclude each other", param="prompt")
+        if options.result_path is not None:
+            raise UsageError("answers to a dataset go to --result_dir DIR", param="result_path")
+        return evaluate.run(options)
+    if options.result_dir is not None:
+        raise UsageError("--result_dir goes with --load_dataset_config, --dataset or --val_dataset", param="result_dir")
+    if options.val_dataset and not options.eval_human:
         return run_dataset(options)
     if options.result_path is not None:
         raise UsageError("--result_path goes with --val_dataset", param="result_path")
@@ -93,9 +106,9 @@ def dataset_paths(options: InferOptions) -> tuple[Path, Path]:
     """(--val_dataset, --result_path), checked before a model is loaded for nothing."""
     if options.prompt is not None:
         raise UsageError("--prompt and --val_dataset exclude each other", param="prompt")
-    if options.result_path is None:
-        raise UsageError("--val_dataset needs --result_path OUT.jsonl", param="result_path")
-    source, result = Path(options.val_dataset or "").expanduser(), Path(options.result_path).expanduser()
+    if len(options.val_dataset) != 1:
+        raise UsageError("--result_path takes the answers of one --val_dataset file", param="val_dataset")
+    source, result = Path(options.val_dataset[0]).expanduser(), Path(options.result_path or "").expanduser()
     if not source.is_file():
         raise UsageError(f"--val_dataset: no file {source}", param="val_dataset")
     if not result.parent.is_dir():

@@ -6,8 +6,11 @@ tells what it became. Flags of SWIFT that are not here are refused by name (mart
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
+from martlet.errors import UsageError
 from martlet.flag import flag
 
 
@@ -184,3 +187,16 @@ class RlhfArguments(SftArguments):
         "full: reference model (default: the model as it begins)", None, metavar="PATH"
     )
     ref_model_type: str | None = flag("its registered name", None, metavar="KEY")
+
+
+def json_object(text: str | None, flag: str) -> dict[str, Any] | None:
+    """The object that a flag's JSON spells. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--{flag} is not JSON: {error}", param=flag) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--{flag} must be a JSON object, such as {{}}", param=flag)
+    return value

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from martlet.chat.template import Template
 from martlet.errors import MartletError, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
-from martlet.train import datasets, layout
+from martlet.train import layout
 from martlet.train.arguments import RlhfArguments, SftArguments
-from martlet.train.datasets import Dataset, Identity
-from martlet.train.encode import Encoded, Lengths, encode, prompt_and_endings, show
-from martlet.train.rows import Row, RowError
+from martlet.train.encode import Encoded, Lengths, show
+from martlet.train.split import split_rows
 
 log = logging.getLogger("martlet")
 
@@ -136,43 +135,10 @@ def prepare(
     arguments: SftArguments, template: Template | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = print
 ) -> Prepared:
     """Read, split and encode the datasets; say what was left out and how long rows are, and show one."""
-    from martlet.train.trainers import json_object
-
-    words = list(arguments.dataset)
-    if arguments.self_cognition_sample:
-        words.append(f"{datasets.SELF_COGNITION}#{arguments.self_cognition_sample}")
-    if not words:
+    if not arguments.dataset and not arguments.self_cognition_sample:
         raise UsageError("there is nothing to train on: --dataset NAME or PATH", param="dataset")
-    identity = None
-    if any(datasets.read_spec(word).source == datasets.SELF_COGNITION for word in (*words, *arguments.val_dataset)):
-        identity = Identity.of(arguments.model_name, arguments.model_author)
-    seed = arguments.seed if arguments.dataset_seed is None else arguments.dataset_seed
-    custom = Path(arguments.custom_dataset_info) if arguments.custom_dataset_info else None
-    columns = json_object(arguments.columns, "columns")
-
-    def load(names: Sequence[str]) -> Dataset:
-        return datasets.load(names, seed=seed, identity=identity, columns=columns, custom=custom)
-
-    own = [word for word in words if not word.startswith(datasets.SELF_COGNITION)]
-    found = load(own) if own else Dataset()
-    if arguments.train_dataset_sample >= 0:
-        found.rows = datasets.sample(found.rows, min(arguments.train_dataset_sample, len(found.rows)), seed)
-    about = [word for word in words if word not in own]
-    if about:
-        more = load(about)
-        found.rows, found.problems = found.rows + more.rows, found.problems + more.problems
-    held = load(arguments.val_dataset) if arguments.val_dataset else Dataset()
-    problems = [str(problem) for problem in (*found.problems, *held.problems)]
-    if problems and arguments.check_dataset_strategy == "error":
-        raise UsageError(f"{problems[0]} ({len(problems)} bad rows in all)", param="dataset")
-    encoder = _encoder(arguments, template, tokenizer)
-    train_set, more = _all(encoder, found.rows)
-    held_set, others = _all(encoder, held.rows)
-    if not arguments.val_dataset:
-        train_set, held_set = datasets.split(train_set, arguments.dataset_test_ratio, seed)
-    if arguments.val_dataset_sample is not None:
-        held_set = held_set[: arguments.val_dataset_sample]
-    left_out = [*problems, *more, *others]
+    rows = split_rows(arguments, template, tokenizer)
+    train_set, held_set, left_out = [x for _, x in rows.train], [x for _, x in rows.held], rows.left_out
     if left_out:
         say(f"{len(left_out)} rows are left out:")
         for line in left_out[:SHOWN_PROBLEMS]:
@@ -188,45 +154,6 @@ def prepare(
     for whole in _wholes(train_set[0]):
         say(show(whole, tokenizer))
     return Prepared(train_set, held_set, left_out)
-
-
-def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Tokenizer) -> Callable[[Row], Any]:
-    """Row -> what the trainer takes, raising RowError."""
-    limit, system = arguments.max_length, arguments.system
-    if not isinstance(arguments, RlhfArguments):
-        cut = arguments.truncation_strategy
-        return lambda row: encode(row, template, tokenizer, system=system, max_length=limit, truncation=cut)
-    if template is None:
-        raise UsageError("preferences need a chat template: --template_type", param="template_type")
-
-    def pair(row: Row) -> Any:
-        prompt, chosen, rejected = prompt_and_endings(row, template, tokenizer, system=system)
-        if arguments.rlhf_type == "kto":
-            if row.label is None and rejected is None:
-                raise RowError("kto needs a label: true for a desirable answer, false for another")
-        elif rejected is None:
-            raise RowError(f"{arguments.rlhf_type} needs a rejected answer beside the chosen one")
-        longest = len(prompt) + max(len(chosen), len(rejected or ()))
-        if longest > limit:
-            if arguments.truncation_strategy == "delete" or longest - len(prompt) >= limit:
-                raise RowError(f"{longest} tokens, more than --max_length {limit}")
-            prompt = prompt[longest - limit :]
-        if arguments.rlhf_type == "kto":
-            return prompt, chosen, True if row.label is None else row.label
-        return prompt, chosen, rejected
-
-    return pair
-
-
-def _all(encoder: Callable[[Row], Any], rows: Sequence[Row]) -> tuple[list[Any], list[str]]:
-    done, left_out = [], []
-    for row in rows:
-        try:
-            done.append(encoder(row))
-        except RowError as error:
-            begin = (row.text or str(row.messages[-1]["content"])).replace("\n", " ")
-            left_out.append(f"{error}: {begin[:60]!r}")
-    return done, left_out
 
 
 def _wholes(row: Any) -> list[Encoded]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from martlet.errors import UsageError
-from martlet.train.arguments import RlhfArguments, SftArguments
+from martlet.train.arguments import RlhfArguments, SftArguments, json_object
 from martlet.train.encode import Encoded
 
 IGNORED = -100  # the label of a token that is not learned
@@ -131,19 +129,6 @@ def common_settings(arguments: SftArguments, output_dir: str, *, rows: int, eval
         "hub_token": arguments.hub_token,
         "remove_unused_columns": False,
     }
-
-
-def json_object(text: str | None, flag: str) -> dict[str, Any] | None:
-    """The object that a flag's JSON spells. Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--{flag} is not JSON: {error}", param=flag) from error
-    if not isinstance(value, dict):
-        raise UsageError(f"--{flag} must be a JSON object, such as {{}}", param=flag)
-    return value
 
 
 def _deepspeed(name: str | None) -> str | dict[str, Any] | None:
