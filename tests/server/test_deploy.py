@@ -123,7 +123,7 @@ def test_run_wires_model_template_defaults_and_names(monkeypatch):
 
     monkeypatch.setattr(hub, "resolve", lambda name: card)
     monkeypatch.setattr(backends, "load", fake_load)
-    monkeypatch.setattr(chat, "template_for", lambda *a: FakeTemplate())
+    monkeypatch.setattr(chat, "template_for", lambda *a, **options: FakeTemplate())
     monkeypatch.setattr("martlet.server.deploy.serve", fake_serve)
     options = server.ServerOptions(model="m", backend="pt", port=0, served_model_names=("a", "b"), drain_seconds=3)
     assert server.run(options) == 7

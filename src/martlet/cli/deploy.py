@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from martlet.cli import swift_flags
 from martlet.cli.adapters import AdapterFlags, choose, with_slots
@@ -57,7 +58,20 @@ class DefaultsFlags:
 
 
 @dataclass(frozen=True)
-class DeployOptions(DefaultsFlags, LimitFlags, AccessFlags, AdapterFlags, EngineFlags, ModelFlags):
+class ReplicaFlags:
+    """Replicas, under Ray Serve."""
+
+    replicas: int = flag("engines behind one address, each with the whole model; SIGHUP restarts them in turn", 1)
+    router: bool = flag("run under Ray Serve even with one replica", False)
+    replica_cpus: float = flag("CPUs that each replica takes of Ray's", 1.0)
+    replica_gpus: float | None = flag("GPUs that each takes (default: 1 with --device cuda, else 0)", None)
+    ray_address: str | None = flag(
+        "a running Ray cluster to join, auto for this machine's (default: one is started here)", None, metavar="ADDRESS"
+    )
+
+
+@dataclass(frozen=True)
+class DeployOptions(ReplicaFlags, DefaultsFlags, LimitFlags, AccessFlags, AdapterFlags, EngineFlags, ModelFlags):
     """Server."""
 
     host: str = flag("address to listen on; 0.0.0.0 lets other machines in", "127.0.0.1", metavar="ADDRESS")
@@ -90,6 +104,7 @@ def run(options: DeployOptions) -> int:
         raise UsageError(f"--port must be from 0 to 65535, got {options.port}", param="port")
     if options.adapter_dir is not None and not Path(options.adapter_dir).is_dir():
         raise UsageError(f"--adapter_dir: there is no folder {options.adapter_dir}", param="adapter_dir")
+    replicas = _replicas(options)
     keys = (*options.api_key, *_read_keys(options.api_key_file))
     limits = _limits(options, keys)
     from martlet import chat, server
@@ -132,6 +147,7 @@ def run(options: DeployOptions) -> int:
             log_level=options.log_level,
             log_format=options.log_format,
             log_interval=options.log_interval,
+            **replicas,
         )
     )
 
@@ -147,6 +163,29 @@ def _read_keys(path: str | None) -> list[str]:
     if not keys:
         raise UsageError(f"--api_key_file {path} holds no key", param="api_key_file")
     return keys
+
+
+def _replicas(options: DeployOptions) -> dict[str, Any]:
+    """The fields of ServerOptions about replicas; none for one engine in this process."""
+    if options.replicas < 1:
+        raise UsageError(f"--replicas must be at least 1, got {options.replicas}", param="replicas")
+    if options.replicas == 1 and not options.router:
+        for name in ("ray_address", "replica_gpus"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name} needs --replicas above 1, or --router", param=name)
+        return {}
+    if options.adapter_dir is not None:
+        raise UsageError("--adapter_dir: clients cannot load adapters into several replicas yet", param="adapter_dir")
+    gpus = options.replica_gpus if options.replica_gpus is not None else float(options.device == "cuda")
+    for name, value in (("replica_cpus", options.replica_cpus), ("replica_gpus", gpus)):
+        if value < 0:
+            raise UsageError(f"--{name} must not be below 0, got {value}", param=name)
+    return {
+        "replicas": options.replicas,
+        "replica_cpus": options.replica_cpus,
+        "replica_gpus": gpus,
+        "ray_address": options.ray_address,
+    }
 
 
 def _limits(options: DeployOptions, keys: tuple[str, ...]):

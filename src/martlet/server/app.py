@@ -62,14 +62,18 @@ def create_app(
     app.add_exception_handler(MartletError, _on_error)
     app.add_middleware(Gate, service=service, api_keys=tuple(api_keys))
     if cors_origins:  # in front of the gate: a browser asks whether it may call before it sends a key
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST", "OPTIONS"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "x-martlet-ignored-fields"],
-        )
+        app.add_middleware(CORSMiddleware, **cors(cors_origins))
     return app
+
+
+def cors(origins: Sequence[str]) -> dict[str, Any]:
+    """What web pages of `origins` may do, as CORSMiddleware takes it."""
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["GET", "POST", "OPTIONS"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "retry-after", "x-martlet-ignored-fields"],
+    }
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

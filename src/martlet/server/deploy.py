@@ -29,8 +29,10 @@ _LAST_SECONDS = 5.0  # for aborted requests to tell their clients, and for conne
 
 def run(options: ServerOptions) -> int:
     """Serve until a signal; returns the exit code. Raises MartletError when it cannot start."""
-    from martlet import backends, chat, hub
+    if options.replicas is not None:
+        from martlet.server import replicas
 
+        return replicas.run(options)
     set_up(options.log_level, options.log_format)
     check_tls(options.ssl_certfile, options.ssl_keyfile)
     # Before the model loads: minutes later is too late to fail.
@@ -39,41 +41,7 @@ def run(options: ServerOptions) -> int:
         stack.enter_context(listener)
         if options.uds is not None:
             stack.callback(Path(options.uds).unlink, missing_ok=True)
-        card = hub.resolve(options.model) if isinstance(options.model, str) else options.model
-        backend = backends.load(
-            card, backend=options.backend, load=options.load, engine=options.engine, adapters=options.adapters
-        )
-        stack.enter_context(contextlib.closing(backend))
-        if taken := set(options.adapters) & set(options.served_model_names or (card.name,)):
-            raise UsageError(f"{taken.pop()!r} is the name of both the model and an adapter", param="adapters")
-        template = None
-        if options.template or card.template or backend.tokenizer.chat_template:
-            template = chat.template_for(
-                card,
-                backend.tokenizer,
-                options.template,
-                tools=options.tool_format,
-                reasoning=options.reasoning_format,
-            )
-        log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
-        if template is not None:
-            thoughts = template.reasoning.name if template.reasoning else "none"
-            log.info("tool format: %s; reasoning format: %s", template.tool_format.name, thoughts)
-        defaults = backends.generation_defaults(card) | options.defaults
-        said = ", ".join(f"{name}={value}" for name, value in defaults.items())
-        log.info("sampling defaults: %s", said or "none")
-        app = create_app(
-            backend,
-            template,
-            served_model_names=options.served_model_names,
-            owned_by=options.owned_by,
-            api_keys=options.api_keys,
-            cors_origins=options.cors_origins,
-            adapter_dir=options.adapter_dir,
-            defaults=defaults,
-            limits=options.limits,
-            max_num_queued=options.engine.max_num_queued,
-        )
+        app = open_app(options, stack)
         return serve(
             app,
             listener,
@@ -82,6 +50,47 @@ def run(options: ServerOptions) -> int:
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
+
+
+def open_app(options: ServerOptions, stack: contextlib.ExitStack) -> FastAPI:
+    """Load the model and make the application; `stack` closes the engine."""
+    from martlet import backends, chat, hub
+
+    card = hub.resolve(options.model) if isinstance(options.model, str) else options.model
+    backend = backends.load(
+        card, backend=options.backend, load=options.load, engine=options.engine, adapters=options.adapters
+    )
+    stack.enter_context(contextlib.closing(backend))
+    if taken := set(options.adapters) & set(options.served_model_names or (card.name,)):
+        raise UsageError(f"{taken.pop()!r} is the name of both the model and an adapter", param="adapters")
+    template = None
+    if options.template or card.template or backend.tokenizer.chat_template:
+        template = chat.template_for(
+            card,
+            backend.tokenizer,
+            options.template,
+            tools=options.tool_format,
+            reasoning=options.reasoning_format,
+        )
+    log.info("chat template: %s", template.name if template else "none, so only /v1/completions")
+    if template is not None:
+        thoughts = template.reasoning.name if template.reasoning else "none"
+        log.info("tool format: %s; reasoning format: %s", template.tool_format.name, thoughts)
+    defaults = backends.generation_defaults(card) | options.defaults
+    said = ", ".join(f"{name}={value}" for name, value in defaults.items())
+    log.info("sampling defaults: %s", said or "none")
+    return create_app(
+        backend,
+        template,
+        served_model_names=options.served_model_names,
+        owned_by=options.owned_by,
+        api_keys=options.api_keys,
+        cors_origins=options.cors_origins,
+        adapter_dir=options.adapter_dir,
+        defaults=defaults,
+        limits=options.limits,
+        max_num_queued=options.engine.max_num_queued,
+    )
 
 
 class Server(uvicorn.Server):

@@ -20,7 +20,7 @@ from martlet.errors import UsageError
 from martlet.server.errors import ApiError, Problem, describe, problem
 from martlet.server.logs import log_request
 from martlet.server.record import Record
-from martlet.server.service import Service
+from martlet.server.service import Traffic
 
 _OPEN = (b"/health", b"/ready")  # need no key
 _PROBES = (*_OPEN, b"/metrics")  # answered while draining, and not worth a line in the log
@@ -28,7 +28,7 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, service: Service, api_keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, service: Traffic, api_keys: Sequence[str]):
         if not all(key.strip() for key in api_keys):
             raise UsageError("an API key is empty, and would let everybody in", param="api_key")
         self._app = app
@@ -49,6 +49,7 @@ class Gate:
         record = scope["martlet.record"] = Record(
             client=scope["client"][0] if scope.get("client") else "", trace=_trace(scope), key=self._key(scope)
         )
+        record.id = scope.get("martlet.id", record.id)  # a front has named the request
         path = scope.get("raw_path") or b""
         probe = path in _PROBES
         status = 0

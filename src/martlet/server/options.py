@@ -43,6 +43,9 @@ class ServerOptions:
     defaults: SamplingParams fields for requests that leave them open, over the model's own. log_format: "text" or
     "json". log_interval: seconds between lines about the throughput, 0 for none. drain_seconds: after SIGTERM, how
     long running requests may take to finish.
+
+    replicas: engines under Ray Serve, None for one in this process. replica_cpus, replica_gpus: what each takes of
+    Ray's. ray_address: a cluster to join, None for one of our own on this machine.
     """
 
     model: str | ModelCard
@@ -69,3 +72,7 @@ class ServerOptions:
     log_level: str = "info"
     log_format: str = "text"
     log_interval: float = 10.0
+    replicas: int | None = None
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
+    ray_address: str | None = None

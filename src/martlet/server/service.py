@@ -16,7 +16,31 @@ from martlet.server.metrics import Metrics
 from martlet.server.options import Limits
 
 
-class Service:
+class Traffic:
+    """The HTTP requests being answered, and whether more are taken."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.draining = False
+        self.active: set[str] = set()  # ids of the HTTP requests being answered, except /health and /metrics
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self, request_id: str) -> None:
+        self.active.add(request_id)
+        self._idle.clear()
+
+    def leave(self, request_id: str) -> None:
+        self.active.discard(request_id)
+        if not self.active:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is being answered."""
+        await self._idle.wait()
+
+
+class Service(Traffic):
     """template: None for a model that cannot chat. names: what clients may ask for; the
     first is the default. defaults: sampling settings of requests that leave them open. adapter_dir: clients may load
     adapters from below it.
@@ -34,20 +58,16 @@ class Service:
         adapter_dir: str | None = None,
         max_num_queued: int | None = None,
     ):
+        super().__init__(limits)
         self.backend = backend
         self.template = template
         self.names = tuple(names)
         self.defaults = dict(defaults)
-        self.limits = limits
         self.owned_by = owned_by
         self.adapter_dir = adapter_dir
         self.max_num_queued = max_num_queued  # the backend's own limit, for /ready
         self.created = int(time.time())
         self.metrics = Metrics(backend, self.names[0])
-        self.draining = False
-        self.active: set[str] = set()  # ids of the HTTP requests being answered, except /health and /metrics
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._dispatcher: Dispatcher | None = None
 
     @property
@@ -89,19 +109,6 @@ class Service:
                 f"{prompts} prompts times n = {n} is more than the {self.limits.max_sequences} sequences of a request",
                 param="n",
             )
-
-    def enter(self, request_id: str) -> None:
-        self.active.add(request_id)
-        self._idle.clear()
-
-    def leave(self, request_id: str) -> None:
-        self.active.discard(request_id)
-        if not self.active:
-            self._idle.set()
-
-    async def idle(self) -> None:
-        """Wait until no request is being answered."""
-        await self._idle.wait()
 
     def abort_all(self) -> None:
         if self._dispatcher is not None:
