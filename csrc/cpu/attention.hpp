@@ -12,29 +12,42 @@ namespace martlet {
 namespace MARTLET_ISA {
 
 // Query rows that a tile keeps in registers, with 16 keys each or with 4 vectors of a value.
-constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 2 : 1;
-constexpr int kValueRows = L == 16 ? 5 : L == 8 ? 2 : 1;
+constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 3 : 1;
+constexpr int kValueRows = L == 16 ? 5 : L == 8 ? 3 : 1;
 
 // What the cache holds, and how it meets queries and weights.
-enum class Kv { kFloats, kPairs, kWidened };  // f32; bf16 times bf16 pairs; bf16 times f32
+enum class Kv { kFloats, kPairs, kWidened, kBytes };  // f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32
 
 template <Kv kKind>
 struct Cache {
-  static constexpr int kPack = kKind == Kv::kFloats ? 1 : 2;  // elements in a 32-bit lane of the cache
+  // Elements in a 32-bit lane of the cache.
+  static constexpr int kPack = kKind == Kv::kFloats ? 1 : kKind == Kv::kBytes ? 4 : 2;
   static constexpr int kBytes = kKind == Kv::kPairs ? 2 : 4;  // of an element of a query, or of a weight
   static constexpr int kLane = kPack * kBytes;                // bytes of those that meet one lane
+  static constexpr bool kScaled = kKind == Kv::kBytes;        // 16 scales behind each tile
+  static constexpr CacheKind kCache =
+      kKind == Kv::kFloats ? kCacheF32 : kKind == Kv::kBytes ? kCacheInt8 : kCacheBF16;
   struct Lane {
-    F first, second;
+    F part[kKind == Kv::kPairs ? 1 : kPack];
   };
   static INLINE Lane unpack(const uint8_t* p) {
     const U raw = load<U>(p);
-    return kKind == Kv::kWidened ? Lane{low_bf16(raw), high_bf16(raw)} : Lane{(F)raw, F{}};
+    Lane lane;
+    if constexpr (kKind == Kv::kWidened) {
+      lane.part[0] = low_bf16(raw);
+      lane.part[1] = high_bf16(raw);
+    } else if constexpr (kKind == Kv::kBytes) {
+      for (int i = 0; i < 4; ++i) lane.part[i] = to_float((I)(raw << (24 - 8 * i)) >> 24);
+    } else {
+      lane.part[0] = (F)raw;
+    }
+    return lane;
   }
   // acc += lane * x, over the pack.
   static INLINE F mad(F acc, const Lane& lane, const uint8_t* x) {
-    if (kKind == Kv::kPairs) return dot2(acc, (U)lane.first, splat(scalar<uint32_t>(x)));
-    acc = fma(lane.first, splat(scalar<float>(x)), acc);
-    return kKind == Kv::kFloats ? acc : fma(lane.second, splat(scalar<float>(x + 4)), acc);
+    if constexpr (kKind == Kv::kPairs) return dot2(acc, (U)lane.part[0], splat(scalar<uint32_t>(x)));
+    for (int i = 0; i < kPack; ++i) acc = fma(lane.part[i], splat(scalar<float>(x + 4 * i)), acc);
+    return acc;
   }
 };
 
@@ -53,8 +66,13 @@ INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* 
         for (int r = 0; r < kRows; ++r)
           acc[odd][r][v] = C::mad(acc[odd][r][v], key, q + ((int64_t)r * steps + d + odd) * C::kLane);
       }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(scores + r * kChunk + v * L, acc[0][r][v] + acc[1][r][v]);
+  for (int v = 0; v < kVectors; ++v) {
+    const F scale = C::kScaled ? load<F>(k_tile + 16 * dim + v * 4 * L) : F{};
+    for (int r = 0; r < kRows; ++r) {
+      const F s = acc[0][r][v] + acc[1][r][v];
+      store(scores + r * kChunk + v * L, C::kScaled ? s * scale : s);
+    }
+  }
 }
 
 // out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
@@ -89,9 +107,10 @@ INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, in
 }
 
 // Softmax over positions lo ... hi - 1 of a chunk (relative), which may be none; the weights of all others become 0.
-// cap: of the scores, 0 for none.
+// The weights take the scales of the values with them, where those have any. cap: of the scores, 0 for none.
 template <Kv kKind>
-INLINE void softmax(float* scores, int lo, int hi, int tiles, float cap, uint8_t* weights, float* peak, float* total) {
+INLINE void softmax(float* scores, const float* value_scale, int lo, int hi, int tiles, float cap, uint8_t* weights,
+                    float* peak, float* total) {
   const I lane = [] {
     I v;
     for (int i = 0; i < L; ++i) v[i] = i;
@@ -100,10 +119,12 @@ INLINE void softmax(float* scores, int lo, int hi, int tiles, float cap, uint8_t
   const F lowest = splat(-__builtin_inff());
   F best = lowest;
   for (int i = lo / L * L; i < hi; i += L) {
-    const I at = lane + i;
     F s = load<F>(scores + i);
     if (cap != 0.0f) s = capped(s, cap);
-    s = (at >= lo) & (at < hi) ? s : lowest;
+    if (i < lo || i + L > hi) {
+      const I at = lane + i;
+      s = (at >= lo) & (at < hi) ? s : lowest;
+    }
     store(scores + i, s);
     best = max(best, s);
   }
@@ -111,8 +132,9 @@ INLINE void softmax(float* scores, int lo, int hi, int tiles, float cap, uint8_t
   F all = {};
   for (int i = 0; i < tiles * 16; i += L) {
     F p = {};
-    if (lo < hi && i + L > lo && i < hi) p = exp(load<F>(scores + i) - *peak);
+    if (lo < hi && i + L > lo && i < hi) p = exp_below(load<F>(scores + i) - *peak);
     all += p;
+    if (Cache<kKind>::kScaled) p *= load<F>(value_scale + i);
     if (kKind == Kv::kPairs) store(weights + 2 * i, to_bf16(p));
     else store(weights + 4 * i, p);
   }
@@ -137,18 +159,111 @@ INLINE void values_of(const uint8_t* weights, int rows, const uint8_t* const* v_
     if (rows) values_of<kKind, M - 1>(weights, rows, v_tiles, tiles, dim, out);
 }
 
+// ---- Many rows: keys and values become f32 once and then meet all rows. The sums run in the same order as above. ----
+
+constexpr int kWideRows = 12;  // as many as make that worth while
+constexpr int kWideScores = L == 16 ? 12 : L == 8 ? 6 : 2, kWideValues = L == 16 ? 6 : L == 8 ? 6 : 2;
+constexpr int kWideVectors = L == 16 ? 4 : 2, kWideColumns = kWideVectors * L;
+
+// A tile of keys as [dim][16].
+template <class C>
+INLINE void widen_keys(const uint8_t* k_tile, int dim, float* out) {
+  for (int d = 0; d < dim / C::kPack; ++d)
+    for (int v = 0; v < 16 / L; ++v) {
+      const typename C::Lane lane = C::unpack(k_tile + d * 64 + v * 4 * L);
+      for (int i = 0; i < C::kPack; ++i) store(out + (d * C::kPack + i) * 16 + v * L, lane.part[i]);
+    }
+}
+
+// Columns column ... column + kVectors * L - 1 of the values of a chunk, as [16 * tiles][kVectors * L].
+template <class C, int kVectors>
+INLINE void widen_values(const uint8_t* const* v_tiles, int first, int tiles, int dim, int column, float* out) {
+  for (int tile = first; tile < tiles; ++tile)
+    for (int s = 0; s < 16 / C::kPack; ++s)
+      for (int v = 0; v < kVectors; ++v) {
+        const typename C::Lane lane = C::unpack(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
+        for (int i = 0; i < C::kPack; ++i)
+          store(out + (tile * 16 + s * C::kPack + i) * kVectors * L + v * L, lane.part[i]);
+      }
+}
+
+template <class C, int kRows>
+INLINE void wide_scores(const float* q, int rows, const float* keys, const float* scale, int dim, float* scores) {
+  constexpr int kVectors = 16 / L;
+  for (; rows >= kRows; rows -= kRows, q += (int64_t)kRows * dim, scores += kRows * kChunk) {
+    F acc[kRows][kVectors], total[kRows][kVectors];
+    for (int odd = 0; odd < 2; ++odd) {
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = F{};
+      for (int d = odd * C::kPack; d < dim; d += 2 * C::kPack)
+#pragma GCC unroll 4
+        for (int i = 0; i < C::kPack; ++i) {
+          F key[kVectors];
+          for (int v = 0; v < kVectors; ++v) key[v] = load<F>(keys + (d + i) * 16 + v * L);
+          for (int r = 0; r < kRows; ++r) {
+            const F x = splat(q[(int64_t)r * dim + d + i]);
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(key[v], x, acc[r][v]);
+          }
+        }
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) total[r][v] = odd ? total[r][v] + acc[r][v] : acc[r][v];
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        store(scores + r * kChunk + v * L, C::kScaled ? total[r][v] * load<F>(scale + v * L) : total[r][v]);
+  }
+  if constexpr (kRows > 1)
+    if (rows) wide_scores<C, kRows / 2>(q, rows, keys, scale, dim, scores);
+}
+
+template <int kRows, int kVectors>
+INLINE void wide_values(const float* weights, int rows, const float* values, int first, int end, int dim, float* out) {
+  for (; rows >= kRows; rows -= kRows, weights += kRows * kChunk, out += (int64_t)kRows * dim) {
+    F acc[kRows][kVectors] = {};
+    for (int t = first; t < end; ++t) {
+      F value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = load<F>(values + (t * kVectors + v) * L);
+      for (int r = 0; r < kRows; ++r) {
+        const F p = splat(weights[r * kChunk + t]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(value[v], p, acc[r][v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) store(out + (int64_t)r * dim + v * L, acc[r][v]);
+  }
+  if constexpr (kRows > 1)
+    if (rows) wide_values<kRows / 2, kVectors>(weights, rows, values, first, end, dim, out);
+}
+
+template <class C>
+INLINE void wide_values_of(const float* weights, int rows, const uint8_t* const* v_tiles, int first, int tiles, int dim,
+                           float* room, float* out) {
+  int column = 0;
+  for (; column + kWideColumns <= dim; column += kWideColumns) {
+    widen_values<C, kWideVectors>(v_tiles, first, tiles, dim, column, room);
+    wide_values<kWideValues, kWideVectors>(weights, rows, room, first * 16, tiles * 16, dim, out + column);
+  }
+  for (; column < dim; column += L) {
+    widen_values<C, 1>(v_tiles, first, tiles, dim, column, room);
+    wide_values<kWideValues, 1>(weights, rows, room, first * 16, tiles * 16, dim, out + column);
+  }
+}
+
 template <Kv kKind>
 void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
   using C = Cache<kKind>;
   const int group = op.heads / op.kv_heads, rows = task.tokens * group, begin = chunk * kChunk;
   const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
   const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
-  const int64_t tile_bytes = 64 * (int64_t)op.dim / C::kPack, per_block = task.block_size / 16;
+  const int64_t tile_bytes = cache_tile_bytes(C::kCache, op.dim), per_block = task.block_size / 16;
+  const bool wide = kKind != Kv::kPairs && rows >= kWideRows;
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + (int64_t)rows * kChunk);
+  float* room = scratch + 2 * (int64_t)rows * kChunk;
   const uint8_t *k_tiles[kChunk / 16 + 1] = {}, *v_tiles[kChunk / 16] = {};
 
-  for (int tile = most(0, seen_from / 16); tile < tiles; ++tile) {
+  const int first = most(0, seen_from / 16);
+  for (int tile = first; tile < tiles; ++tile) {
     const int64_t at = begin / 16 + tile;
     const int64_t block = task.blocks[at / per_block];
     const int64_t index = (block * op.kv_heads + task.kv_head) * per_block + at % per_block;
@@ -160,22 +275,41 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
       if (k_tiles[tile + 1]) fetch(k_tiles[tile + 1], tile_bytes);
       if (v_tiles[tile]) fetch(v_tiles[tile], tile_bytes);
     }
-    if (k_tiles[tile])
-      scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
+    if (!k_tiles[tile]) continue;
+    if constexpr (kKind != Kv::kPairs)
+      if (wide) {
+        widen_keys<C>(k_tiles[tile], op.dim, room);
+        wide_scores<C, kWideScores>((const float*)task.q, rows, room, (const float*)(k_tiles[tile] + 16 * op.dim), op.dim,
+                                    scores + tile * 16);
+        continue;
+      }
+    scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
   }
+  float value_scale[kChunk];  // of each token
+  if (C::kScaled)
+    for (int tile = 0; tile < tiles; ++tile)
+      for (int i = 0; i < 16; i += L)
+        store(value_scale + tile * 16 + i,
+              v_tiles[tile] ? load<F>(v_tiles[tile] + 16 * op.dim + 4 * i) : F{});
   for (int r = 0; r < rows; ++r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
-    softmax<kKind>(scores + r * kChunk, lo, most(lo, hi), tiles, op.softcap, weights + (int64_t)r * kChunk * C::kBytes,
+    softmax<kKind>(scores + r * kChunk, value_scale, lo, most(lo, hi), tiles, op.softcap,
+                   weights + (int64_t)r * kChunk * C::kBytes,
                    part.peak + r, part.total + r);
   }
+  if constexpr (kKind != Kv::kPairs)
+    if (wide) return wide_values_of<C>((const float*)weights, rows, v_tiles, first, tiles, op.dim, room, part.values);
   values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
 }
 
 // The softmax of a task's queries over one chunk. scratch: attention_scratch floats.
 void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
-  if (op.bf16) chunk_of<kPairDot ? Kv::kPairs : Kv::kWidened>(op, task, chunk, scratch, part);
-  else chunk_of<Kv::kFloats>(op, task, chunk, scratch, part);
+  switch (op.cache) {
+    case kCacheBF16: return chunk_of<kPairDot ? Kv::kPairs : Kv::kWidened>(op, task, chunk, scratch, part);
+    case kCacheInt8: return chunk_of<Kv::kBytes>(op, task, chunk, scratch, part);
+    default: return chunk_of<Kv::kFloats>(op, task, chunk, scratch, part);
+  }
 }
 
 // state = state merged with the next chunk's part.

@@ -24,7 +24,8 @@ struct Softmax {
 };
 
 constexpr int64_t softmax_floats(int64_t rows, int64_t dim) { return rows * (dim + 2); }
-constexpr int64_t attention_scratch(int64_t rows) { return 2 * rows * kChunk; }
+// Scores and weights of the rows, and a chunk of keys or values as f32.
+constexpr int64_t attention_scratch(int64_t rows, int64_t dim) { return 2 * rows * kChunk + kChunk * dim; }
 
 inline Softmax softmax_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
 

@@ -13,7 +13,8 @@ namespace MARTLET_ISA {
 
 constexpr int kStep = 4 * kPanel;             // bytes of one step of a panel
 constexpr int kWide = L >= 8 ? 2 : 4;         // vectors of outputs that a tile keeps in registers
-constexpr int kDenseRows = L == 16 ? 12 : L == 8 ? 6 : 1;  // rows that a tile keeps in registers: f32, bf16
+constexpr int kFloatRows = L == 16 ? 12 : L == 8 ? 6 : 1;  // rows that a tile keeps in registers: f32
+constexpr int kBF16Rows = L == 16 ? 12 : L == 8 ? 5 : 1;   // bf16, which needs registers for both halves
 constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 2 : 1;    // int8
 constexpr int kSplitRows = L == 16 ? 4 : L == 8 ? 2 : 1;   // block formats
 
@@ -388,8 +389,8 @@ void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t strid
 void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                    uint8_t* scratch, float* out) {
   switch (f) {
-    case kF32: return rows_of<kDenseRows>(DenseTile<false>{panel, stride, k}, acts, stride, rows, out);
-    case kBF16: return rows_of<kDenseRows>(DenseTile<true>{panel, stride, k}, acts, stride, rows, out);
+    case kF32: return rows_of<kFloatRows>(DenseTile<false>{panel, stride, k}, acts, stride, rows, out);
+    case kBF16: return rows_of<kBF16Rows>(DenseTile<true>{panel, stride, k}, acts, stride, rows, out);
     case kInt8: {
       const int padded = (int)padded_inputs(f, k);
       const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);

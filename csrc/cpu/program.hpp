@@ -73,9 +73,16 @@ struct LinearOp {
   const Lora* loras;  // [slots], slot 0 unused; null: adapters cannot concern it
 };
 
+// How keys and values are kept. kCacheInt8: s8 with one scale for each token and head.
+enum CacheKind : int32_t { kCacheF32, kCacheBF16, kCacheInt8 };
+
+constexpr int64_t cache_tile_bytes(int32_t kind, int64_t dim) {
+  return kind == kCacheF32 ? 64 * dim : kind == kCacheBF16 ? 32 * dim : 16 * dim + 64;
+}
+
 // Rotates q and k (after an optional norm of each head), writes k and v into the cache, attends causally.
 // Cache: [block][kv_head][block_size / 16] tiles of 16 tokens, a tile being [dim / pack][16][pack] for k and
-// [16 / pack][dim][pack] for v, pack 2 for bf16 and 1 for f32.
+// [16 / pack][dim][pack] for v, pack 4 for int8, 2 for bf16 and 1 for f32; behind those of int8 16 scales in f32.
 struct AttentionOp {
   const float* qkv;  // [T][heads + 2 * kv_heads][dim]
   float* y;          // [T][heads][dim]
@@ -87,7 +94,7 @@ struct AttentionOp {
   int32_t rotary;       // elements of a head that rotate
   int32_t interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary / 2)
   int32_t window;       // tokens seen, itself included; 0: all
-  int32_t bf16;         // cache of bf16, else f32
+  int32_t cache;        // a CacheKind
   float scale, eps;
   float softcap;  // scores s become softcap * tanh(s / softcap); 0: they stay
 };

@@ -123,9 +123,32 @@ INLINE F activate(int activation, F x) {
   }
 }
 
+// A panel of gates and ups that fills a line of y in every row.
+template <int kActivation>
+INLINE void finish_gated(const LinearOp& op, const float* products, float* y, int rows) {
+  for (int r = 0; r < rows; ++r, products += kPanel, y += op.y_stride)
+    for (int i = 0; i < kPanel / 2; i += L)
+      store(y + i, activate(kActivation, load<F>(products + i)) * load<F>(products + kPanel / 2 + i));
+}
+template <int kEpilogue>
+INLINE void finish_plain(const LinearOp& op, const float* products, float* y, int rows) {
+  for (int r = 0; r < rows; ++r, products += kPanel, y += op.y_stride)
+    for (int i = 0; i < kPanel; i += L) {
+      const F p = load<F>(products + i);
+      store(y + i, kEpilogue == kAdd ? p + load<F>(y + i) : p);
+    }
+}
+
 // Takes the products of one panel, [rows][32], into columns of y.
 void finish(const LinearOp& op, int panel, const float* products, int row0, int rows) {
   const bool gated = op.epilogue == kGated;
+  if (!op.bias && (panel + 1) * (gated ? kPanel / 2 : kPanel) <= op.n_out) {  // the common cases, without their questions
+    float* y = op.y + row0 * op.y_stride + panel * (gated ? kPanel / 2 : kPanel);
+    if (op.epilogue == kStore) return finish_plain<kStore>(op, products, y, rows);
+    if (op.epilogue == kAdd) return finish_plain<kAdd>(op, products, y, rows);
+    if (gated && op.activation == kSilu) return finish_gated<kSilu>(op, products, y, rows);
+    if (gated && op.activation == kGeluTanh) return finish_gated<kGeluTanh>(op, products, y, rows);
+  }
   const int width = gated ? kPanel / 2 : kPanel, column = panel * width;
   const int columns = least(width, op.n_out - column);
   for (int r = 0; r < rows; ++r) {
@@ -179,31 +202,33 @@ INLINE void rotate_head(const AttentionOp& op, const float* x, const float* norm
   const float factor = norm ? rms_factor(x, op.dim, op.eps) : 1.0f;
   for (int i = 0; i < op.dim; i += L) store(out + i, normed(x, norm, factor, i, L));
   const int half = op.rotary / 2, step = op.interleaved ? 2 : 1, partner = op.interleaved ? 1 : half;
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  if (!op.interleaved)
+    for (; i + L <= half; i += L) {
+      const F a = load<F>(out + i), b = load<F>(out + half + i), c = load<F>(cosines + i), s = load<F>(sines + i);
+      store(out + i, a * c - b * s);
+      store(out + half + i, b * c + a * s);
+    }
+  for (; i < half; ++i) {
     float *a = out + i * step, *b = a + partner;
     const float first = *a, second = *b;
     *a = first * cosines[i] - second * sines[i];
     *b = second * cosines[i] + first * sines[i];
   }
   if (scale != 1.0f)
-    for (int i = 0; i < op.dim; ++i) out[i] *= scale;
-}
-
-INLINE uint16_t bf16_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-INLINE void put(bool bf16, void* base, int64_t index, float value) {
-  if (bf16) ((uint16_t*)base)[index] = bf16_bits(value);
-  else ((float*)base)[index] = value;
+    for (int d = 0; d < op.dim; d += L) store(out + d, load<F>(out + d) * scale);
 }
 
 constexpr int kMaxHeadDim = 512;
 
 // Zeroes the slots of a tile of v behind `slot`: attention reads them with weight zero, and zero times NaN is NaN.
+// Integers are no NaN, their scales may be.
 INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
-  const int pack = op.bf16 ? 2 : 1, first = slot / pack + 1, bytes = op.dim * 4;
+  if (op.cache == kCacheInt8) {
+    std::memset((float*)((uint8_t*)v_tile + 16 * op.dim) + slot + 1, 0, 4 * (size_t)(15 - slot));
+    return;
+  }
+  const int pack = op.cache == kCacheBF16 ? 2 : 1, first = slot / pack + 1, bytes = op.dim * 4;
   std::memset((uint8_t*)v_tile + (int64_t)first * bytes, 0, (size_t)(16 / pack - first) * bytes);
   if (slot % pack == 0 && pack == 2)
     for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
@@ -217,21 +242,53 @@ void rotate_queries(const AttentionOp& op, int64_t t, int kv_head, void* q) {
   float head[kMaxHeadDim];
   for (int h = 0; h < group; ++h) {
     rotate_head(op, x + h * op.dim, op.q_norm, op.cosines + t * half, op.sines + t * half, op.scale, head);
-    if (op.bf16 && kPairDot)
+    if (op.cache == kCacheBF16 && kPairDot)
       for (int i = 0; i < op.dim; i += L) store((uint16_t*)q + h * op.dim + i, to_bf16(load<F>(head + i)));
     else std::memcpy((float*)q + h * op.dim, head, 4 * (size_t)op.dim);
   }
 }
 
+// One head's key into `slot` of its tile: lanes of `kPack` elements, 16 lanes apart. Its value: elements apart.
+template <class T, int kPack>
+INLINE void scatter(const T* key, const T* value, int dim, int slot, void* k_tile, void* v_tile) {
+  for (int i = 0; i < dim; i += kPack)
+    std::memcpy((T*)k_tile + (i * 16 + slot * kPack), key + i, sizeof(T) * kPack);
+  T* v = (T*)v_tile + (int64_t)slot / kPack * dim * kPack + slot % kPack;
+  for (int i = 0; i < dim; ++i) v[i * kPack] = value[i];
+}
+
+// One head as s8; returns the scale.
+INLINE float to_s8(const float* x, int dim, int8_t* out) {
+  F peak = {};
+  for (int i = 0; i < dim; i += L) peak = max(peak, abs(load<F>(x + i)));
+  const float largest = highest(peak), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for (int i = 0; i < dim; i += L) store(out + i, to_bytes(round_to_int(load<F>(x + i) * inverse)));
+  return largest / 127.0f;
+}
+
 // The key and value of token t into `slot` of their tiles. last: the sequence holds nothing behind this token.
 void store_key_value(const AttentionOp& op, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile) {
-  const int dim = op.dim, pack = op.bf16 ? 2 : 1, half = op.rotary / 2;
+  const int dim = op.dim, half = op.rotary / 2;
   const float* x = op.qkv + t * op.qkv_stride + (int64_t)(op.heads + kv_head) * dim;
   float head[kMaxHeadDim];
   rotate_head(op, x, op.k_norm, op.cosines + t * half, op.sines + t * half, 1.0f, head);
-  for (int i = 0; i < dim; ++i) put(op.bf16, k_tile, (i / pack * 16 + slot) * pack + i % pack, head[i]);
   const float* v = x + op.kv_heads * dim;
-  for (int i = 0; i < dim; ++i) put(op.bf16, v_tile, (slot / pack * dim + i) * pack + slot % pack, v[i]);
+  if (op.cache == kCacheF32) {
+    scatter<float, 1>(head, v, dim, slot, k_tile, v_tile);
+  } else if (op.cache == kCacheBF16) {
+    uint16_t key[kMaxHeadDim], value[kMaxHeadDim];
+    for (int i = 0; i < dim; i += L) {
+      store(key + i, to_bf16(load<F>(head + i)));
+      store(value + i, to_bf16(load<F>(v + i)));
+    }
+    scatter<uint16_t, 2>(key, value, dim, slot, k_tile, v_tile);
+  } else {
+    int8_t key[kMaxHeadDim], value[kMaxHeadDim];
+    const float k_scale = to_s8(head, dim, key), v_scale = to_s8(v, dim, value);
+    std::memcpy((uint8_t*)k_tile + 16 * dim + 4 * slot, &k_scale, 4);
+    std::memcpy((uint8_t*)v_tile + 16 * dim + 4 * slot, &v_scale, 4);
+    scatter<int8_t, 4>(key, value, dim, slot, k_tile, v_tile);
+  }
   if (last) clear_behind(op, slot, v_tile);
 }
 

@@ -322,5 +322,21 @@ INLINE F capped(F x, float cap) {
   return x < 0.0f ? -y : y;
 }
 
+// e^x for x <= 0, with fewer operations: n stays in the low bits of the sum that rounded it.
+INLINE F exp_below(F x) {
+  const F clamped = max(x, splat(-87.3f)), sum = fma(clamped, splat(1.44269504f), splat(12582912.0f));
+  const F k = sum - 12582912.0f;
+  F r = fma(k, splat(-0.693359375f), clamped);
+  r = fma(k, splat(2.12194440e-4f), r);
+  F p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  return (F)((I)(x >= -87.3f) & ((I)p + (I)((U)sum << 23)));
+}
+
 }  // namespace MARTLET_ISA
 }  // namespace martlet

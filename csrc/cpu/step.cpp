@@ -12,6 +12,9 @@ namespace {
 // Up to here every thread prepares its own copy of a linear's input, which is cheaper than meeting at a barrier.
 constexpr int kOwnRows = 4;
 constexpr int kHeadRows = 64;  // rows of logits computed together
+// A block of rows goes through all linears up to the next attention on one thread: its activations stay in that
+// thread's cache, and nobody waits in between. Every block reads the weights, so a thread needs enough rows.
+constexpr int kRowBlock = 96, kRowsForBlocks = 64, kRowUnit = 6;
 constexpr int kWarmBytes = 8192;
 
 int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
@@ -24,7 +27,15 @@ int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
 void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
   lay_out(ops, n_ops, batch);
   team_.run([&](Worker& worker) {
-    for (int i = 0; i < n_ops; ++i) switch (ops[i].kind) {
+    for (int i = 0; i < n_ops; ++i) {
+      int linears = 0;
+      while (row_blocks_ && i + linears < n_ops && ops[i + linears].kind == kLinear) ++linears;
+      if (linears) {
+        linears_by_rows(worker, ops + i, linears);
+        i += linears - 1;
+        continue;
+      }
+      switch (ops[i].kind) {
         case kEmbed: embed(worker, *(const EmbedOp*)ops[i].op); break;
         case kAngles: angles(worker, *(const AnglesOp*)ops[i].op); break;
         case kLinear: linear(worker, *(const LinearOp*)ops[i].op); break;
@@ -38,6 +49,7 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
         case kExperts: experts(worker, *(const ExpertsOp*)ops[i].op); break;
         case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
       }
+    }
   });
 }
 
@@ -51,13 +63,17 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   lay_out_adapters(ops, n_ops);
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
   int64_t times = 1;  // rows a token has in the linears of experts
+  const int size = team_.size();
+  // Adapters meet the rows of a whole linear, so those steps are shared out by panels.
+  const bool by_rows = groups_.empty() && n >= kRowsForBlocks * size;
+  row_blocks_ = by_rows ? (int)round_up((n + kRowBlock - 1) / kRowBlock, size) : 0;
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
   const auto reserve_linear = [&](const Matrix& w) {
     const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
     acts = std::max(acts, times * rows * row);
     for (Own& own : own_) {
-      own.acts.reserve(kOwnRows * row);
+      own.acts.reserve((row_blocks_ ? kRowBlock + kRowUnit : kOwnRows) * row);
       own.panel.reserve(widened_bytes(w.k));
       own.products.reserve(times * rows * kPanel * 4);
     }
@@ -76,7 +92,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       for (Own& own : own_) own.queries.reserve(group * op.dim * 4);
       parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
       counters = std::max<int64_t>(counters, plan.counters);
-      for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile) + 2 * softmax_floats(tile, op.dim)));
+      for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim)));
     }
     if (ops[i].kind == kHead) {
       const Matrix& w = ((const HeadOp*)ops[i].op)->w;
@@ -92,7 +108,8 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       }
       logits_.reserve(logits * w.n * 4);
       for (Own& own : own_) {
-        own.best.reserve(8 * std::max(1, batch.n_queries));
+        Best* best = (Best*)own.best.reserve(sizeof(Best) * std::max(1, batch.n_queries));
+        std::fill(best, best + batch.n_queries, Best{-INFINITY, INT_MAX});
         own.sampler.reserve(sampler_bytes(w.n));
         own.seen.reserve(4 * w.n);
       }
@@ -121,6 +138,7 @@ ActKind Executor::act_kind(const Matrix& w, int rows) const {
   return rows < kernels_.word_rows ? plain : as_words(plain);
 }
 
+// The loop that reads the rows must come next: a thread that finds it over leaves its own copy as it is.
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
                                  float eps, const int32_t* index, int rows) {
   const ActKind kind = act_kind(w, rows);
@@ -130,8 +148,8 @@ Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x
     for (int r = begin; r < end; ++r)
       kernels_.prepare(kind, x + (index ? index[r] : r) * stride, norm, eps, w.k, acts + r * bytes);
   };
-  if (rows <= kOwnRows) work(0, rows);
-  else worker.each(rows, grain_of(rows, team_.size()), work);
+  if (rows > kOwnRows) worker.each(rows, grain_of(rows, team_.size()), work);
+  else if (!worker.behind()) work(0, rows);
   return {acts, bytes};
 }
 
@@ -165,8 +183,8 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const int n = (int)tokens_.size(), panels = panels_of(op.w);
   const Format format = Format(op.w.format);
   warm(worker, op.w);
-  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
   const float* low = groups_.empty() || !op.loras ? nullptr : shrink(worker, op);
+  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
@@ -176,6 +194,32 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
       if (low) expand(op, p, low, products);
       kernels_.finish(op, p, products, 0, n);
     }
+  });
+}
+
+void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
+  const int n = (int)tokens_.size();
+  const auto row = [&](int64_t block) {  // whole tiles as far as possible
+    return block == row_blocks_ ? n : int(block * n / row_blocks_ / kRowUnit * kRowUnit);
+  };
+  Own& own = own_[worker.rank];
+  uint8_t *acts = own.acts.reserve(0), *scratch = own.panel.reserve(0);
+  float* products = (float*)own.products.reserve(0);
+  worker.each(row_blocks_, 1, [&](int first, int last) {
+    for (int block = first; block < last; ++block)
+      for (int i = 0; i < count; ++i) {
+        const LinearOp& op = *(const LinearOp*)ops[i].op;
+        const int begin = row(block), rows = row(block + 1) - begin;
+        const Format format = Format(op.w.format);
+        const ActKind plain = kLayouts[format].act, kind = rows < kernels_.word_rows ? plain : as_words(plain);
+        const int64_t stride = act_bytes(kind, op.w.k), bytes = panel_bytes(format, op.w.k);
+        for (int r = 0; r < rows; ++r)
+          kernels_.prepare(kind, op.x + (begin + r) * op.x_stride, op.norm, op.eps, op.w.k, acts + r * stride);
+        for (int p = 0; p < panels_of(op.w); ++p) {
+          kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, acts, stride, rows, scratch, products);
+          kernels_.finish(op, p, products, begin, rows);
+        }
+      }
   });
 }
 
@@ -217,14 +261,14 @@ Executor::Plan Executor::plan(const AttentionOp& op) const {
 }
 
 int64_t Executor::query_bytes(const AttentionOp& op) const {
-  return int64_t(op.heads / op.kv_heads) * op.dim * (op.bf16 && kernels_.pair_dot ? 2 : 4);
+  return int64_t(op.heads / op.kv_heads) * op.dim * (op.cache == kCacheBF16 && kernels_.pair_dot ? 2 : 4);
 }
 
 void Executor::store_key_value(const AttentionOp& op, int token, int kv_head) const {
   const Token at = tokens_[token];
   const int size = batch_->block_size, block = table(at.seq)[at.position / size];
   const int64_t tile = (int64_t(block) * op.kv_heads + kv_head) * (size / 16) + at.position % size / 16;
-  const int64_t offset = tile * 16 * op.dim * (op.bf16 ? 2 : 4);
+  const int64_t offset = tile * cache_tile_bytes(op.cache, op.dim);
   const bool last = at.position + 1 == batch_->start[at.seq] + batch_->count[at.seq];
   kernels_.store_key_value(op, token, kv_head, at.position % 16, last, (uint8_t*)op.k_cache + offset,
                            (uint8_t*)op.v_cache + offset);
@@ -291,10 +335,6 @@ bool Executor::needs_logits(const Query& query, int known) const {
 }
 
 void Executor::head(Worker& worker, const HeadOp& op) {
-  struct Best {
-    float value;
-    int32_t token;
-  };
   const int panels = panels_of(op.w), vocab = op.w.n;
   const Format format = Format(op.w.format);
   const int64_t bytes = panel_bytes(format, op.w.k);
@@ -310,7 +350,6 @@ void Executor::head(Worker& worker, const HeadOp& op) {
   for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
     const int n = std::min(kHeadRows, batch_->n_queries - first);
     const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n);
-    std::fill(best + first, best + first + n, Best{-INFINITY, INT_MAX});
     worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
       for (int p = begin; p < end; ++p) {
         const int columns = std::min(kPanel, vocab - p * kPanel);

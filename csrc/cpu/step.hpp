@@ -56,6 +56,10 @@ class Executor {
     int64_t parts;
     int32_t counters;
   };
+  struct Best {
+    float value;
+    int32_t token;
+  };
   // A thread's own memory.
   struct Own {
     Scratch acts, panel, products, lora, queries, attention, sampler, seen, best;
@@ -87,6 +91,7 @@ class Executor {
   void embed(Worker&, const EmbedOp&);
   void angles(Worker&, const AnglesOp&);
   void linear(Worker&, const LinearOp&);
+  void linears_by_rows(Worker&, const Op* ops, int count);
   const float* shrink(Worker&, const LinearOp&);
   void expand(const LinearOp&, int panel, const float* t, float* products) const;
   void attention(Worker&, const AttentionOp&);
@@ -114,6 +119,7 @@ class Executor {
   const Batch* batch_ = nullptr;
   std::vector<Token> tokens_;
   bool decode_ = false;  // one token of each sequence
+  int row_blocks_ = 0;   // blocks of rows that linears are shared out by; 0: shared out by panels
   std::vector<Plan> plans_;
   Routing routing_;
   std::vector<int32_t> adapted_;  // tokens that run with an adapter, by slot

@@ -1,7 +1,9 @@
-// A fixed team of threads that runs one function together (SPMD): f(worker) on every thread, with barriers inside.
+// A fixed team of threads that runs one function together (SPMD): f(worker) on every thread, with parallel loops inside.
 //
-// Waiting spins for some microseconds, then sleeps in the kernel, so that a decode step pays no system call and an
-// idle server burns nothing. The calling thread is worker 0.
+// A loop waits for its pieces and not for threads: whoever has lost its core between two pieces holds nobody up, and
+// skips what the others have finished when it comes back. Only the end of a job waits for everyone.
+// Waiting spins for some microseconds, then sleeps in the kernel, so that a decode step pays no system call, an idle
+// server burns nothing, and a core is free for the thread that is waited for. The calling thread is worker 0.
 #pragma once
 
 #include <atomic>
@@ -73,10 +75,13 @@ struct Worker {
   int rank;
   uint32_t loops = 0;  // parallel loops entered in this job; the same on every thread at the same place
 
-  void barrier();
-  // Calls f(begin, end) for pieces of 0 ... n - 1, dealt out as threads get free; ends with a barrier.
+  void barrier();  // waits for every thread
+  // Calls f(begin, end) for pieces of 0 ... n - 1, dealt out as threads get free; returns when all pieces are done.
+  // What a thread does between loops must be for itself alone: it may be late, and the loop it comes to over.
   template <class Body>
   void each(int n, int grain, Body&& f);
+  // Whether the others have finished the next loop already: nothing need be prepared for it.
+  bool behind() const;
 };
 
 class Team {
@@ -96,12 +101,22 @@ class Team {
 
   void run(const std::function<void(Worker&)>& job) {
     std::lock_guard<std::mutex> lock(running_);
-    for (auto& counter : next_) counter.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    for (int rank = 0; rank < size_; ++rank) own_[rank].taken.store(0, std::memory_order_relaxed);
     job_ = &job;
     start_.advance();
     Worker self{*this, 0};
     job(self);
     barrier();
+  }
+
+  // Returns once loop `l` is over.
+  void await(uint32_t l) {
+    for (;;) {
+      const uint32_t seen = opened_.value();
+      if (loop() != l) return;
+      opened_.wait(seen, spins_);
+    }
   }
 
   void barrier() {
@@ -127,11 +142,31 @@ class Team {
     }
   }
 
+  // The first piece of each thread in a loop is its own, so that short loops know no contention and a thread meets the
+  // same weights in every step; the others take it if its owner does not come. taken: loops whose piece is gone.
+  struct alignas(64) Own {
+    std::atomic<uint32_t> taken{0};
+  };
+  bool take_own(int rank, uint32_t loop) {
+    uint32_t taken = own_[rank].taken.load(std::memory_order_relaxed);
+    return taken <= loop &&
+           own_[rank].taken.compare_exchange_strong(taken, loop + 1, std::memory_order_acq_rel);
+  }
+  uint32_t loop() const { return uint32_t(next_.load(std::memory_order_acquire) >> 32); }
+  // Counts items of loop `l` as done; the last ones open the next loop.
+  void count(uint32_t l, int items, int n) {
+    if (done_.fetch_add(items, std::memory_order_acq_rel) + items < n) return;
+    done_.store(0, std::memory_order_relaxed);
+    next_.store(uint64_t(l + 1) << 32, std::memory_order_release);
+    opened_.advance();
+  }
+
   const int size_, spins_;
-  Event start_, open_;
+  Event start_, open_, opened_;
   std::atomic<int> arrived_{0};
-  // Loop i takes its pieces from counter i % 4. Threads are at most one loop apart, so entering loop i frees i + 2.
-  std::atomic<int> next_[4] = {};
+  alignas(64) std::atomic<uint64_t> next_{0};  // the open loop, and in the low half the next piece that is nobody's own
+  alignas(64) std::atomic<int> done_{0};       // items of the open loop that are done
+  std::unique_ptr<Own[]> own_{new Own[size_t(size_)]};
   const std::function<void(Worker&)>* job_ = nullptr;
   std::mutex running_;
   std::vector<std::thread> threads_;
@@ -139,15 +174,28 @@ class Team {
 
 inline void Worker::barrier() { team.barrier(); }
 
+inline bool Worker::behind() const { return team.loop() != loops; }
+
 template <class Body>
 void Worker::each(int n, int grain, Body&& f) {
-  std::atomic<int>& next = team.next_[loops % 4];
-  team.next_[(loops + 2) % 4].store(0, std::memory_order_relaxed);
-  ++loops;
-  const int first = team.size() * grain;  // the first piece of each thread is its own: no contention in short loops
-  for (int begin = rank * grain; begin < n; begin = first + next.fetch_add(grain, std::memory_order_relaxed))
-    f(begin, begin + grain < n ? begin + grain : n);
-  barrier();
+  const uint32_t loop = loops++;
+  const int size = team.size(), pieces = (n + grain - 1) / grain;
+  if (pieces <= 0) return team.take_own(0, loop) ? team.count(loop, 0, 0) : team.await(loop);
+  const auto work = [&](int piece) {
+    const int begin = piece * grain, end = begin + grain < n ? begin + grain : n;
+    f(begin, end);
+    team.count(loop, end - begin, n);
+  };
+  if (rank < pieces && team.take_own(rank, loop)) work(rank);
+  for (;;) {
+    uint64_t next = team.next_.load(std::memory_order_acquire);
+    const int piece = size + int(uint32_t(next));
+    if (uint32_t(next >> 32) != loop || piece >= pieces) break;
+    if (team.next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) work(piece);
+  }
+  for (int other = 0; other < size && other < pieces; ++other)
+    if (team.take_own(other, loop)) work(other);
+  team.await(loop);
 }
 
 }  // namespace martlet

@@ -12,6 +12,7 @@ from cpu_oracle import HERE, Rows
 
 from martlet.kernels.cpu import program as c
 from martlet.kernels.cpu.library import Executor
+from martlet.kernels.cpu.program import CacheKind
 from martlet.model.rope import inverse_frequencies
 from martlet.model.spec import Rope
 
@@ -24,20 +25,20 @@ def executor(isa: str) -> Executor:
 class Layer:
     """One attention layer with its cache, run step by step; blocks of a row are scattered over the cache."""
 
-    def __init__(self, executor, heads, kv_heads, dim, *, rows=2, longest=256, bf16=False, window=0, rotary=None,
-                 interleaved=False, norms=None, block_size=16):  # fmt: skip
+    def __init__(self, executor, heads, kv_heads, dim, *, rows=2, longest=256, cache=CacheKind.F32, window=0,
+                 rotary=None, interleaved=False, norms=None, block_size=16):  # fmt: skip
         self.executor, self.heads, self.kv_heads, self.dim = executor, heads, kv_heads, dim
         per_row = -(-longest // block_size)
         blocks = np.random.default_rng(1).permutation(rows * per_row).astype(np.int32).reshape(rows, per_row)
         self.rows = Rows(np.zeros((rows, 1), np.int32), blocks, np.zeros(rows, c.SAMPLING), block_size)
-        size = kv_heads * dim * block_size * (2 if bf16 else 4)
+        size = kv_heads * block_size * cache.bytes_per_token(dim)
         # Whatever an earlier owner left in a block must not be seen.
         self.k, self.v = (np.full((rows * per_row, size), 0xFF, np.uint8) for _ in range(2))
         self.frequencies = inverse_frequencies(Rope(10000.0, rotary or dim))
         self.norms = norms
         self.op = c.AttentionOp(
             k_cache=self.k.ctypes.data, v_cache=self.v.ctypes.data, heads=heads, kv_heads=kv_heads, dim=dim,
-            rotary=rotary or dim, interleaved=interleaved, window=window, bf16=bf16, scale=dim**-0.5, eps=1e-6,
+            rotary=rotary or dim, interleaved=interleaved, window=window, cache=cache, scale=dim**-0.5, eps=1e-6,
             q_norm=norms[0].ctypes.data if norms else None, k_norm=norms[1].ctypes.data if norms else None,
         )  # fmt: skip
 
@@ -89,20 +90,23 @@ def inputs(seed: int, n: int, layer: Layer) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def close(found: np.ndarray, wanted: np.ndarray, bf16: bool) -> None:
-    np.testing.assert_allclose(found, wanted, atol=3e-2 if bf16 else 3e-5)
+ERRORS = {CacheKind.F32: 3e-5, CacheKind.BF16: 3e-2, CacheKind.INT8: 6e-2}
+
+
+def close(found: np.ndarray, wanted: np.ndarray, cache: CacheKind = CacheKind.F32) -> None:
+    np.testing.assert_allclose(found, wanted, atol=ERRORS[cache])
 
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 32), (9, 3, 64), (5, 1, 80), (14, 2, 64), (8, 1, 256)])
-@pytest.mark.parametrize("bf16", [False, True], ids=["f32", "bf16"])
-def test_steps_of_any_size_give_the_bits_of_one(isa, heads, kv_heads, dim, bf16):
-    layer = Layer(executor(isa), heads, kv_heads, dim, bf16=bf16)
+@pytest.mark.parametrize("cache", CacheKind, ids=lambda kind: kind.name)
+def test_steps_of_any_size_give_the_bits_of_one(isa, heads, kv_heads, dim, cache):
+    layer = Layer(executor(isa), heads, kv_heads, dim, cache=cache)
     a, b = inputs(1, 150, layer), inputs(2, 131, layer)
     whole = layer.step(a, [0], [0], [150])
-    close(whole, layer.wanted(a), bf16)
+    close(whole, layer.wanted(a), cache)
 
-    again = Layer(executor(isa), heads, kv_heads, dim, bf16=bf16)
+    again = Layer(executor(isa), heads, kv_heads, dim, cache=cache)
     cuts = [0, 1, 2, 17, 60, 127, 128, 129, 131]
     parts = []
     for i, (begin, end) in enumerate(itertools.pairwise(cuts)):  # beside it, another sequence of the same lengths
@@ -117,9 +121,9 @@ def test_steps_of_any_size_give_the_bits_of_one(isa, heads, kv_heads, dim, bf16)
 def test_window(isa, window):
     layer = Layer(executor(isa), 4, 2, 32, window=window, longest=320)
     x = inputs(3, 301, layer)
-    close(layer.step(x[:290], [0], [0], [290]), layer.wanted(x)[:290], False)
+    close(layer.step(x[:290], [0], [0], [290]), layer.wanted(x)[:290])
     for at in range(290, 301):
-        close(layer.step(x[at : at + 1], [0], [at], [1]), layer.wanted(x)[at : at + 1], False)
+        close(layer.step(x[at : at + 1], [0], [at], [1]), layer.wanted(x)[at : at + 1])
 
 
 @pytest.mark.parametrize("isa", HERE[-1:])
@@ -130,7 +134,7 @@ def test_long_contexts(isa, context, block_size):
     x = inputs(4, context, layer)
     y = layer.step(x, [0], [0], [context])[-1]
     q_only = layer.wanted(x[-200:])[-1] if context <= 200 else _last(layer, x)
-    close(y, q_only, False)
+    close(y, q_only)
 
 
 def _last(layer: Layer, x: np.ndarray) -> np.ndarray:
@@ -150,7 +154,7 @@ def test_partial_rotation_and_norms(isa, interleaved):
     norms = tuple(rng.uniform(0.5, 1.5, 64).astype(np.float32) for _ in range(2))
     layer = Layer(executor(isa), 4, 2, 64, rotary=48, interleaved=interleaved, norms=norms)
     x = inputs(6, 70, layer)
-    close(layer.step(x, [0], [0], [70]), layer.wanted(x), False)
+    close(layer.step(x, [0], [0], [70]), layer.wanted(x))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

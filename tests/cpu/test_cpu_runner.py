@@ -112,9 +112,11 @@ def test_logits_equal_the_reference(name):
         one.close()
 
 
-@pytest.mark.parametrize("quant", [None, "float32", "int8", "int4"])
-def test_chunks_and_neighbours_change_no_bit(quant):
-    runner = load("qwen3", quant=quant)
+@pytest.mark.parametrize(
+    ("quant", "kv"), [(None, "auto"), ("float32", "auto"), ("int8", "auto"), ("int4", "auto"), ("int8", "int8")]
+)
+def test_chunks_and_neighbours_change_no_bit(quant, kv):
+    runner = load("qwen3", quant=quant, kv_dtype=kv)
     whole = everything(runner, TOKENS, [150])
     np.testing.assert_array_equal(everything(runner, TOKENS, [1] * 150), whole)
     np.testing.assert_array_equal(everything(runner, TOKENS, [7] * 21 + [3]), whole)
@@ -175,6 +177,8 @@ def test_what_it_cannot_run_it_says(monkeypatch, tmp_path):
         load("llama", dtype="float16")
     with pytest.raises(BackendUnavailable, match="cuda"):
         load("llama", device="cuda")
+    with pytest.raises(UsageError, match="'fp8': the CPU runner keeps keys and values as auto or bf16 or int8"):
+        load("llama", kv_dtype="fp8")
     with pytest.raises(UsageError, match="int3"):
         load("llama", quant="int3")
     odd = card("llama")
@@ -220,18 +224,22 @@ def test_quality_of_quantisation(smollm2):
     tokens = np.array(hub.load_tokenizer(smollm2).encode(text)[:2001], np.int32)
     assert len(tokens) == 2001
     found = {}
-    for quant in ("float32", None, "int8", "int4"):
-        runner = CpuRunner(smollm2, LoadOptions(quant=quant, max_num_seqs=1, kv_cache_tokens=2048))
+    for quant, kv in (("float32", "auto"), (None, "auto"), ("int8", "auto"), ("int4", "auto"), (None, "int8")):
+        options = LoadOptions(quant=quant, kv_dtype=kv, max_num_seqs=1, kv_cache_tokens=2048)
+        runner = CpuRunner(smollm2, options)
         params, driver, scores = SamplingParams(temperature=0, prompt_logprobs=0), Driver(runner), []
         for begin in range(0, 2001, 256):
             work = [(0, min(256, 2001 - begin), False)]
             scores += driver.step(work, [(0, tokens, params)] if begin == 0 else ()).prompt_logprobs[0]
-        found[quant] = np.array([entry.logprob for entry in scores])
+        found[quant if kv == "auto" else "kv int8"] = np.array([entry.logprob for entry in scores])
         runner.close()
     change = {quant: np.abs(score - found["float32"]).mean() for quant, score in found.items()}
     loss = {quant: found["float32"].mean() - score.mean() for quant, score in found.items()}
     print({quant: f"|delta| {change[quant]:.4f}, loss {loss[quant]:+.4f}" for quant in found})
     assert change[None] < 0.02
+    by_kv = np.abs(found["kv int8"] - found[None]).mean()
+    print(f"keys and values in int8 instead of bf16: |delta| {by_kv:.4f}")
+    assert by_kv < 0.03 and abs(loss["kv int8"] - loss[None]) < 0.01
     assert change["int8"] < 0.13 and loss["int8"] < 0.03
     assert change["int4"] < 0.08 and loss["int4"] < 0.03  # the blocks of this file have four bits already
 

@@ -38,6 +38,16 @@ class Epilogue(IntEnum):
     GATED = 4
 
 
+class CacheKind(IntEnum):
+    F32 = 0
+    BF16 = 1
+    INT8 = 2  # with one float32 scale for each token and head
+
+    def bytes_per_token(self, head_dim: int) -> int:
+        """Of one head's keys, or of its values."""
+        return {CacheKind.F32: 4 * head_dim, CacheKind.BF16: 2 * head_dim, CacheKind.INT8: head_dim + 4}[self]
+
+
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
@@ -104,7 +114,7 @@ class AttentionOp(ctypes.Structure):
         ("rotary", c_int32),
         ("interleaved", c_int32),
         ("window", c_int32),
-        ("bf16", c_int32),
+        ("cache", c_int32),
         ("scale", c_float),
         ("eps", c_float),
         ("softcap", c_float),

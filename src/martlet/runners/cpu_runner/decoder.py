@@ -236,8 +236,8 @@ class Decoder:
 
     def caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """Zeroed KV memory, in whole cache lines; the system gives pages only as they are written."""
-        element = 2 if self.precision.kv_bf16 else 4
-        sizes = [layer.mixer.kv_size * block_size * element for layer in self.spec.layers]
+        kind, mixers = self.precision.kv, (layer.mixer for layer in self.spec.layers)
+        sizes = [mixer.kv_heads * block_size * kind.bytes_per_token(mixer.head_dim) for mixer in mixers]
         return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
     def adapter_tables(self, slots: int) -> AdapterTables:
@@ -381,7 +381,7 @@ class _Builder:
             rotary=attention.rope.dim,
             interleaved=attention.rope.style == "interleaved",
             window=attention.window or 0,
-            bf16=self.decoder.precision.kv_bf16,
+            cache=self.decoder.precision.kv,
             scale=attention.scale,
             eps=self.decoder.spec.eps,
             softcap=attention.softcap or 0.0,

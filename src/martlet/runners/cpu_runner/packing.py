@@ -11,7 +11,7 @@ import numpy as np
 from martlet.errors import BackendUnavailable
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.cpu.library import Executor, panel_bytes
-from martlet.kernels.cpu.program import PANEL, Format, Matrix
+from martlet.kernels.cpu.program import PANEL, CacheKind, Format, Matrix
 from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
 
 REGION = 32 << 20  # bytes taken from the system at a time
@@ -43,13 +43,13 @@ class Precision:
     """What runs in which format. name: of the choice, for reports.
 
     matrix: of linears, table: of the head and the embedding; None keeps the blocks or bf16 the file holds (float32
-    where it holds that). kv_bf16: keys and values in bf16, else float32.
+    where it holds that). kv: how keys and values are kept.
     """
 
     name: str
     matrix: Format | None = None
     table: Format | None = None
-    kv_bf16: bool = True
+    kv: CacheKind = CacheKind.BF16
 
     def target(self, source: Format, *, table: bool = False) -> Format:
         chosen = self.table if table else self.matrix
@@ -60,7 +60,7 @@ class Precision:
 
 PRECISIONS = {
     "stored": Precision("stored"),
-    "float32": Precision("float32", Format.F32, Format.F32, kv_bf16=False),
+    "float32": Precision("float32", Format.F32, Format.F32, CacheKind.F32),
     "bf16": Precision("bf16", Format.BF16, Format.BF16),
     "int8": Precision("int8", Format.INT8, Format.INT8),
     "int4": Precision("int4", Format.Q4_1, Format.INT8),
