@@ -239,7 +239,7 @@ def test_quality_of_quantisation(smollm2):
     assert change[None] < 0.02
     by_kv = np.abs(found["kv int8"] - found[None]).mean()
     print(f"keys and values in int8 instead of bf16: |delta| {by_kv:.4f}")
-    assert by_kv < 0.03 and abs(loss["kv int8"] - loss[None]) < 0.01
+    assert by_kv < 0.05 and abs(loss["kv int8"] - loss[None]) < 0.01
     assert change["int8"] < 0.13 and loss["int8"] < 0.03
     assert change["int4"] < 0.08 and loss["int4"] < 0.03  # the blocks of this file have four bits already
 
