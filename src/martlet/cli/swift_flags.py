@@ -45,3 +45,9 @@ train_dataset_mix_ds train_dataset_mix_ratio tuner_backend use_flash_attn use_ga
 vera_d_initial vera_dropout vera_modules_to_save vera_projection_prng_key vera_rank vera_target_modules
 """
 SFT = frozenset(_SFT.split())
+
+_EXPORT = """
+dataset gguf_file hf_output_dir megatron_output_dir ollama_output_dir pp quant_batch_size quant_bits quant_device_map
+quant_method quant_n_samples quant_output_dir quant_seqlen to_hf to_megatron to_ollama tp
+"""
+EXPORT = frozenset(_EXPORT.split()) | INFER

@@ -93,6 +93,15 @@ class Tokenizer:
         """Id of a token given by its name, e.g. "<|im_end|>"."""
         return self._core.token_to_id(token)
 
+    def state(self) -> dict[str, Any]:
+        """What tokenizer.json holds."""
+        return json.loads(self._core.to_str())
+
+    def pre_tokenize(self, text: str) -> list[tuple[str, tuple[int, int]]]:
+        """The words that `text` is cut into before merging, and where they lie; all of it when nothing cuts it."""
+        cutter = self._core.pre_tokenizer
+        return [(text, (0, len(text)))] if cutter is None else cutter.pre_tokenize_str(text)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers and we read them."""
         self._core.save(str(folder / "tokenizer.json"))

@@ -99,13 +99,17 @@ def load(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint) -> Iterator
     A matrix may come as a PackedTensor; what is not a matrix comes as an array. Raises CheckpointError naming our
     parameter, the checkpoint's tensor, the file, and the shapes wanted and found.
     """
-    family = families.get(card.family)
     for parameter in parameters(spec):
         if isinstance(checkpoint, DummyCheckpoint):
             yield parameter.name, checkpoint.random(parameter.name, parameter.shape)
             continue
-        source = family.source(spec, parameter.name, card.format)
-        yield parameter.name, _fetch(card, checkpoint, parameter, source)
+        yield parameter.name, fetch(card, spec, checkpoint, parameter)
+
+
+def fetch(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint, parameter: ParameterSpec) -> Tensor:
+    """One parameter of `load`."""
+    source = families.get(card.family).source(spec, parameter.name, card.format)
+    return _fetch(card, checkpoint, parameter, source)
 
 
 def _fetch(card: ModelCard, checkpoint: Checkpoint, parameter: ParameterSpec, source: families.Source) -> Tensor:

@@ -1,0 +1,61 @@
+"""One call of `martlet export`, from its arguments to the path of what it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from martlet.errors import UsageError
+from martlet.export import merge as merging
+from martlet.export.arguments import ExportArguments
+from martlet.export.source import Source, find
+
+
+def export(arguments: ExportArguments) -> Path:
+    """Do what is asked and return where the last result lies. Raises UsageError when nothing is."""
+    if not (arguments.to_peft_format or arguments.to or arguments.merge_lora or arguments.push_to_hub):
+        raise UsageError("nothing to do: --merge_lora, --to_peft_format, --to gguf or --push_to_hub")
+    if sum((arguments.to_peft_format, arguments.to is not None or arguments.merge_lora)) > 1:
+        raise UsageError("--to_peft_format goes with no other result; ask for one at a time", param="to_peft_format")
+    if arguments.verify and not (arguments.merge_lora or arguments.to):
+        raise UsageError("--verify compares what --merge_lora or --to writes; ask for one", param="verify")
+    if arguments.push_to_hub and not arguments.hub_model_id:
+        raise UsageError("--push_to_hub needs --hub_model_id NAMESPACE/NAME", param="hub_model_id")
+    source = find(arguments)
+    result = _write(source, arguments)
+    if arguments.push_to_hub:
+        from martlet.export.push import push
+
+        push(result, arguments)
+    return result
+
+
+def _write(source: Source, arguments: ExportArguments) -> Path:
+    replace, output = arguments.replace_if_exists, arguments.output and Path(arguments.output).expanduser()
+    converts = arguments.to is not None
+    if arguments.to_peft_format:
+        return merging.to_peft(source, output or _named(source, "peft"), replace=replace)
+    if arguments.merge_lora:
+        target = _named(source, "merged") if converts else output or _named(source, "merged")
+        merged = merging.merge(source, target, dtype=arguments.dtype, replace=replace)
+        if arguments.verify and not converts:
+            from martlet.export.verify import check_merged
+
+            check_merged(source, merged)
+        if not converts:
+            return merged
+    if arguments.to == "gguf":
+        from martlet.export.gguf import write
+
+        target = output or source.place.with_name(f"{source.place.name}-{arguments.gguf_type}.gguf")
+        result = write(source, target, arguments.gguf_type, replace=replace)
+    else:
+        return source.adapter or source.card.path
+    if arguments.verify:
+        from martlet.export.verify import compare
+
+        compare(source, result)
+    return result
+
+
+def _named(source: Source, suffix: str) -> Path:
+    return source.place.with_name(f"{source.place.name}-{suffix}")

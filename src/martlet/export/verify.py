@@ -1,0 +1,101 @@
+"""What a conversion lost: logits before and after, in float32, by transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from martlet import hub
+from martlet.backends.transformers_model import load_model
+from martlet.errors import MartletError
+from martlet.export.source import Source
+from martlet.runners.base import LoadOptions
+
+log = logging.getLogger("martlet")
+
+EXACT = 1e-4
+TEXTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Who are you?",
+    "A martlet is a small bird of heraldry. It has no feet, for it never comes to rest; so it stands for whoever "
+    "learns and moves on. Younger sons carried it on their shields, because they had no land to stand upon.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """largest: of any logit. logprob: mean change of the log-probability of the text's own tokens, absolute.
+    divergence: mean KL divergence from before to after, in nats."""
+
+    largest: float
+    logprob: float
+    divergence: float
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.largest:.3g}; log-probabilities of the text by {self.logprob:.3g} on "
+            f"average; KL divergence {self.divergence:.3g} nats a token"
+        )
+
+
+def difference(before: Callable, after: Callable, texts: list[list[int]]) -> Difference:
+    """before, after: ids [1, length] -> logits [1, length, vocab]. Texts of a single token say nothing of tokens."""
+    largest, changes, divergences = 0.0, [], []
+    with torch.no_grad():
+        for ids in texts:
+            batch = torch.tensor([ids])
+            old, new = before(batch)[0].float(), after(batch)[0].float()
+            largest = max(largest, (old - new).abs().max().item())
+            p, q = old.log_softmax(-1), new.log_softmax(-1)
+            divergences.append((p.exp() * (p - q)).sum(-1))
+            nexts = batch[0, 1:, None]
+            changes.append((p[:-1].gather(1, nexts) - q[:-1].gather(1, nexts)).abs()[:, 0])
+    return Difference(largest, torch.cat(changes).mean().item(), torch.cat(divergences).mean().item())
+
+
+def compare(source: Source, result: Path) -> Difference:
+    """Log and return what the file or folder at `result` lost against its source, both computed in float32."""
+    ids = _texts(source)
+    found = difference(_unmerged(source), _logits(hub.resolve(str(result))), ids)
+    log.info("%s: %s", result.name, found)
+    return found
+
+
+def check_merged(source: Source, result: Path) -> Difference:
+    """Like `compare`. Raises MartletError when a merge in float32 moved a logit by EXACT or more.
+
+    Weights of 16 bits are rounded when they are written, so there the difference is only told.
+    """
+    found = compare(source, result)
+    exact = hub.resolve(str(result)).config.get("dtype") == "float32"
+    if exact and not found.largest < EXACT:
+        raise MartletError(f"{result} is not the adapter on its base: {found}; wanted less than {EXACT}")
+    return found
+
+
+def _texts(source: Source) -> list[list[int]]:
+    tokenizer = hub.load_tokenizer(source.card)
+    return [tokenizer.encode_prompt(text) for text in TEXTS]
+
+
+def _logits(card) -> Callable:
+    model = load_model(card, LoadOptions(device="cpu", dtype="float32"))
+    return lambda ids: model(ids).logits
+
+
+def _unmerged(source: Source) -> Callable:
+    """The source as it is: the adapter beside the base, by peft."""
+    if source.adapter is None:
+        return _logits(source.card)
+    from peft import PeftModel
+
+    from martlet.hub.peft import folder_of
+
+    base = load_model(source.card, LoadOptions(device="cpu", dtype="float32"))
+    model = PeftModel.from_pretrained(base, str(folder_of(source.adapter))).eval()
+    return lambda ids: model(ids).logits
