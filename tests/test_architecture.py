@@ -24,7 +24,7 @@ ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are 
     "server": {"backends", *BELOW_BACKENDS},
     "bench": {"backends", *BELOW_BACKENDS},
     "train": {"backends", *BELOW_BACKENDS},
-    "export": {"backends", *BELOW_BACKENDS},
+    "export": {"train", "backends", *BELOW_BACKENDS},
     "cli": {"bench", "server", "train", "export", "backends", *BELOW_BACKENDS},
     "llm": {"backends", *BELOW_BACKENDS},
     "client": set(),
