@@ -28,7 +28,7 @@ ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are 
     "cli": {"bench", "server", "train", "export", "backends", *BELOW_BACKENDS},
     "llm": {"backends", *BELOW_BACKENDS},
     "client": set(),
-    "swift": {"llm", "client", "train", "export", "backends", *BELOW_BACKENDS},
+    "swift": {"cli", "llm", "client", "train", "export", "backends", *BELOW_BACKENDS},
     "__main__": {"cli"},
     "__init__": {"llm"},
     **{name: set() for name in COMMON},

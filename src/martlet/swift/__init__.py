@@ -25,6 +25,20 @@ _PUBLIC = {
     "get_model_list_client_async": "client",
     "inference_client": "client",
     "inference_client_async": "client",
+    "DeployArguments": "mains",
+    "ExportArguments": "mains",
+    "InferArguments": "mains",
+    "RlhfArguments": "mains",
+    "SftArguments": "mains",
+    "deploy_main": "mains",
+    "dpo_main": "mains",
+    "export_main": "mains",
+    "infer_main": "mains",
+    "merge_lora": "mains",
+    "merge_lora_main": "mains",
+    "orpo_main": "mains",
+    "rlhf_main": "mains",
+    "sft_main": "mains",
 }
 
 if TYPE_CHECKING:
@@ -40,9 +54,39 @@ if TYPE_CHECKING:
     from martlet.swift.generation_config import VllmGenerationConfig
     from martlet.swift.history import HistoryPair
     from martlet.swift.inference import inference_stream_vllm, inference_vllm
+    from martlet.swift.mains import (
+        DeployArguments,
+        ExportArguments,
+        InferArguments,
+        RlhfArguments,
+        SftArguments,
+        deploy_main,
+        dpo_main,
+        export_main,
+        infer_main,
+        merge_lora,
+        merge_lora_main,
+        orpo_main,
+        rlhf_main,
+        sft_main,
+    )
     from martlet.swift.registry import ModelType, TemplateType, get_default_template_type, get_template
 
 __all__ = [
+    "DeployArguments",
+    "ExportArguments",
+    "InferArguments",
+    "RlhfArguments",
+    "SftArguments",
+    "deploy_main",
+    "dpo_main",
+    "export_main",
+    "infer_main",
+    "merge_lora",
+    "merge_lora_main",
+    "orpo_main",
+    "rlhf_main",
+    "sft_main",
     "HistoryPair",
     "LoRARequest",
     "ModelType",

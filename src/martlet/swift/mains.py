@@ -1,0 +1,96 @@
+"""SWIFT's entry points: each takes a list of command-line words, an arguments object, or None for sys.argv."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from martlet.cli.deploy import DeployOptions as DeployArguments
+from martlet.cli.flags import parse
+from martlet.cli.infer import InferOptions as InferArguments
+from martlet.export.arguments import ExportArguments
+from martlet.train.arguments import RlhfArguments, SftArguments
+
+__all__ = ["DeployArguments", "ExportArguments", "InferArguments", "RlhfArguments", "SftArguments"]
+
+Words = Sequence[str] | Any | None
+
+
+def sft_main(args: Words = None) -> dict[str, Any]:
+    """Fine-tune; the run's folder, checkpoints, metric and log, by SWIFT's names."""
+    return _train("sft", args)
+
+
+def rlhf_main(args: Words = None) -> dict[str, Any]:
+    """Fine-tune on preferences, by `rlhf_type`; returns what sft_main does."""
+    return _train("rlhf", args)
+
+
+def dpo_main(args: Words = None) -> dict[str, Any]:
+    return _train("rlhf", args, "--rlhf_type", "dpo")
+
+
+def orpo_main(args: Words = None) -> dict[str, Any]:
+    return _train("rlhf", args, "--rlhf_type", "orpo")
+
+
+def export_main(args: Words = None) -> str:
+    """Export; the path of what was written."""
+    from martlet.export.run import export
+
+    return str(export(_options("export", args)))
+
+
+def merge_lora(args: Words = None, replace_if_exists: bool = False) -> str:
+    """Merge the adapter of `ckpt_dir` into its base; the `-merged` folder. args: ExportArguments, or its words."""
+    from dataclasses import replace
+
+    from martlet.export.run import export
+
+    options = _options("export", args)
+    return str(
+        export(replace(options, merge_lora=True, replace_if_exists=replace_if_exists or options.replace_if_exists))
+    )
+
+
+def merge_lora_main(args: Words = None) -> str:
+    return merge_lora(args)
+
+
+def infer_main(args: Words = None) -> dict[str, Any]:
+    """Chat, answer a prompt, or answer `val_dataset`, whose rows are then the "result"."""
+    options = _options("infer", args)
+    importlib.import_module("martlet.cli.infer").run(options)
+    if options.result_path is None:
+        return {"result": []}
+    lines = Path(options.result_path).expanduser().read_text(encoding="utf-8").splitlines()
+    return {"result": [json.loads(line) for line in lines]}
+
+
+def deploy_main(args: Words = None) -> int:
+    """Serve until stopped."""
+    return importlib.import_module("martlet.cli.deploy").run(_options("deploy", args))
+
+
+def _train(command: str, args: Words, *extra: str) -> dict[str, Any]:
+    options = _options(command, args, *extra)
+    from martlet.train.launch import launch
+    from martlet.train.run import as_dict
+
+    return as_dict(launch(options))
+
+
+def _options(command: str, args: Words, *extra: str) -> Any:
+    """The command's options object. extra: words that come last, and so win, also over those of an object."""
+    page = importlib.import_module(f"martlet.cli.{command}").COMMAND
+    if args is None or isinstance(args, (list, tuple)):
+        return parse(page.options, [*(sys.argv[1:] if args is None else args), *extra], not_yet=page.not_yet)
+    if extra:
+        from dataclasses import replace
+
+        return replace(args, **{extra[0].removeprefix("--"): extra[1]})
+    return args
