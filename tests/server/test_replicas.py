@@ -1,4 +1,4 @@
-"""The front of several replicas, over replicas of our own making; the last test runs two engines under Ray Serve."""
+"""The front of several replicas, over replicas of our own making, without Ray."""
 
 from __future__ import annotations
 
