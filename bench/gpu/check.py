@@ -3,7 +3,7 @@
     python bench/gpu/check.py [--sections kernels,G,...] [--models qwen3-0.6b,llama3-8b] [--gguf FILE] [--out FOLDER]
 
 One JSON line a result, on standard output (rounded) and in FOLDER/check.jsonl. Each section runs in a process of its
-own, so one that breaks the GPU's context takes none with it. The default sections take some seven minutes; "env",
+own, so one that breaks the GPU's context takes none with it. The default sections take some seven minutes; "G6", "env",
 "tiles", "attention" and "prefill" can be asked for. Workloads G1-G4: random token ids below 32,000, random.Random(0),
 greedy, EOS ignored, prefix caching off; in bfloat16, with the KV cache in FP8, and with weights in FP8 too.
 """
@@ -27,6 +27,7 @@ SECTIONS = {  # name: module, function, the most seconds it may take
     "engine": ("correctness", "engine", 120),
     "quality": ("correctness", "quality", 60),
     "G": ("workloads", "g", 260),
+    "G6": ("adapters", "g6", 120),
     "steps": ("micro", "steps", 50),
     "start": ("workloads", "start", 45),
     "small": ("micro", "small", 25),

@@ -16,8 +16,11 @@ INLINE F lora_weights(const void* base, int64_t at) {
 
 template <bool kBF16, int M, int R>
 INLINE void shrink_tile(const Lora& lora, int row, int k, const float* x, float* t, int64_t stride) {
+  constexpr int kLine = kBF16 ? 32 : 16;
   F acc[M][R] = {};
   for (int i = 0; i < k; i += L) {
+    if (i % kLine == 0)  // few tokens wait for memory: the next rows are asked for while these are multiplied
+      for (int r = 0; r < R; ++r) __builtin_prefetch((const uint8_t*)lora.a + (int64_t(row + R + r) * k + i) * 64 / kLine);
     F v[M];
     for (int m = 0; m < M; ++m) v[m] = load<F>(x + (int64_t)m * k + i);
     for (int r = 0; r < R; ++r) {
@@ -81,6 +84,9 @@ INLINE void expand_tokens(const Lora& lora, int64_t half, const float* t, int64_
 // products[tokens[i]][32] += the panel's rows of B times t[i].
 void expand(const Lora& lora, int panel, const float* t, int64_t stride, const int32_t* tokens, int count,
             float* products) {
+  const int64_t bytes = (int64_t)lora.rank * kPanel * (lora.bf16 ? 2 : 4);
+  const uint8_t* next = (const uint8_t*)lora.b + (panel + 1) * bytes;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
   for (int64_t half = 2 * panel; half < 2 * panel + 2; ++half) {
     if (lora.halves[half] < 0) continue;
     int i = 0;

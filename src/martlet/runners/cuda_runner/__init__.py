@@ -19,11 +19,13 @@ import torch
 from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
 from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, sampling
+from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import read_spec
 from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResult
 from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
+from martlet.runners.cuda_runner.adapters import Slots, bytes_for
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
@@ -51,7 +53,6 @@ class CudaRunner:
 
     lag = 1
     max_drafts = 0
-    max_adapters = 0
 
     def __init__(
         self,
@@ -65,6 +66,8 @@ class CudaRunner:
         """Load `card`. progress(done, total) counts parameters. Raises any of martlet.errors."""
         if options.quant not in (None, "fp8"):
             raise UsageError(f"quant {options.quant!r}: the CUDA runner has fp8", param="quant")
+        if options.quant and options.max_adapters:
+            raise UsageError("the CUDA runner has no adapters beside fp8 weights; leave --quant out", param="quant")
         if options.dtype not in DTYPES:
             raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
         self.device = _device(options.device)
@@ -83,7 +86,11 @@ class CudaRunner:
             )
             clock.lap(f"weights of {card.name}", self.device)
             self.memory = self._plan(options, free, loaded.nbytes)
-            self.decoder = Decoder(spec, loaded, self.memory.max_model_len)
+            self.max_adapters = options.max_adapters
+            slots = None
+            if self.max_adapters:
+                slots = Slots(spec, self.max_adapters, options.max_lora_rank, self.device, self.dtype)
+            self.decoder = Decoder(spec, loaded, self.memory.max_model_len, slots)
             self.state = _state(spec, self.memory, self.device, self.kv_dtype)
             self.rows = Rows(self.memory, spec.vocab_size)
             self.mailbox = Mailbox(self.device)
@@ -106,7 +113,8 @@ class CudaRunner:
         state = 4 * rows * (longest + -(-longest // options.block_size)) + 8 * rows * spec.vocab_size
         widest = max(2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + 3 * layer.mlp.hidden for layer in spec.layers)
         activations = self.max_step_tokens * (widest + 4 * spec.width) * element
-        left = (_free_memory(self.device) if self._on_gpu else free) - state - activations
+        adapters = bytes_for(spec, options.max_adapters, options.max_lora_rank, element)
+        left = (_free_memory(self.device) if self._on_gpu else free) - state - activations - adapters
         return plan_memory(
             spec,
             options,
@@ -116,6 +124,11 @@ class CudaRunner:
             scale_size=4 if self.kv_dtype == torch.float8_e4m3fn else 0,
             default_rows=DEFAULT_ROWS,
         )
+
+    @torch.inference_mode()
+    def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        assert self.decoder.slots is not None
+        self.decoder.slots.put(slot, adapter)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
@@ -172,7 +185,9 @@ class CudaRunner:
             return CudaStep(self.mailbox, np.empty(0, np.int64), 0, None, [], [])
         if replay:
             assert self.graphs is not None
-            tokens, logits = self.graphs.run(batch.rows, batch.start, changes, kind, self.mailbox)
+            tokens, logits = self.graphs.run(
+                batch.rows, batch.start, changes, kind, self.mailbox, adapted=self._adapted(batch)
+            )
             order = np.arange(total)
             reports: list[sampler.Report] = []
             if kind == sampler.SPECIAL:
@@ -185,6 +200,7 @@ class CudaRunner:
         state = self.state
         width, pages = state.tokens.shape[1], state.blocks.shape[1]
         blocks_at, settings_at = state.tokens.numel(), state.tokens.numel() + state.blocks.numel()
+        adapters_at = settings_at + state.settings.numel()
         places = [blocks_at + batch.block_rows * pages + batch.block_slots]
         values = [batch.block_ids]
         for new in batch.new_rows:
@@ -192,11 +208,17 @@ class CudaRunner:
             values.append(new.tokens)
             places.append(settings_at + new.row * sampling.SETTINGS + np.arange(sampling.SETTINGS))
             values.append(sampler.settings(self.rows, new.row))
+            if self.max_adapters:
+                places.append(np.array([adapters_at + new.row]))
+                values.append(np.array([new.adapter]))
         return np.stack([np.concatenate(places), np.concatenate(values)]).astype(np.int32)
 
     def _apply(self, changes: np.ndarray) -> None:
         if changes.shape[1]:
             layers.scatter(self.state.flat, self.mailbox.send(changes.reshape(-1)).view(2, -1))
+
+    def _adapted(self, batch: Batch) -> bool:
+        return bool(self.rows.adapter[batch.rows].any())
 
     def _wants_prompt_logprobs(self, batch: Batch) -> bool:
         return bool((self.rows.prompt_logprobs[batch.rows] >= 0).any())
@@ -225,7 +247,9 @@ class CudaRunner:
         )
         mixed = None
         if self.graphs is not None and not len(fresh) and not len(scored):
-            mixed = self.graphs.mixed_for(decoding, len(token_rows) - decoding, len(tiled))
+            mixed = self.graphs.mixed_for(
+                decoding, len(token_rows) - decoding, len(tiled), adapted=self._adapted(batch)
+            )
         if mixed is not None:
             assert self.graphs is not None
             logits = self.graphs.run_mixed(mixed, mixed.words_of(step), self.mailbox)
@@ -248,6 +272,7 @@ class CudaRunner:
             sequences=sent_sequences.view(4, -1) if len(tiled) else None,
             fresh=[(int(offset[i]), int(count[i]), -(-int(count[i]) // unit) * unit) for i in fresh],
             picks=sent_picks,
+            adapted=self._adapted(batch),
         )
         hidden = self.decoder.forward(there, self.state)
         chosen = order[sample]
@@ -381,9 +406,9 @@ class _Clock:
 def _state(spec: DecoderSpec, memory: MemoryPlan, device: torch.device, dtype: torch.dtype) -> State:
     rows, width = memory.max_rows, memory.max_model_len + 1
     pages = -(-memory.max_model_len // memory.block_size)
-    sizes = [rows * width, rows * pages, rows * sampling.SETTINGS]
+    sizes = [rows * width, rows * pages, rows * sampling.SETTINGS, rows]
     flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-    tokens, blocks, settings = flat.split(sizes)
+    tokens, blocks, settings, adapters = flat.split(sizes)
     specs = list(dict.fromkeys(layer.mixer for layer in spec.layers))
     scaled = dtype == torch.float8_e4m3fn
 
@@ -395,6 +420,7 @@ def _state(spec: DecoderSpec, memory: MemoryPlan, device: torch.device, dtype: t
         tokens=tokens.view(rows, width),
         blocks=blocks.view(rows, pages),
         settings=settings.view(rows, sampling.SETTINGS),
+        adapters=adapters,
         caches=[
             kept(layer.mixer.kv_heads, memory.block_size, layer.mixer.head_dim, dtype=dtype) for layer in spec.layers
         ],

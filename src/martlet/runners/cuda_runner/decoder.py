@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
 from martlet.kernels.cuda.fp8 import Fp8
 from martlet.kernels.cuda.linear import Linear, linear, product
+from martlet.kernels.cuda.lora import Groups
 from martlet.model.rope import rotation_table
 from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
+from martlet.runners.cuda_runner.adapters import Slots
 from martlet.runners.cuda_runner.weights import Block, Weights
 
 
@@ -29,6 +31,7 @@ class StepTensors:
     rows, positions: int32 [T]. changes: int32 [2, T] for `layers.embed`, or None. tiles, sequences: of the others, as
     `prefill_attention` takes them. fresh: (first token, tokens, tokens with padding) of others that are whole long
     prompts and are attended one by one. picks: int32 [S], tokens whose hidden state is wanted; None for all.
+    adapted: whether rows may have adapters.
     """
 
     rows: torch.Tensor
@@ -39,14 +42,16 @@ class StepTensors:
     sequences: torch.Tensor | None = None
     fresh: Sequence[tuple[int, int, int]] = ()
     picks: torch.Tensor | None = None
+    adapted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """What a runner keeps on the device between steps.
 
-    flat: int32, all that the host may change, one tensor so that one kernel writes any change; the next three are
+    flat: int32, all that the host may change, one tensor so that one kernel writes any change; the next four are
     views of it. tokens [rows, max_model_len + 1]. blocks [rows, P], the block tables. settings [rows, SETTINGS].
+    adapters [rows], the slot of each row's adapter, 0 for none.
     caches: [2, blocks, K, block_size, D] a layer; scales: float32 [2, blocks, K, block_size] a layer, or None where the
     cache needs none (`rotary.rotate_and_write`). room: where split attention leaves its parts.
     """
@@ -55,16 +60,17 @@ class State:
     tokens: torch.Tensor
     blocks: torch.Tensor
     settings: torch.Tensor
+    adapters: torch.Tensor
     caches: list[torch.Tensor]
     scales: list[torch.Tensor] | list[None]
     room: decode_attention.Scratch
 
 
 class Decoder:
-    """A DecoderSpec with its weights on the GPU. Stateless but for them."""
+    """A DecoderSpec with its weights on the GPU. Stateless but for them. slots: adapters, None where there are none."""
 
-    def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int):
-        self.spec, self.weights = spec, weights
+    def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int, slots: Slots | None = None):
+        self.spec, self.weights, self.slots = spec, weights, slots
         self.device = weights.embed.device
         self.queries = prefill_attention.queries_for(weights.embed.dtype)  # of a tile
         self.rotations = {
@@ -80,10 +86,15 @@ class Decoder:
             state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
             changes=step.changes, state=state.flat,
         )  # fmt: skip
-        delta = None
-        through = self._narrow if len(x) == 1 else self._wide
+        delta = groups = None
+        if step.adapted:
+            assert self.slots is not None
+            groups = self.slots.group(step.rows, state.adapters)
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
-            delta = through(x, delta, layer, block, number, step, state)
+            if len(x) == 1 and groups is None:
+                self._narrow(x, layer, block, number, step, state)
+            else:
+                delta = self._wide(x, delta, layer, block, number, step, state, groups)
         return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -100,7 +111,6 @@ class Decoder:
     def _narrow(
         self,
         x: torch.Tensor,
-        delta: None,
         layer: Layer,
         block: Block,
         number: int,
@@ -130,16 +140,29 @@ class Decoder:
         number: int,
         step: StepTensors,
         state: State,
+        groups: Groups | None,
     ) -> torch.Tensor:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
         eps, mlp = self.spec.eps, layer.mlp
         y = layers.add_rms_norm(x, delta, block.attn_norm, eps, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
-        y = self._attend(_padded(y, block.qkv, len(x), rows, x.dtype), layer.mixer, block, number, step, state)
-        y = self._normed(product(y, block.o, x.dtype), block.attn_post_norm)
+        qkv = self._adapt(y, _padded(y, block.qkv, len(x), rows, x.dtype), number, "qkv", groups)
+        y = self._attend(qkv, layer.mixer, block, number, step, state)
+        y = self._normed(self._adapt(y, product(y, block.o, x.dtype), number, "o", groups), block.attn_post_norm)
         y = layers.add_rms_norm(x, y, block.mlp_norm, eps, fp8=block.up.fp8)
-        hidden = layers.activation(product(y, block.up, x.dtype), mlp.activation, mlp.gated, fp8=block.down.fp8)
-        return self._normed(product(hidden, block.down, x.dtype), block.mlp_post_norm)
+        up = self._adapt(y, product(y, block.up, x.dtype), number, "up", groups)
+        hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
+        y = self._adapt(hidden, product(hidden, block.down, x.dtype), number, "down", groups)
+        return self._normed(y, block.mlp_post_norm)
+
+    def _adapt(
+        self, x: torch.Tensor | Fp8, y: torch.Tensor, number: int, name: str, groups: Groups | None
+    ) -> torch.Tensor:
+        """The product y of a linear of layer `number` with x, with what adapters add to it."""
+        if groups is not None:
+            assert self.slots is not None and isinstance(x, torch.Tensor)
+            self.slots.add(x, y, number, name, groups)
+        return y
 
     def _normed(self, y: torch.Tensor, post_norm: torch.Tensor | None) -> torch.Tensor:
         return y if post_norm is None else layers.add_rms_norm(y, None, post_norm, self.spec.eps)

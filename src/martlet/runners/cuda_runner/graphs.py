@@ -55,7 +55,7 @@ class Graphs:
         words = max(4 * _room(max_rows), Mixed(max_rows, MIXED_TOKENS[-1], decoder.queries).words)
         self.inbox = torch.full((words,), -1, dtype=torch.int32, device=decoder.device)
         self.out = torch.empty(max_rows, dtype=torch.int32, device=decoder.device)
-        self.captured: dict[tuple[int, str] | Mixed, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self.captured: dict[tuple[int, str, bool] | Mixed, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self.seen: set[Mixed] = set()
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -69,20 +69,34 @@ class Graphs:
                 self._decode(min(8, most), kind)
             self._mixed(Mixed(min(16, most), 512, self.decoder.queries))
             self._mixed(Mixed(0, 1024, self.decoder.queries))
+            if self.decoder.slots is not None:
+                for size in {1, min(8, most), most}:
+                    self._decode(size, sampler.GREEDY, adapted=True)
+                self._mixed(Mixed(min(16, most), 512, self.decoder.queries, adapted=True))
         for size in EAGER_SIZES:
             if size <= most:
-                self._graph((size, sampler.GREEDY))
+                self._graph((size, sampler.GREEDY, False))
+                if self.decoder.slots is not None:
+                    self._graph((size, sampler.GREEDY, True))
 
     def run(
-        self, rows: np.ndarray, positions: np.ndarray, changes: np.ndarray, kind: str, mailbox: Mailbox
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        changes: np.ndarray,
+        kind: str,
+        mailbox: Mailbox,
+        *,
+        adapted: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replay a step of rows [B] at positions [B], changes int32 [2, n <= B] -> (tokens [>= B], logits [B, V]).
 
         Tokens are the next step's after it is launched, so the caller copies them; logits only for SPECIAL.
+        adapted: rows have adapters; steps without run the graph that knows none.
         """
         count = len(rows)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
-        graph, logits = self._graph((size, kind))
+        graph, logits = self._graph((size, kind, adapted))
         words = np.full((4, _room(size)), -1, np.int32)
         words[0, :count] = rows
         words[1] = 0
@@ -92,7 +106,7 @@ class Graphs:
         graph.replay()
         return self.out[:count], self.out if logits is None else logits[:count]
 
-    def mixed_for(self, decoding: int, tokens: int, sequences: int) -> Mixed | None:
+    def mixed_for(self, decoding: int, tokens: int, sequences: int, *, adapted: bool = False) -> Mixed | None:
         """The graph for a step of `decoding` sequences of one token and `tokens` of `sequences` others, if it pays.
 
         Captured when it is wanted the second time: capturing takes longer than one step is worth.
@@ -103,6 +117,7 @@ class Graphs:
             self.decodes[bisect.bisect_left(self.decodes, decoding)],
             MIXED_TOKENS[bisect.bisect_left(MIXED_TOKENS, tokens)],
             self.decoder.queries,
+            adapted,
         )
         least = self.ms_a_token * (decoding + tokens)
         if self.ms_a_token * (mixed.decodes + mixed.tokens) > max(LAUNCHES_MS, least + HIDDEN_MS):
@@ -120,7 +135,7 @@ class Graphs:
         graph.replay()
         return logits
 
-    def _graph(self, key: tuple[int, str] | Mixed) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+    def _graph(self, key: tuple[int, str, bool] | Mixed) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
         found = self.captured.get(key)
         if found is None:
             began = time.perf_counter()
@@ -134,7 +149,7 @@ class Graphs:
             log.debug("captured a step, %s, in %.3f s", key, time.perf_counter() - began)
         return found
 
-    def _nothing(self, key: tuple[int, str] | Mixed) -> torch.Tensor:
+    def _nothing(self, key: tuple[int, str, bool] | Mixed) -> torch.Tensor:
         """An inbox of padding."""
         words = np.full(len(self.inbox), -1, np.int32)
         if isinstance(key, Mixed):
@@ -143,11 +158,11 @@ class Graphs:
             words[_room(key[0]) : 2 * _room(key[0])] = 0
         return torch.from_numpy(words)
 
-    def _decode(self, size: int, kind: str) -> torch.Tensor | None:
+    def _decode(self, size: int, kind: str, adapted: bool = False) -> torch.Tensor | None:
         room = _room(size)
         words = self.inbox[: 4 * room].view(4, room)[:, :size]
         rows, positions = words[0], words[1]
-        step = StepTensors(rows, positions, size, changes=words[2:])
+        step = StepTensors(rows, positions, size, changes=words[2:], adapted=adapted)
         logits = self.decoder.logits(self.decoder.forward(step, self.state))
         if kind == sampler.SPECIAL:
             return logits

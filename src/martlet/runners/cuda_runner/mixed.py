@@ -32,12 +32,14 @@ class HostStep:
 class Mixed:
     """The shape of a graph: `decodes` sequences of one token, then `tokens` tokens of up to MIXED_SEQUENCES others.
 
-    queries: tokens of an attention tile. What a step leaves over is padding: rows -1, tiles that begin past the end.
+    queries: tokens of an attention tile. adapted: rows may have adapters.
+    What a step leaves over is padding: rows -1, tiles that begin past the end.
     """
 
     decodes: int
     tokens: int
     queries: int
+    adapted: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -76,8 +78,9 @@ class Mixed:
         """The step as the decoder reads it from the first `words` of an inbox."""
         rows, positions, tiles, sequences, picks = inbox[: self.words].split(self.sizes)
         return StepTensors(
-            rows, positions, self.decodes, tiles=tiles.view(2, -1), sequences=sequences.view(4, -1), picks=picks
-        )
+            rows, positions, self.decodes, tiles=tiles.view(2, -1), sequences=sequences.view(4, -1), picks=picks,
+            adapted=self.adapted,
+        )  # fmt: skip
 
     def _parts(self, words: np.ndarray) -> list[np.ndarray]:
         return np.split(words, np.cumsum(self.sizes)[:-1])
