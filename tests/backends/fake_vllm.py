@@ -68,6 +68,9 @@ class AsyncEngineArgs:
         "max_logprobs",
         "scheduling_policy",
         "trust_remote_code",
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
     ]
 
     def __init__(self, **given):
@@ -75,6 +78,13 @@ class AsyncEngineArgs:
         assert not unknown, f"vLLM has no engine argument {unknown}"
         self.max_num_seqs = None
         self.__dict__.update(given)
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
 
 
 @dataclass
@@ -117,6 +127,7 @@ class AsyncLLM:
     model_config: ModelConfig = field(default_factory=ModelConfig)
     calls: list[tuple] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    loras: list[tuple | None] = field(default_factory=list)
     errored: bool = False
     stopped: bool = False
 
@@ -127,8 +138,9 @@ class AsyncLLM:
             raise ValueError("no such checkpoint")
         return cls(args)
 
-    async def generate(self, prompt, sampling_params, request_id, *, priority=0):
+    async def generate(self, prompt, sampling_params, request_id, *, priority=0, lora_request=None):
         self.calls.append((prompt, sampling_params, request_id, priority))
+        self.loras.append(lora_request and (lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path))
         ids, params = prompt["prompt_token_ids"], sampling_params
         if ids[0] == 13:
             raise RuntimeError("CUDA error")
@@ -168,8 +180,8 @@ class AsyncLLM:
 def install(monkeypatch) -> None:
     """Make `import vllm` find this."""
     here = sys.modules[__name__]
-    modules = ("vllm", "vllm.engine", "vllm.engine.arg_utils", "vllm.sampling_params")
-    for name in (*modules, "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm"):
+    modules = ("vllm", "vllm.engine", "vllm.engine.arg_utils", "vllm.sampling_params", "vllm.lora")
+    for name in (*modules, "vllm.lora.request", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm"):
         module = types.ModuleType(name)
         module.__dict__.update({k: v for k, v in vars(here).items() if not k.startswith("__")})
         monkeypatch.setitem(sys.modules, name, module)

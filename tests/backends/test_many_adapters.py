@@ -10,6 +10,8 @@ import pytest
 
 from lora_models import VOCAB, greedy, make_base, tune
 from martlet.backends.native import NativeBackend
+from martlet.backends.transformers_backend import load_transformers
+from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import InvalidRequest, ModelNotFound
 from martlet.runners.base import LoadOptions
@@ -155,3 +157,43 @@ def test_reloads_under_traffic_never_mix_versions(base, tuned, wanted):
         thread.join()
     backend.close()
     assert seen <= whole and len(seen) > 1
+
+
+@pytest.fixture
+def transformers_backend(base):
+    load = LoadOptions(dtype="float32", device="cpu", max_num_seqs=4, max_adapters=1)
+    backend = load_transformers(base[0], Unhelpful(), load, EngineOptions())
+    yield backend
+    backend.close()
+
+
+def test_the_transformers_backend_runs_one_adapter_a_batch(base, tuned, wanted, transformers_backend, tmp_path):
+    backend = transformers_backend
+    dora = tune(base[1], tmp_path / "dora", seed=99, use_dora=True, target_modules=["q_proj", "up_proj"])
+    names = ["a0", "a1", "a4"]
+    for name in names:
+        backend.load_adapter(name, tuned[name].path)
+    backend.load_adapter("dora", dora.path)
+    asked = [(name, prompt, tokens) for name, prompt, tokens in wanted if name in (None, *names)]
+    _, prompt, _ = asked[0]
+    asked.append(("dora", prompt, greedy(dora.merged(), [prompt], TOKENS)[0]))
+    got = answers(backend, [request(str(i), name, prompt) for i, (name, prompt, _) in enumerate(asked)])
+    assert [got[str(i)] for i in range(len(asked))] == [tokens for *_, tokens in asked]
+    backend.load_adapter("a0", tuned["a5"].path)
+    backend.unload_adapter("a1")
+    assert (
+        answers(backend, [request("again", "a0", prompt)])["again"]
+        == (greedy(tuned["a5"].merged(), [prompt], TOKENS)[0])
+    )
+    with pytest.raises(InvalidRequest, match="no adapter is called 'a1'; there is a0, a4, dora"):
+        list(backend.generate([request("gone", "a1", prompt)]))
+    with pytest.raises(InvalidRequest, match="no such folder"):
+        backend.load_adapter("x", tmp_path / "x")
+
+
+def test_the_transformers_backend_merges(base, tuned, wanted):
+    card = replace(base[0], merge=tuned["a0"].path)
+    backend = load_transformers(card, Unhelpful(), LoadOptions(dtype="float32", device="cpu"), EngineOptions())
+    _, prompt, tokens = next(each for each in wanted if each[0] == "a0")
+    assert answers(backend, [request("x", None, prompt)]) == {"x": tokens}
+    backend.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from pathlib import Path
 
 import fake_vllm
+import numpy as np
 import pytest
 from byte_tokenizer import ByteTokenizer
+from safetensors.numpy import save_file
 
 from fake_backend import fake_card
 from martlet.engine.options import EngineOptions
@@ -166,3 +169,34 @@ def test_what_cannot_run_is_refused_before_vllm_sees_it(load):
     with pytest.raises(Overloaded):
         backend.submit([ask(str(i)) for i in range(3)], queue.SimpleQueue())
     assert backend._engine.calls == []
+
+
+def test_adapters_go_to_vllm_by_path_with_a_number_for_each_load(load, tmp_path):
+    rows = np.ones((4, 8), np.float32)
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"]
+    save_file({names[0]: rows, names[1]: rows.T.copy()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    plain = load(family="a family we do not know")
+    with pytest.raises(InvalidRequest, match="--enable_lora"):
+        plain.load_adapter("tuned", tmp_path)
+    backend = load(options=LoadOptions(max_adapters=2, max_lora_rank=20), family="a family we do not know")
+    args = backend._engine.args
+    assert (args.enable_lora, args.max_loras, args.max_lora_rank) == (True, 2, 32)
+    for name in ("tuned", "other", "tuned"):
+        backend.load_adapter(name, tmp_path)
+    assert list(backend.adapters()) == ["tuned", "other"]
+    for adapter in ("tuned", None, "other"):
+        request = ask(adapter or "base")
+        request.adapter = adapter
+        list(backend.generate([request]))
+    assert backend._engine.loras == [("tuned", 3, str(tmp_path)), None, ("other", 2, str(tmp_path))]
+    backend.unload_adapter("tuned")
+    request.adapter = "tuned"
+    with pytest.raises(InvalidRequest, match="no adapter is called 'tuned'; there is other"):
+        list(backend.generate([request]))
+    with pytest.raises(InvalidRequest, match="no such folder"):
+        backend.load_adapter("gone", tmp_path / "gone")
+    with pytest.raises(UsageError, match="up to 512"):
+        load(options=LoadOptions(max_adapters=1, max_lora_rank=600))
+    with pytest.raises(UsageError, match="merges no adapters"):
+        load(merge=tmp_path)

@@ -25,6 +25,9 @@ from martlet.hub.tokenizer import Tokenizer
 log = logging.getLogger("martlet")
 
 
+NO_SLOTS = "this model was loaded without slots for adapters; --enable_lora or --max_loras makes some"
+
+
 class Sink(Protocol):
     """Where outputs go. `put` is called on the backend's thread, once a step, and must not block."""
 
@@ -116,7 +119,7 @@ def check_adapter_name(name: str) -> None:
         raise InvalidRequest(f"an adapter's name is 1 to 256 printable characters, not {name!r}", param="adapters")
 
 
-def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
+def check_request(request: Request, vocab_size: int, max_model_len: int, adapters: Collection[str] = ()) -> None:
     """What every backend without an engine of ours asks of a request. Raises InvalidRequest."""
     length = len(request.prompt_token_ids)
     if length == 0:
@@ -129,8 +132,9 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
     if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size:
         raise InvalidRequest(f"prompt token ids go from 0 to {vocab_size - 1}", param="prompt")
     request.params.check_vocabulary(vocab_size)
-    if request.adapter is not None:
-        raise InvalidRequest(f"no adapter is called {request.adapter!r}; none is loaded", param="model")
+    if request.adapter is not None and request.adapter not in adapters:
+        there = ", ".join(adapters) or "none is loaded"
+        raise InvalidRequest(f"no adapter is called {request.adapter!r}; there is {there}", param="model")
 
 
 def warn_of_unused(backend: str, honoured: Collection[str], *options: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from martlet.backends.base import Backend, Sink, check_adapter_name
+from martlet.backends.base import NO_SLOTS, Backend, Sink, check_adapter_name
 from martlet.engine import AsyncEngine, Engine
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request, Stats
@@ -57,10 +57,7 @@ class NativeBackend(Backend):
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         if not self._max_adapters:
-            raise InvalidRequest(
-                "this model was loaded without slots for adapters; --enable_lora or --max_loras makes some",
-                param="adapters",
-            )
+            raise InvalidRequest(NO_SLOTS, param="adapters")
         check_adapter_name(name)
         began = time.perf_counter()
         adapter = read_adapter(path, self.card, read_spec(self.card), self._max_lora_rank)

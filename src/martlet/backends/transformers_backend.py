@@ -11,14 +11,16 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from martlet.backends.base import Backend, Sink, check_request, warn_of_unused
+from martlet.backends.base import NO_SLOTS, Backend, Sink, check_request, warn_of_unused
+from martlet.backends.transformers_adapters import PeftAdapters
 from martlet.backends.transformers_model import load_model
 from martlet.backends.transformers_sampler import RowSampler, SampledRow
 from martlet.engine.detokenizer import Detokenizer
@@ -31,17 +33,28 @@ from martlet.runners.base import LoadOptions, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
-_HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "max_num_queued", "seed")
+_HONOURED = (
+    "device",
+    "dtype",
+    "quant",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_queued",
+    "seed",
+    "max_adapters",
+    "max_lora_rank",
+)
 MAX_ROWS = 32  # sequences in a batch, unless max_num_seqs says otherwise
 
 
 @dataclass(slots=True)
 class _Job:
-    """A submitted request. open: its sequences that have not ended."""
+    """A submitted request. open: its sequences that have not ended. adapter: what PEFT calls its adapter."""
 
     request: Request
     sink: Sink
     open: int
+    adapter: str | None = None
 
 
 class TransformersBackend(Backend):
@@ -54,6 +67,8 @@ class TransformersBackend(Backend):
         longest = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = min(longest, load.max_model_len or longest)
         self._model = model
+        self._max_adapters = load.max_adapters
+        self._adapters = PeftAdapters(card, model, load.max_lora_rank)
         self._max_rows = load.max_num_seqs or MAX_ROWS
         self._max_queued = engine.max_num_queued
         self._seeds = random.Random(engine.seed)
@@ -83,7 +98,9 @@ class TransformersBackend(Backend):
                 raise InvalidRequest(
                     "request ids must differ from each other and from running ones", param="request_id"
                 )
-            self._waiting += [_Job(request, sink, request.params.n) for request in requests]
+            self._waiting += [
+                _Job(request, sink, request.params.n, self._adapters.key(request.adapter)) for request in requests
+            ]
             self._wake.notify()
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -95,6 +112,18 @@ class TransformersBackend(Backend):
         for job in gone:
             self._finished["abort"] += 1
             job.sink.put([_last(job.request, "abort")])
+
+    def adapters(self) -> Sequence[str]:
+        return self._adapters.names()
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        if not self._max_adapters:
+            raise InvalidRequest(NO_SLOTS, param="adapters")
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        with self._wake:  # between a request's check and its place in the queue nothing is unloaded
+            self._adapters.unload(name)
 
     def stats(self) -> Stats:
         began = self._step_began
@@ -120,7 +149,7 @@ class TransformersBackend(Backend):
         self._model = None
 
     def _check(self, request: Request) -> None:
-        check_request(request, self.vocab_size, self.max_model_len)
+        check_request(request, self.vocab_size, self.max_model_len, self._adapters.names())
         if request.params.grammar is not None:
             self.check_grammar(request.params.grammar)
         if request.params.prompt_logprobs is not None:
@@ -142,7 +171,8 @@ class TransformersBackend(Backend):
             self._step_began = time.monotonic()
             batch = _Batch(self, jobs)
             try:
-                batch.generate(self._model)
+                with self._adapters.using(jobs[0].adapter):
+                    batch.generate(self._model)
             except Exception as error:
                 log.error("a batch of %d requests failed: %s", len(jobs), error, exc_info=error)
                 batch.fail(error)
@@ -151,17 +181,19 @@ class TransformersBackend(Backend):
                 with self._wake:
                     self._running = {}
                     self._aborted.clear()
+                    used = {job.adapter for job in self._waiting}
+                self._adapters.forget(used)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest requests of the most urgent priority that fit into a batch; at least one."""
+        """The oldest requests of the most urgent priority that fit into a batch with one adapter; at least one."""
         self._waiting.sort(key=lambda job: (job.request.priority, job.request.arrival))
-        rows, count = 0, 0
+        jobs, later, rows = [], [], 0
         for job in self._waiting:
             rows += job.request.params.n
-            if count and rows > self._max_rows:
-                break
-            count += 1
-        jobs, self._waiting = self._waiting[:count], self._waiting[count:]
+            fits = job.adapter == self._waiting[0].adapter and (not jobs or rows <= self._max_rows)
+            (jobs if fits else later).append(job)
+            rows -= 0 if fits else job.request.params.n
+        self._waiting = later
         return jobs
 
 

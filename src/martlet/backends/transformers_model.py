@@ -4,6 +4,7 @@ independent reference; GGUF and dummy weights are ours, written into its paramet
 from __future__ import annotations
 
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from martlet import hub
 from martlet.errors import BackendUnavailable, CheckpointError, OutOfMemory, UsageError
+from martlet.hub import peft as folders
 from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import PackedTensor
 from martlet.hub.dummy import DummyCheckpoint
@@ -33,6 +35,8 @@ def load_model(card: ModelCard, options: LoadOptions) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(
                 card.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
+            if card.merge is not None:
+                model = _merged(model, card.merge)
         else:
             config = AutoConfig.for_model(**card.config)
             with _default_dtype(dtype):
@@ -46,6 +50,14 @@ def load_model(card: ModelCard, options: LoadOptions) -> PreTrainedModel:
     # The model's own defaults are applied above us, to every backend alike; its end tokens come from the tokenizer.
     model.generation_config = GenerationConfig()
     return model
+
+
+def _merged(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """Merged by PEFT, so that this stays an independent reference; checked first, since PEFT would read pickles."""
+    import peft
+
+    folders.read(path)
+    return peft.PeftModel.from_pretrained(model, folders.find(path)).merge_and_unload()
 
 
 def _device(name: str) -> str:

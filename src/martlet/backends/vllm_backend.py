@@ -7,22 +7,27 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams as VllmParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from martlet.backends.base import Backend, Sink, check_request, warn_of_unused
+from martlet.backends.base import NO_SLOTS, Backend, Sink, check_adapter_name, check_request, warn_of_unused
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Output, Request, Stats
-from martlet.errors import BackendUnavailable, InvalidRequest, MartletError, Overloaded, UsageError
+from martlet.errors import BackendUnavailable, InvalidRequest, MartletError, ModelNotFound, Overloaded, UsageError
 from martlet.grammar import Grammar
+from martlet.hub import peft
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
+from martlet.model.adapters import check as check_adapter
 from martlet.runners.base import LoadOptions, TokenLogprobs
 from martlet.sampling_params import SamplingParams
 
@@ -30,6 +35,7 @@ log = logging.getLogger("martlet")
 
 _HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "kv_cache_tokens", "memory_utilization")
 _HONOURED += ("block_size", "max_num_batched_tokens", "enable_prefix_caching", "max_num_queued", "seed", "kv_dtype")
+_HONOURED += ("max_adapters", "max_lora_rank")
 _KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8"}
 _SAME_NAME = (
     "n",
@@ -58,6 +64,10 @@ class VllmBackend(Backend):
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer, args: AsyncEngineArgs, options: EngineOptions):
         self.card = card
+        self._max_adapters = getattr(args, "max_loras", 0) if getattr(args, "enable_lora", False) else 0
+        self._max_lora_rank = getattr(args, "max_lora_rank", 0)
+        self._adapters: dict[str | None, LoRARequest] = {}
+        self._adapter_numbers = count(1)
         self.tokenizer = tokenizer
         self._max_in_flight = options.max_num_queued and options.max_num_queued + (args.max_num_seqs or 0)
         self._lock = threading.Lock()
@@ -80,7 +90,7 @@ class VllmBackend(Backend):
     def submit(self, requests: Iterable[Request], sink: Sink) -> None:
         requests = list(requests)
         for request in requests:
-            check_request(request, self.vocab_size, self.max_model_len)
+            check_request(request, self.vocab_size, self.max_model_len, self._adapters)
         with self._lock:
             if self._closed:
                 raise MartletError("the backend is shut down")
@@ -91,8 +101,9 @@ class VllmBackend(Backend):
                 raise InvalidRequest(
                     "request ids must differ from each other and from running ones", param="request_id"
                 )
+            loras = {request.id: self._adapters.get(request.adapter) for request in requests}
             self._tasks.update(dict.fromkeys(ids))
-        self._loop.call_soon_threadsafe(self._begin, requests, sink)
+        self._loop.call_soon_threadsafe(self._begin, requests, sink, loras)
 
     def check_grammar(self, grammar: Grammar) -> None:
         structured_outputs(grammar)  # vLLM compiles it by itself, and says what is wrong with it when it runs
@@ -100,6 +111,21 @@ class VllmBackend(Backend):
     def abort(self, request_ids: Iterable[str]) -> None:
         if not self._closed:
             self._loop.call_soon_threadsafe(self._cancel, list(request_ids))
+
+    def adapters(self) -> Sequence[str]:
+        return tuple(self._adapters)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        if not self._max_adapters:
+            raise InvalidRequest(NO_SLOTS, param="adapters")
+        check_adapter_name(name)
+        check_adapter(path, self.card, self._max_lora_rank)
+        # A number of its own makes vLLM read what lies there now; it does so when a request first names it.
+        self._adapters[name] = LoRARequest(name, next(self._adapter_numbers), str(peft.find(path)))
+
+    def unload_adapter(self, name: str) -> None:
+        if self._adapters.pop(name, None) is None:
+            raise ModelNotFound(f"no adapter is called {name!r}", param="model")
 
     def stats(self) -> Stats:
         return Stats(
@@ -122,9 +148,9 @@ class VllmBackend(Backend):
 
     # On the loop's thread
 
-    def _begin(self, requests: list[Request], sink: Sink) -> None:
+    def _begin(self, requests: list[Request], sink: Sink, loras: dict[str, LoRARequest | None]) -> None:
         for request in requests:
-            self._tasks[request.id] = self._loop.create_task(self._run(request, sink))
+            self._tasks[request.id] = self._loop.create_task(self._run(request, sink, loras[request.id]))
 
     def _cancel(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -143,14 +169,16 @@ class VllmBackend(Backend):
         self._thread.join()
         self._loop.close()
 
-    async def _run(self, request: Request, sink: Sink) -> None:
+    async def _run(self, request: Request, sink: Sink, lora: LoRARequest | None) -> None:
         reason = "error"
         try:
             prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
             if request.cache_salt is not None:
                 prompt["cache_salt"] = request.cache_salt
             params = vllm_params(request.params, stream=request.stream)
-            async for news in self._engine.generate(prompt, params, request.id, priority=request.priority):
+            async for news in self._engine.generate(
+                prompt, params, request.id, priority=request.priority, lora_request=lora
+            ):
                 if news.finished:
                     reason = news.outputs[-1].finish_reason or "stop"
                 outputs = self._translate(request, news)
@@ -239,6 +267,8 @@ def structured_outputs(grammar: Grammar) -> Any:
 
 def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> AsyncEngineArgs:
     """Only what was decided is passed on; the rest is vLLM's own default."""
+    if card.merge is not None:
+        raise UsageError("the vllm backend merges no adapters; the native one does", param="merge_lora")
     if load.device == "cpu":
         raise UsageError("vLLM runs where it was built for; --device cpu cannot be asked of it", param="device")
     if load.kv_dtype not in _KV_DTYPES:
@@ -256,6 +286,8 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         "block_size": None if blocks is None else load.block_size,
         "seed": engine.seed,
     }
+    if load.max_adapters:
+        wanted |= {"enable_lora": True, "max_loras": load.max_adapters, "max_lora_rank": _lora_rank(load.max_lora_rank)}
     return AsyncEngineArgs(
         model=str(card.path),
         dtype=load.dtype,
@@ -267,6 +299,14 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         trust_remote_code=False,
         **{name: value for name, value in wanted.items() if value is not None},
     )
+
+
+def _lora_rank(rank: int) -> int:
+    """The smallest that vLLM has room for."""
+    ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    if rank > ranks[-1]:
+        raise UsageError(f"vLLM takes ranks up to {ranks[-1]}, not {rank}", param="max_lora_rank")
+    return next(each for each in ranks if each >= rank)
 
 
 def load_vllm(card: ModelCard, tokenizer: Tokenizer, load: LoadOptions, engine: EngineOptions) -> VllmBackend:

@@ -118,7 +118,15 @@ def resolve_model(flags: ModelFlags, chosen: Chosen | None = None) -> ModelCard:
             load_format=flags.load_format,
             revision=flags.model_revision,
         )
-    return card if chosen.merge is None else replace(card, merge=chosen.merge)
+    if chosen.merge is None:
+        return card
+    if card.format != "safetensors":
+        raise UsageError(
+            f"--merge_lora true: {card.name} is a {card.format} checkpoint, and adapters are merged into safetensors "
+            "only; without the flag it is served beside the model",
+            param="merge_lora",
+        )
+    return replace(card, merge=chosen.merge)
 
 
 def template_name(flags: ModelFlags) -> str | None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from martlet.errors import InvalidRequest
+from martlet.errors import InvalidRequest, MartletError
 from martlet.hub import peft, registry
 from martlet.hub.card import ModelCard
 from martlet.model import families
 from martlet.model.families.family import Source, split_name
 from martlet.model.spec import DecoderSpec
-from martlet.model.weights import ParameterSpec, parameters
+from martlet.model.weights import ParameterSpec, parameters, read_spec
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linears of a layer that may carry an adapter."""
@@ -100,6 +100,16 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
             f"served; --max_lora_rank {rank} takes it",
         )
     return Adapter(found.folder, found.base, rank, loras)
+
+
+def check(path: str | Path, card: ModelCard, max_rank: int) -> None:
+    """For runners that are not ours: what `read` asks where we know the model, else what can be told from the files."""
+    try:
+        spec = read_spec(card)
+    except MartletError:
+        peft.read(path)
+    else:
+        read(path, card, spec, max_rank)
 
 
 def _homes(card: ModelCard, spec: DecoderSpec) -> dict[str, list[tuple[ParameterSpec, Source]]]:
