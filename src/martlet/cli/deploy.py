@@ -176,6 +176,8 @@ def _replicas(options: DeployOptions) -> dict[str, Any]:
         return {}
     if options.adapter_dir is not None:
         raise UsageError("--adapter_dir: clients cannot load adapters into several replicas yet", param="adapter_dir")
+    if options.log_interval not in (0, DeployOptions.log_interval):
+        raise UsageError("--log_interval: replicas tell of no throughput yet", param="log_interval")
     gpus = options.replica_gpus if options.replica_gpus is not None else float(options.device == "cuda")
     for name, value in (("replica_cpus", options.replica_cpus), ("replica_gpus", gpus)):
         if value < 0:
