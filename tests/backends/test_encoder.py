@@ -145,7 +145,7 @@ def test_the_line_has_an_end_and_a_close():
 
 @pytest.mark.slow
 def test_the_real_model_knows_cats():
-    with LLM("all-minilm-l6-v2", max_num_queued=64) as llm:
+    with LLM("all-minilm-l6-v2") as llm:
         cat, kitten, car = llm.embed(["a cat", "a kitten", "a car"])
     assert cat @ kitten > 0.7 > 0.5 > cat @ car
 

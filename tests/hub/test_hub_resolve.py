@@ -44,7 +44,10 @@ def test_every_entry_is_whole():
     for entry in hub.registered():
         assert entry.name == entry.name.lower() and entry.family and entry.licence and entry.description, entry.name
         assert entry.hf or entry.packages, entry.name
-        assert set(entry.capabilities) <= {"chat", "completion", "tools"} and entry.lora_target_modules, entry.name
+        if entry.capabilities == ("embedding",):
+            assert not entry.lora_target_modules, entry.name
+        else:
+            assert set(entry.capabilities) <= {"chat", "completion", "tools"} and entry.lora_target_modules, entry.name
         if entry.packages:
             assert len(entry.packages) == len(entry.members) and len(entry.sha256) == 64 and entry.size and entry.file
             assert all("==" in package for package in entry.packages)
