@@ -266,7 +266,7 @@ def test_ignored_fields_are_named(url):
     body = {"messages": user("hi"), "banana": 1, "user": "me", "bad\nname": 2}
     response = httpx.post(f"{url}/v1/chat/completions", json=body)
     assert response.status_code == 200
-    assert response.headers["x-martlet-ignored-fields"] == "banana, user, bad?name"
+    assert response.headers["x-martlet-ignored-fields"] == "banana, bad?name"
     with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
         assert "banana" in response.headers["x-martlet-ignored-fields"]
     assert "x-martlet-ignored-fields" not in httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).headers
