@@ -111,5 +111,5 @@ def test_the_queue_limit_counts_what_is_on_its_way():
 
     engine = AsyncEngine(Engine(FakeRunner(MEMORY), options=EngineOptions(max_num_queued=2)))
     with pytest.raises(Overloaded):
-        engine.submit([ask(f"r{i}") for i in range(3)], queue.SimpleQueue())
+        engine.submit([ask(f"r{i}") for i in range(MEMORY.max_rows + 3)], queue.SimpleQueue())
     engine.close()

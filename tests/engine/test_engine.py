@@ -198,12 +198,16 @@ def test_requests_that_can_never_run_are_refused_by_name(request_, param, words)
     assert caught.value.param == param
 
 
-def test_a_full_queue_refuses_more():
+def test_a_full_queue_refuses_more_and_a_burst_at_free_rows_is_no_queue():
     engine = make(max_num_queued=2)
-    engine.add(ask("a"))
-    engine.add(ask("b"))
+    room = engine.runner.memory.max_rows + 2
+    for number in range(room):
+        engine.add(ask(f"r{number}"))
     with pytest.raises(Overloaded, match="2 requests may wait"):
-        engine.add(ask("c"))
+        engine.add(ask("one more"))
+    engine.step()  # rows are taken now: what waits is the line itself
+    with pytest.raises(Overloaded, match=f"and {len(engine.scheduler.waiting)} do"):
+        engine.add(ask("one more"))
 
 
 def test_an_id_in_use_is_refused():

@@ -116,12 +116,13 @@ class Engine:
         self.constraints.check(grammar)
 
     def check_room(self, count: int) -> None:
-        """Raise Overloaded when `count` more requests would wait longer in line than the queue's limit allows."""
-        limit = self.max_num_queued
-        if limit is not None and len(self.scheduler.waiting) + count > limit:
-            raise Overloaded(
-                f"at most {limit} requests may wait, and {len(self.scheduler.waiting)} do; try again later"
-            )
+        """Raise Overloaded when `count` more requests would make the line longer than its limit allows.
+
+        Those that find a free row with the next step do not wait: a burst at an idle engine is no line.
+        """
+        limit, waiting = self.max_num_queued, len(self.scheduler.waiting)
+        if limit is not None and waiting + count > limit + self.scheduler.table.num_free:
+            raise Overloaded(f"at most {limit} requests may wait, and {waiting} do; try again later")
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` and `check_room` raise."""

@@ -292,7 +292,7 @@ class Scheduler:
         rows: list[int] = []
         counts: list[int] = []
         at, slotless = 0, False
-        while at < len(self.waiting) and budget > 0 and self.table.has_free_row:
+        while at < len(self.waiting) and budget > 0 and self.table.num_free:
             seq = self.waiting[at]
             if alone is not None and seq is not alone:
                 at += 1

@@ -88,8 +88,9 @@ class RowTable:
         self._free = list(range(max_rows - 1, -1, -1))
 
     @property
-    def has_free_row(self) -> bool:
-        return bool(self._free)
+    def num_free(self) -> int:
+        """Rows that nobody has."""
+        return len(self._free)
 
     def enter(self, seq: Sequence, computed: int) -> int:
         row = self._free.pop()

@@ -143,7 +143,7 @@ def _turns(turns: Any, where: str) -> tuple[list[Message], list[bool | None]]:
         role, words = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(words, list):
             words = [{"type": "text", "text": p["value"]} if "value" in p else p for p in words if isinstance(p, dict)]
-        kind = _ROLES.get(role)
+        kind = _ROLES.get(role) if isinstance(role, str) else None
         if kind is None:
             raise RowError(f"{where}[{i}] has role {role!r}; known roles are {', '.join(sorted(_ROLES))}")
         flag = turn.get("loss", turn.get("loss_weight"))
