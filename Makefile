@@ -41,7 +41,7 @@ format: $(VENV)/.test
 
 test: lint
 	$(BIN)/martlet models pull smollm2-135m-instruct
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu

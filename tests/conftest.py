@@ -8,3 +8,15 @@ sys.path.insert(0, str(Path(__file__).parent / "sim"))  # the fake runner serves
 # Where there is no GPU, Triton kernels run under its interpreter, which must be on before anybody imports triton.
 if ctypes.util.find_library("cuda") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONGEST_FIRST = ("parity/test_greedy.py", "train/test_train.py", "cpu/test_cpu_runner.py", "sim/test_simulator.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest go first: the other worker has something to do until the end."""
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+
+    def place(item):
+        return rank.get("/".join(item.path.parts[-2:]), len(rank))
+
+    items.sort(key=place)
