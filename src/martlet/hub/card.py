@@ -14,7 +14,8 @@ class ModelCard:
     """A resolved model, present on this machine.
 
     name: what the user calls it (registry name, or the folder's or file's name for a path).
-    path: a folder holding config.json (+ tokenizer.json, *.safetensors), or a .gguf file.
+    path: a folder holding config.json (+ *.safetensors, and tokenizer.json, tokenizer.model or *.tiktoken), or a .gguf
+    file.
     family: page in martlet.model.families, e.g. "llama". template: named chat template that overrides the checkpoint's
     own, or None to use the one inside the checkpoint. model_type: SWIFT 2.x registry key, when there is one.
     merge: a PEFT folder that is merged into the weights as they are read.

@@ -11,9 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from martlet.errors import CheckpointError
 from martlet.hub.gguf_header import GGUFHeader
-
-MAX_TOKEN = 1024  # characters; real vocabularies stay below 300
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is an ordinary piece
+from martlet.hub.sentencepiece import CONTROL, MAX_TOKEN, UNKNOWN, USER_DEFINED, Pieces, tokenizer_of
 
 # Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
 # that the names stand for. GPT2 means the byte-level step's own pattern.
@@ -22,8 +20,8 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TAIL_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 _TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}{_TAIL_SLASH}"
 _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
@@ -43,9 +41,9 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jina-es", "jina-de", "granite-docling", "trillion"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_GPT2),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("glm4", "chatglm-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"), (_QWEN2,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"), (QWEN2,)),
     "tekken": (_TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (_GPT4O,)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
@@ -131,45 +129,22 @@ def _sentencepiece(header: GGUFHeader) -> Tokenizer:
     scores = header.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.scores is missing or not as long as the tokens")
-    prefix = header.get("tokenizer.ggml.add_space_prefix", True)
     unknown = header.get("tokenizer.ggml.unknown_token_id")
-    vocabulary = _vocabulary(header, tokens)
-    model = models.BPE(
-        vocabulary,
-        _merges(vocabulary, tokens, types, np.asarray(scores)),
-        unk_token=tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None,
-        fuse_unk=True,
-        byte_fallback=bool((types == _BYTE).any()),
+    pieces = Pieces(
+        tokens,
+        types,
+        np.asarray(scores),
+        unknown=unknown if isinstance(unknown, int) and unknown < len(tokens) else None,
+        prefix=bool(header.get("tokenizer.ggml.add_space_prefix", True)),
     )
-    tokenizer = Tokenizer(model)
-    to_mark = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), to_mark]) if prefix else to_mark
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    _add_tokens(tokenizer, tokens, types)
-    return tokenizer
-
-
-def _merges(
-    vocabulary: dict[str, int], tokens: list[str], types: np.ndarray, scores: np.ndarray
-) -> list[tuple[str, str]]:
-    """Pairs of pieces in the order in which SentencePiece joins them: by the score of the whole, best first."""
-    merges: list[tuple[str, str]] = []
-    ordinary = np.flatnonzero((types != _CONTROL) & (types != _UNKNOWN) & (types != _BYTE))
-    for index in ordinary[np.argsort(-scores[ordinary], kind="stable")]:
-        whole = tokens[index]
-        for cut in range(1, len(whole)):
-            left, right = whole[:cut], whole[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((left, right))
-    return merges
+    return tokenizer_of(pieces, header.path)
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: np.ndarray) -> None:
     tokenizer.add_tokens(
         [
-            AddedToken(tokens[index], special=bool(types[index] != _USER_DEFINED), normalized=False)
-            for index in np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED) | (types == _UNKNOWN))
+            AddedToken(tokens[index], special=bool(types[index] != USER_DEFINED), normalized=False)
+            for index in np.flatnonzero((types == CONTROL) | (types == USER_DEFINED) | (types == UNKNOWN))
             if tokens[index]
         ]
     )

@@ -14,7 +14,18 @@ from martlet.errors import DownloadError
 from martlet.hub.cache import Progress
 from martlet.hub.files import missing_weights
 
-ALLOW = ("*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*", "LICENSE*", "NOTICE*")
+ALLOW = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "LICENSE*",
+    "NOTICE*",
+)
 LIBRARIES = {"hf": "huggingface_hub", "modelscope": "modelscope"}
 EXTRAS = {"hf": "martlet[hf]", "modelscope": "martlet[modelscope]"}
 

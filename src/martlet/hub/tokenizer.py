@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from martlet.errors import CheckpointError
+from martlet.hub.byte_level import BYTES
 from martlet.hub.card import ModelCard
 from martlet.hub.files import read_json
 
@@ -29,7 +30,8 @@ class Tokenizer:
     vocab_size: size of the token table (ids are below it). bos_id: begin-of-sequence token or None.
     eos_ids: tokens that end an answer (from generation_config, tokenizer config and GGUF metadata together).
     special_ids: control tokens. add_bos: whether a raw prompt starts with bos_id. chat_template: Jinja source from the
-    checkpoint. special_tokens: bos_token, eos_token, ... as template variables.
+    checkpoint. special_tokens: bos_token, eos_token, ... as template variables. begin: what a raw prompt starts with
+    where that is not just bos_id.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str | None = None,
         special_tokens: dict[str, str] | None = None,
+        begin: Sequence[int] = (),
     ):
         added = core.get_added_tokens_decoder()
         self._core = core
@@ -51,6 +54,7 @@ class Tokenizer:
         self.special_ids: frozenset[int] = frozenset(token for token, item in added.items() if item.special)
         self.bos_id = bos_id
         self.add_bos = add_bos and bos_id is not None
+        self._begin = list(begin) or ([bos_id] if self.add_bos and bos_id is not None else [])
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self._frame = _encoder_frame(core, self.special_tokens)
@@ -72,9 +76,7 @@ class Tokenizer:
         if self._frame:
             return [self._frame[0], *self.encode(text), self._frame[1]]
         ids = self.encode(text, special=True)
-        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return ids
+        return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self._core.decode(list(ids), skip_special_tokens=skip_special)
@@ -144,22 +146,9 @@ def _from_gguf(card: ModelCard) -> Tokenizer:
 
 
 def _from_folder(card: ModelCard) -> Tokenizer:
-    import tokenizers
-
-    file = card.path / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{card.path} has no tokenizer.json, so text cannot be read. Prompts of ids still work; transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one for most models"
-        )
-    try:
-        core = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise CheckpointError(f"{file} is not a readable tokenizer: {error}") from error
-    core.no_padding()
-    core.no_truncation()
+    core, defaults = _vocabulary(card)
     settings = read_json(card.path / "tokenizer_config.json", missing={})
-    special_tokens = _special_tokens(card.path, settings)
+    special_tokens = defaults.names | _special_tokens(card.path, settings)
     by_name = {name: core.token_to_id(text) for name, text in special_tokens.items()}
     bos_id = by_name.get("bos_token")
     if bos_id is None:
@@ -167,7 +156,7 @@ def _from_folder(card: ModelCard) -> Tokenizer:
         bos_id = bos_id[0] if bos_id else None
     add_bos = settings.get("add_bos_token")
     if add_bos is None:
-        add_bos = core.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+        add_bos = defaults.add_bos or core.encode("", add_special_tokens=True).ids[:1] == [bos_id]
     eos = [by_name.get("eos_token"), *_token_ids(card.config.get("eos_token_id"))]
     eos += _token_ids(card.generation_config.get("eos_token_id"))
     return Tokenizer(
@@ -177,7 +166,60 @@ def _from_folder(card: ModelCard) -> Tokenizer:
         add_bos=bool(add_bos),
         chat_template=folder_chat_template(card.path),
         special_tokens=special_tokens,
+        begin=[token for name in defaults.begin if (token := core.token_to_id(name)) is not None],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What goes with a vocabulary file where the folder's other files do not say. begin: tokens before a raw prompt."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    add_bos: bool = False
+    begin: tuple[str, ...] = ()
+
+
+# Tokens that ChatGLM3's own code puts behind the pieces of its tokenizer.model.
+_CHATGLM3_CONTROL = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+
+
+def _vocabulary(card: ModelCard) -> tuple[tokenizers.Tokenizer, _Defaults]:
+    """From the folder's tokenizer.json, a *.tiktoken file, or a tokenizer.model of either kind, in that order."""
+    import tokenizers
+
+    from martlet.hub import sentencepiece, tiktoken
+
+    if (file := card.path / "tokenizer.json").is_file():
+        try:
+            core = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+            raise CheckpointError(f"{file} is not a readable tokenizer: {error}") from error
+        core.no_padding()
+        core.no_truncation()
+        return core, _Defaults()
+    model = card.path / "tokenizer.model"
+    for file in (*sorted(card.path.glob("*.tiktoken")), model):
+        if file.is_file() and (file != model or tiktoken.is_tiktoken(file)):
+            kind = tiktoken.KINDS.get(card.family)
+            if kind is None:
+                raise CheckpointError(
+                    f"{file}: how models of family {card.family!r} cut a text is not known; a tokenizer.json would say"
+                )
+            return tiktoken.tokenizer_of(file, kind), _Defaults(kind.names, begin=kind.begin)
+    if not model.is_file():
+        raise CheckpointError(
+            f"{card.path} has no tokenizer.json, tokenizer.model or *.tiktoken, so text cannot be read. Prompts of ids "
+            "still work; transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a tokenizer.json"
+        )
+    found = sentencepiece.read(model)
+    core = sentencepiece.tokenizer_of(found.pieces, model)
+    if card.family == "chatglm":
+        core.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in _CHATGLM3_CONTROL])
+        return core, _Defaults(found.names, begin=("[gMASK]", "sop"))
+    return core, _Defaults(found.names, add_bos="bos_token" in found.names)
 
 
 def folder_chat_template(folder: Path) -> str | None:
@@ -222,6 +264,13 @@ def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedT
     if {k: v.content for k, v in found.items()} != {k: v.content for k, v in added.items()}:  # ids with gaps
         twin = tokenizers.Tokenizer.from_str(core.to_str())
     twin.encode_special_tokens = True
+    if isinstance(core.model, tokenizers.models.Unigram):  # its pieces hold the control tokens, and it would find them
+        from martlet.hub.sentencepiece import cut_names
+
+        cuts = cut_names(item.content for item in added.values() if item.special)
+        twin.pre_tokenizer = (
+            cuts if core.pre_tokenizer is None else tokenizers.pre_tokenizers.Sequence([cuts, core.pre_tokenizer])
+        )
     return twin
 
 
@@ -239,18 +288,9 @@ def _is_byte_level(core: tokenizers.Tokenizer) -> bool:
     return '"ByteLevel"' in json.dumps(json.loads(state or b"null"))
 
 
-@lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's map from characters to bytes: printable ones stand for themselves, the others for 256, 257, ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
 def _byte_level_bytes(piece: str) -> bytes:
-    alphabet = _byte_alphabet()
-    if all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
+    if all(character in BYTES for character in piece):
+        return bytes(BYTES[character] for character in piece)
     return piece.encode()
 
 
