@@ -8,7 +8,8 @@
 // Block formats meet activations of 15 bits, in two parts of s8: rounding to 8 bits is what moves answers (0.08 in the
 // log-probability of a token of SmolLM2, against 0.01 for a cache in bf16), and a stream of weights hides the work.
 // Block formats keep the scales of a block in front of its quants. Nothing is lost: a block has the same bits as in
-// the file it came from, in another order. Four-bit quants: step j sits in the low nibbles of group j, step j + 4 in
+// the file it came from, in another order. Those of one scale and one zero for 32 to 128 inputs (GPTQ, AWQ) have both in
+// a header: value = d * (q - zero). Four-bit quants: step j sits in the low nibbles of group j, step j + 4 in
 // the high ones. Extra bits (q5, q6) are planes of one or two bits a step.
 #pragma once
 
@@ -30,7 +31,10 @@ enum Format : int32_t {
   kQ4_K = 8,
   kQ5_K = 9,
   kQ6_K = 10,
-  kFormats = 11,
+  kInt4x32 = 11,
+  kInt4x64 = 12,
+  kInt4x128 = 13,
+  kFormats = 14,
   kF16 = 32,  // only as a source
 };
 
@@ -70,7 +74,12 @@ constexpr Layout kLayouts[kFormats] = {
     {32, 8, 128, 64 + 512, 0, kActSplit32},  // q4_K: d, dmin | scales, minima
     {32, 8, 128, 64 + 640, 0, kActSplit32},  // q5_K
     {32, 8, 64, 64 + 768, 0, kActSplit32},   // q6_K: d | two scales
+    {32, 1, 128, 512, 0, kActSplit32},       // int4: d, zeros |
+    {32, 2, 128, 512, 0, kActSplit32},
+    {32, 4, 128, 512, 0, kActSplit32},
 };
+
+constexpr bool is_int4(int f) { return f >= kInt4x32 && f <= kInt4x128; }
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -103,6 +103,23 @@ struct Reader<kQ4_K> : SuperReader<kQ4_K, 4> { using SuperReader::SuperReader; }
 template <>
 struct Reader<kQ5_K> : SuperReader<kQ5_K, 5> { using SuperReader::SuperReader; };
 
+template <Format f>
+struct Int4Reader : Plain {  // d * (q - zero)
+  static constexpr bool kMin = true;
+  static constexpr int kBits = 4, kBytes = kLayouts[f].block;
+  const uint8_t *head, *at;
+  INLINE Int4Reader(const uint8_t* panel, int b) : head(header_at(f, panel, b)), at(block_at(f, panel, b)) {}
+  INLINE U quants(int j, int v) const { return nibble_at(at, j, v); }
+  INLINE F scale(int v, int) const { return load_half(head + v * 2 * L); }
+  INLINE F minimum(int v) const { return -(load_half(head + v * 2 * L) * load_bytes(head + 64 + v * L)); }
+};
+template <>
+struct Reader<kInt4x32> : Int4Reader<kInt4x32> { using Int4Reader::Int4Reader; };
+template <>
+struct Reader<kInt4x64> : Int4Reader<kInt4x64> { using Int4Reader::Int4Reader; };
+template <>
+struct Reader<kInt4x128> : Int4Reader<kInt4x128> { using Int4Reader::Int4Reader; };
+
 template <>
 struct Reader<kQ6_K> : Plain {  // d * scale * (q - 32), a scale for each half block
   static constexpr int kBits = 6, kParts = 2, kOffset = 5, kBytes = kLayouts[kQ6_K].block;
@@ -406,6 +423,9 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kQ4_K: return block_panel<kQ4_K>(panel, k, acts, stride, rows, scratch, out);
     case kQ5_K: return block_panel<kQ5_K>(panel, k, acts, stride, rows, scratch, out);
     case kQ6_K: return block_panel<kQ6_K>(panel, k, acts, stride, rows, scratch, out);
+    case kInt4x32: return block_panel<kInt4x32>(panel, k, acts, stride, rows, scratch, out);
+    case kInt4x64: return block_panel<kInt4x64>(panel, k, acts, stride, rows, scratch, out);
+    case kInt4x128: return block_panel<kInt4x128>(panel, k, acts, stride, rows, scratch, out);
     default: __builtin_trap();
   }
 }

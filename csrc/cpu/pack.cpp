@@ -44,8 +44,14 @@ struct Block {
   int offset;      // value of a quant is q - offset
   bool has_min;
   uint16_t d, m;   // halves of the block, or of its super block
-  uint8_t scale[2], min;  // six- and eight-bit scales of formats with super blocks
+  uint8_t scale[2], min;  // six- and eight-bit scales of formats with super blocks; min: the zero of int4
 };
+
+// Bytes of a block of int4 in a row: d, the zero, a byte unused, two quants a byte.
+int64_t int4_bytes(int f) { return 4 + 16 * kLayouts[f].super; }
+
+// In front of a block's quants in a panel.
+int64_t quants_at(Format f, bool has_min) { return is_int4(f) ? 0 : kLayouts[f].super > 1 || !has_min ? 64 : 128; }
 
 // Six-bit scale and minimum number i of a K block's 12 bytes.
 void k_scale(const uint8_t* s, int i, uint8_t* scale, uint8_t* min) {
@@ -126,6 +132,18 @@ Block block_of(Format f, const uint8_t* row, int64_t b) {
         out.q[i] = uint8_t((quarter < 2 ? low[i] & 15 : low[i] >> 4) | (high[i] >> (2 * quarter) & 3) << 4);
       break;
     }
+    case kInt4x32:
+    case kInt4x64:
+    case kInt4x128: {
+      const int64_t super = kLayouts[f].super;
+      const uint8_t *p = row + b / super * int4_bytes(f), *q = p + 4 + b % super * 16;
+      out.bits = 4;
+      out.has_min = true;
+      out.d = read<uint16_t>(p);
+      out.min = p[2];
+      for (int i = 0; i < 32; ++i) out.q[i] = i % 2 ? q[i / 2] >> 4 : q[i / 2] & 15;
+      break;
+    }
     default: break;
   }
   return out;
@@ -133,6 +151,10 @@ Block block_of(Format f, const uint8_t* row, int64_t b) {
 
 void values_of(Format f, const Block& b, float* out) {
   const float d = half_to_float(b.d), m = b.has_min ? half_to_float(b.m) : 0;
+  if (is_int4(f)) {
+    for (int i = 0; i < 32; ++i) out[i] = d * (float)(int(b.q[i]) - int(b.min));
+    return;
+  }
   const bool super = kLayouts[f].super > 1;
   for (int i = 0; i < 32; ++i) {
     const float scale = !super ? d : f == kQ6_K ? d * (float)(int8_t)b.scale[i / 16] : d * (float)b.scale[0];
@@ -154,6 +176,9 @@ void decode_row(int source, const uint8_t* row, int64_t k, float* out) {
         std::memcpy(out + i, &bits, 4);
       }
       return;
+    case kInt8:
+      for (int64_t i = 0; i < k; ++i) out[i] = read<float>(row) * (float)(int8_t)row[4 + i];
+      return;
     default:
       for (int64_t b = 0; b < k / 32; ++b) values_of(Format(source), block_of(Format(source), row, b), out + 32 * b);
   }
@@ -169,19 +194,21 @@ void put_half(uint8_t* base, int lane, uint16_t h) { std::memcpy(base + 2 * lane
 void put_block(Format f, const Block& b, int64_t index, int lane, uint8_t* panel) {
   const Layout& layout = kLayouts[f];
   uint8_t* at = block_at(f, panel, index);
-  uint8_t* header = layout.super > 1 ? at - index % layout.super * layout.block - layout.header : at;
-  if (layout.super == 1 || index % layout.super == 0) {
+  uint8_t* header = layout.header ? at - index % layout.super * layout.block - layout.header : at;
+  if (index % layout.super == 0) {
     put_half(header, lane, b.d);
-    if (b.has_min) put_half(header + 64, lane, b.m);
+    if (is_int4(f)) header[64 + lane] = b.min;
+    else if (b.has_min) put_half(header + 64, lane, b.m);
   }
-  if (f == kQ6_K) {
+  if (is_int4(f)) {
+  } else if (f == kQ6_K) {
     at[lane] = b.scale[0];
     at[32 + lane] = b.scale[1];
   } else if (layout.super > 1) {
     at[lane] = b.scale[0];
     at[32 + lane] = b.min;
   }
-  uint8_t* q = at + (layout.super > 1 || !b.has_min ? 64 : 128);
+  uint8_t* q = at + quants_at(f, b.has_min);
   for (int i = 0; i < 32; ++i) {
     const int step = i / 4, byte = lane * 4 + i % 4;
     if (b.bits == 8) {
@@ -253,6 +280,10 @@ int64_t source_row_bytes(int source, int64_t k) {
     case kQ4_K: return k / 256 * 144;
     case kQ5_K: return k / 256 * 176;
     case kQ6_K: return k / 256 * 210;
+    case kInt8: return 4 + k;
+    case kInt4x32:
+    case kInt4x64:
+    case kInt4x128: return k / (32 * kLayouts[source].super) * int4_bytes(source);
     default: return -1;
   }
 }
@@ -264,7 +295,10 @@ void pack_panel(int source, Format target, const uint8_t* const rows[kPanel], in
   std::vector<float> values(as_it_is ? 0 : k);
   for (int lane = 0; lane < kPanel; ++lane) {
     if (!rows[lane]) continue;
-    if (as_it_is) {
+    if (source == kInt8 && target == kInt8) {
+      std::memcpy(panel + padded_inputs(kInt8, k) * kPanel + 4 * lane, rows[lane], 4);
+      for (int64_t i = 0; i < k; ++i) panel[i / 4 * 128 + lane * 4 + i % 4] = rows[lane][4 + i] ^ 0x80;
+    } else if (as_it_is) {
       for (int64_t b = 0; b < k / 32; ++b) put_block(target, block_of(target, rows[lane], b), b, lane, panel);
     } else {
       decode_row(source, rows[lane], k, values.data());
@@ -288,16 +322,16 @@ void unpack_row(Format f, const uint8_t* panel, int lane, int64_t k, float* out)
   } else {
     for (int64_t index = 0; index * 32 < k; ++index) {
       const uint8_t* at = block_at(f, const_cast<uint8_t*>(panel), index);
-      const uint8_t* header = layout.super > 1 ? at - index % layout.super * layout.block - layout.header : at;
+      const uint8_t* header = layout.header ? at - index % layout.super * layout.block - layout.header : at;
       Block b{};
       b.bits = f == kQ8_0 ? 8 : f == kQ6_K ? 6 : f == kQ5_0 || f == kQ5_1 || f == kQ5_K ? 5 : 4;
-      b.has_min = f == kQ4_1 || f == kQ5_1 || f == kQ4_K || f == kQ5_K;
+      b.has_min = f == kQ4_1 || f == kQ5_1 || f == kQ4_K || f == kQ5_K || is_int4(f);
       b.offset = b.has_min ? 0 : 1 << (b.bits - 1);
       b.d = read<uint16_t>(header + 2 * lane);
       if (b.has_min) b.m = read<uint16_t>(header + 64 + 2 * lane);
       b.scale[0] = at[lane];
-      b.scale[1] = b.min = at[32 + lane];
-      const uint8_t* q = at + (layout.super > 1 || !b.has_min ? 64 : 128);
+      b.scale[1] = b.min = is_int4(f) ? header[64 + lane] : at[32 + lane];
+      const uint8_t* q = at + quants_at(f, b.has_min);
       for (int i = 0; i < 32; ++i) {
         const int step = i / 4, byte = lane * 4 + i % 4;
         if (b.bits == 8) b.q[i] = q[step * 128 + byte];

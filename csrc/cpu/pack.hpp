@@ -7,7 +7,8 @@
 
 namespace martlet {
 
-// Bytes of one row of k inputs as it lies in a file; `source` is any block format, kF32, kBF16 or kF16.
+// Bytes of one row of k inputs as it lies in a file; `source` is any block format, kInt8 (a float32 scale, then
+// bytes), kF32, kBF16 or kF16.
 int64_t source_row_bytes(int source, int64_t k);
 
 // Fills one panel from its 32 rows; null rows are zeros. Formats keep their bits when source == target; else rows go

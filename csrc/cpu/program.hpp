@@ -59,7 +59,8 @@ struct Lora {
   int32_t reserved;
 };
 
-// y = epilogue(w * rmsnorm(x) + bias); no norm when `norm` is null, no bias when `bias` is null.
+// y = epilogue(w * rmsnorm(x) + bias); no norm when `norm` is null, no bias when `bias` is null. Where `order` is given,
+// input i of w is element order[i] of what is left of x: quantisations may sort their inputs.
 struct LinearOp {
   Matrix w;
   const float* x;
@@ -71,6 +72,7 @@ struct LinearOp {
   int32_t epilogue, activation;
   int32_t n_out;  // columns of y: n, or the gated half of it
   const Lora* loras;  // [slots], slot 0 unused; null: adapters cannot concern it
+  const int32_t* order;  // [k], null for the order of x
 };
 
 // How keys and values are kept. kCacheInt8: s8 with one scale for each token and head.

@@ -79,7 +79,11 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
     }
   };
   for (int i = 0; i < n_ops; ++i) {
-    if (ops[i].kind == kLinear) reserve_linear(((const LinearOp*)ops[i].op)->w);
+    if (ops[i].kind == kLinear) {
+      const LinearOp& op = *(const LinearOp*)ops[i].op;
+      reserve_linear(op.w);
+      for (Own& own : own_) own.taken.reserve(op.order ? 8 * int64_t(op.w.k) : 0);
+    }
     if (ops[i].kind == kRoute) times = ((const RouteOp*)ops[i].op)->active;
     if (ops[i].kind == kExperts) reserve_linear(((const ExpertsOp*)ops[i].op)->linear.w);
     if (ops[i].kind == kCombine) times = 1;
@@ -138,15 +142,29 @@ ActKind Executor::act_kind(const Matrix& w, int rows) const {
   return rows < kernels_.word_rows ? plain : as_words(plain);
 }
 
+// One row, its elements taken in `order` if there is one. A sum of squares does not mind.
+void Executor::prepare_row(Worker& worker, ActKind kind, const float* x, const float* norm, float eps, int k,
+                           const int32_t* order, uint8_t* out) {
+  if (order) {
+    float* taken = (float*)own_[worker.rank].taken.reserve(0);
+    for (int i = 0; i < k; ++i) taken[i] = x[order[i]];
+    if (norm)
+      for (int i = 0; i < k; ++i) taken[k + i] = norm[order[i]];
+    x = taken;
+    if (norm) norm = taken + k;
+  }
+  kernels_.prepare(kind, x, norm, eps, k, out);
+}
+
 // The loop that reads the rows must come next: a thread that finds it over leaves its own copy as it is.
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
-                                 float eps, const int32_t* index, int rows) {
+                                 float eps, const int32_t* index, int rows, const int32_t* order) {
   const ActKind kind = act_kind(w, rows);
   const int64_t bytes = act_bytes(kind, w.k);
   uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
   const auto work = [&](int begin, int end) {
     for (int r = begin; r < end; ++r)
-      kernels_.prepare(kind, x + (index ? index[r] : r) * stride, norm, eps, w.k, acts + r * bytes);
+      prepare_row(worker, kind, x + (index ? index[r] : r) * stride, norm, eps, w.k, order, acts + r * bytes);
   };
   if (rows > kOwnRows) worker.each(rows, grain_of(rows, team_.size()), work);
   else if (!worker.behind()) work(0, rows);
@@ -184,7 +202,7 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const Format format = Format(op.w.format);
   warm(worker, op.w);
   const float* low = groups_.empty() || !op.loras ? nullptr : shrink(worker, op);
-  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n);
+  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n, op.order);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
@@ -214,7 +232,8 @@ void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
         const ActKind plain = kLayouts[format].act, kind = rows < kernels_.word_rows ? plain : as_words(plain);
         const int64_t stride = act_bytes(kind, op.w.k), bytes = panel_bytes(format, op.w.k);
         for (int r = 0; r < rows; ++r)
-          kernels_.prepare(kind, op.x + (begin + r) * op.x_stride, op.norm, op.eps, op.w.k, acts + r * stride);
+          prepare_row(worker, kind, op.x + (begin + r) * op.x_stride, op.norm, op.eps, op.w.k, op.order,
+                      acts + r * stride);
         for (int p = 0; p < panels_of(op.w); ++p) {
           kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, acts, stride, rows, scratch, products);
           kernels_.finish(op, p, products, begin, rows);
@@ -349,7 +368,8 @@ void Executor::head(Worker& worker, const HeadOp& op) {
   }
   for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
     const int n = std::min(kHeadRows, batch_->n_queries - first);
-    const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n);
+    const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n,
+                              nullptr);
     worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
       for (int p = begin; p < end; ++p) {
         const int columns = std::min(kPanel, vocab - p * kPanel);

@@ -62,7 +62,7 @@ class Executor {
   };
   // A thread's own memory.
   struct Own {
-    Scratch acts, panel, products, lora, queries, attention, sampler, seen, best;
+    Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best;
   };
   struct Rows {
     const uint8_t* acts;
@@ -102,7 +102,9 @@ class Executor {
   void experts(Worker&, const ExpertsOp&);
   void combine(Worker&, const CombineOp&);
   Rows prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
-               const int32_t* index, int rows);
+               const int32_t* index, int rows, const int32_t* order);
+  void prepare_row(Worker&, ActKind, const float* x, const float* norm, float eps, int k, const int32_t* order,
+                   uint8_t* out);
   ActKind act_kind(const Matrix&, int rows) const;  // what rows are turned into when so many meet a matrix
   void warm(const Worker&, const Matrix&) const;
   void store_key_value(const AttentionOp&, int token, int kv_head) const;

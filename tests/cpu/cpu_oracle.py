@@ -26,6 +26,25 @@ BLOCK_TYPES = {
 }
 
 
+INT4_SIZES = {Format.INT4_32: 32, Format.INT4_64: 64, Format.INT4_128: 128}
+
+
+def random_int4(rng: np.random.Generator, form: Format, rows: int, inputs: int) -> PackedTensor:
+    """Blocks of one scale and one zero: float16, uint8, a byte of anything, quants two a byte, low half first."""
+    size = INT4_SIZES[form]
+    data = rng.integers(0, 256, (rows, inputs // size, 4 + size // 2), dtype=np.uint8)
+    data[..., :2] = rng.uniform(-0.02, 0.02, data.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+    data[..., 2] %= 17
+
+    def unpack(raw: np.ndarray) -> np.ndarray:
+        blocks = raw.reshape(len(raw), -1, 4 + size // 2)
+        scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+        quants = np.stack([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1).reshape(*blocks.shape[:2], size)
+        return ((quants.astype(np.float32) - blocks[..., 2:3]) * scale).reshape(len(raw), -1)
+
+    return PackedTensor(form.name.lower(), (rows, inputs), data.reshape(rows, -1), unpack)
+
+
 def random_blocks(rng: np.random.Generator, form: Format, rows: int, inputs: int) -> PackedTensor:
     """A matrix of random blocks with sane scales. The gguf library has no quantiser for K blocks, so bits are drawn."""
     kind = BLOCK_TYPES[form]

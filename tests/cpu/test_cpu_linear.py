@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from cpu_oracle import BLOCK_TYPES, HERE, as_prepared, bf16, random_blocks, run_linear
+from cpu_oracle import BLOCK_TYPES, HERE, INT4_SIZES, as_prepared, bf16, random_blocks, random_int4, run_linear
 
+from martlet.hub.quantised.blocks import rows_with_scale
 from martlet.kernels.cpu.library import Executor
 from martlet.kernels.cpu.program import Format
 from martlet.runners.cpu_runner.packing import Packer
@@ -24,6 +26,9 @@ def weights(rng, form: Format, n: int, k: int):
     """(tensor to pack, the values it stands for as float32)."""
     if form in BLOCK_TYPES:
         blocks = random_blocks(rng, form, n, k)
+        return blocks, blocks.dequantise()
+    if form in INT4_SIZES:
+        blocks = random_int4(rng, form, n, k)
         return blocks, blocks.dequantise()
     w = rng.normal(0, 0.05, (n, k)).astype(np.float32)
     if form == Format.BF16:
@@ -44,7 +49,7 @@ def close(found: np.ndarray, wanted: np.ndarray, *, scale: float = 1.0) -> None:
 def test_product(isa, form):
     rng = np.random.default_rng(form)
     run = executor(isa)
-    super_blocks = form in (Format.Q4_K, Format.Q5_K, Format.Q6_K)
+    super_blocks = form in (Format.Q4_K, Format.Q5_K, Format.Q6_K, Format.INT4_64, Format.INT4_128)
     for n, k in ((32, 256), (70, 768)) if super_blocks else ((32, 64), (70, 160), (33, 576)):
         if form in (Format.F32, Format.BF16, Format.INT8) and n == 70:
             k = 151  # no multiple of any pack
@@ -58,3 +63,27 @@ def test_product(isa, form):
         for m in ROWS:
             part = run_linear(run, matrix, x[:m], n)
             np.testing.assert_array_equal(part, whole[:m], err_msg=f"{form.name} {m} rows differ from 300")
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_int8_rows_keep_their_scale(isa):
+    """A file's own bytes and scale, -128 included: no rounding again."""
+    rng = np.random.default_rng(0)
+    quants, scale = rng.integers(-128, 128, (40, 96)).astype(np.int8), rng.uniform(0.001, 0.003, 40).astype(np.float32)
+    matrix = Packer(executor(isa)).stack([rows_with_scale("int8_row", quants, scale)], Format.INT8)
+    x = rng.normal(0, 1, (13, 96)).astype(np.float32)
+    close(run_linear(executor(isa), matrix, x, 40), as_prepared(x, Format.INT8) @ (quants * scale[:, None]).T)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_inputs_in_another_order(isa):
+    rng = np.random.default_rng(0)
+    run, order = executor(isa), rng.permutation(256).astype(np.int32)
+    blocks = random_int4(rng, Format.INT4_64, 48, 256)
+    sorted_by_group = replace(blocks, order=order)
+    matrix = Packer(run).stack([sorted_by_group], Format.INT4_64)
+    x, norm = rng.normal(0, 1, (300, 256)).astype(np.float32), rng.normal(1, 0.3, 256).astype(np.float32)
+    for rows in (1, 5, 300):
+        found = run_linear(run, matrix, x[:rows], 48, norm=norm, eps=1e-5, order=order)
+        normed = x[:rows] / np.sqrt((x[:rows] ** 2).mean(1, keepdims=True) + 1e-5) * norm
+        close(found, as_prepared(normed[:, order], Format.INT4_64) @ sorted_by_group.dequantise()[:, order].T, scale=3)

@@ -17,30 +17,42 @@ from martlet.hub.card import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A quantised matrix as it lies in the file.
+    """A quantised matrix, its rows in blocks.
 
-    format: name of the block format in lower case ("q4_1", "q8_0", "q4_k", ...). shape: logical [out, in], or a stack
-    of such.
-    data: uint8 [..., bytes per row], the blocks of one row after another (a view of the file).
-    dequantise: data -> float32 [out, in].
+    format: name of the block format in lower case: GGML's ("q4_1", "q8_0", ...) or one of martlet.hub.quantised.
+    shape: logical [out, in], or a stack of such.
+    stored: uint8 [..., bytes per row], the blocks of one row after another (a view of the file), or what makes it.
+    unpack: data -> float32 [..., in].
+    order: int32 [in], where columns lie in another order (GPTQ's act-order): column j of the data is column order[j] of
+    the matrix.
     """
 
     format: str
     shape: tuple[int, ...]
-    data: np.ndarray
+    stored: np.ndarray | Callable[[], np.ndarray]
     unpack: Callable[[np.ndarray], np.ndarray]
+    order: np.ndarray | None = None
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.stored() if callable(self.stored) else self.stored
 
     def dequantise(self) -> np.ndarray:
-        return self.unpack(self.data).reshape(self.shape)
+        values = self.unpack(self.data).reshape(self.shape)
+        if self.order is None:
+            return values
+        whole = np.empty_like(values)
+        whole[..., self.order] = values
+        return whole
 
     def rows(self, index: np.ndarray | slice) -> PackedTensor:
         """Some of the rows of a matrix, in any order: blocks run along a row, so rows move whole."""
-        data = self.data[index]
-        return PackedTensor(self.format, (len(data), *self.shape[1:]), data, self.unpack)
+        count = len(range(self.shape[0])[index]) if isinstance(index, slice) else len(index)
+        return replace(self, shape=(count, *self.shape[1:]), stored=lambda: self.data[index])
 
     def item_at(self, index: int) -> PackedTensor:
         """One matrix of a stack [items, out, in]."""
-        return PackedTensor(self.format, self.shape[1:], self.data[index], self.unpack)
+        return replace(self, shape=self.shape[1:], stored=lambda: self.data[index])
 
 
 Tensor = np.ndarray | PackedTensor
@@ -69,6 +81,14 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
+def has(checkpoint: Checkpoint, name: str) -> bool:
+    try:
+        checkpoint.shape(name)
+    except KeyError:
+        return False
+    return True
+
+
 def open_checkpoint(card: ModelCard, *, seed: int = 0) -> Checkpoint:
     """The reader for the card's format; seed is that of dummy weights. With `card.merge`, the adapter is merged in.
 
@@ -93,4 +113,9 @@ def open_checkpoint(card: ModelCard, *, seed: int = 0) -> Checkpoint:
         return DummyCheckpoint(seed)
     from martlet.hub.safetensors_file import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(card.path)
+    checkpoint = SafetensorsCheckpoint(card.path)
+    if quantisation := card.config.get("quantization_config"):
+        from martlet.hub.quantised import QuantisedCheckpoint
+
+        return QuantisedCheckpoint(checkpoint, quantisation)
+    return checkpoint

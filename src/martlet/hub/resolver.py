@@ -131,7 +131,7 @@ def _no_model(folder: Path) -> str:
 def _folder_card(folder: Path, load_format: str, source: str) -> ModelCard:
     from martlet.hub.tokenizer import folder_chat_template
 
-    config = read_json(folder / "config.json")
+    config = _with_quantisation(folder, read_json(folder / "config.json"))
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so the kind of model is unknown")
@@ -152,6 +152,15 @@ def _folder_card(folder: Path, load_format: str, source: str) -> ModelCard:
         config=config,
         generation_config=read_json(folder / "generation_config.json", missing={}),
     )
+
+
+def _with_quantisation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what AutoGPTQ and AutoAWQ used to write beside it."""
+    if not config.get("quantization_config"):
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if (folder / name).is_file():
+                return config | {"quantization_config": {"quant_method": method} | read_json(folder / name)}
+    return config
 
 
 def _gguf_card(file: Path, load_format: str, source: str) -> ModelCard:

@@ -27,6 +27,9 @@ class Format(IntEnum):
     Q4_K = 8
     Q5_K = 9
     Q6_K = 10
+    INT4_32 = 11
+    INT4_64 = 12
+    INT4_128 = 13
     F16 = 32  # only as a source
 
 
@@ -92,6 +95,7 @@ class LinearOp(ctypes.Structure):
         ("activation", c_int32),
         ("n_out", c_int32),
         ("loras", c_void_p),
+        ("order", c_void_p),
     ]
 
 

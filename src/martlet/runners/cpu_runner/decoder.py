@@ -36,7 +36,7 @@ from martlet.model.rope import inverse_frequencies, magnitude
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
 from martlet.runners.cpu_runner.adapters import AdapterTables
 from martlet.runners.cpu_runner.packed_cache import PackedCache
-from martlet.runners.cpu_runner.packing import Packer, Precision, contiguous, source_format
+from martlet.runners.cpu_runner.packing import Packer, Precision, in_order, order_of, source_format
 
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
 MAX_HEAD_DIM = 512
@@ -46,7 +46,8 @@ MAX_HEAD_DIM = 512
 class Linear:
     """A packed matrix and what it does with its product. bias: float32 in panel order.
 
-    parts: (name, rows) of the linears in it, where they may carry adapters.
+    parts: (name, rows) of the linears in it, where they may carry adapters. order: int32 [k], the input that each
+    column takes, None where they follow each other.
     """
 
     matrix: Matrix
@@ -55,6 +56,7 @@ class Linear:
     epilogue: Epilogue = Epilogue.STORE
     column: int = 0  # of the output buffer where its columns begin
     parts: tuple[tuple[str, int], ...] = ()
+    order: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ def check(spec: DecoderSpec, block_size: int) -> None:
 
 
 class Decoder:
-    """A decoder ready to run. weight_bytes: what its packed weights take. cache: where they may lie packed already."""
+    """A decoder ready to run. weight_bytes: what its packed weights take. widened: formats that have no kernel here,
+    and what their matrices run as. cache: where they may lie packed already."""
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class Decoder:
         self.blocks: list[Block] = []
         self._packer = packer = Packer(executor, cache)
         for place, group in groupby(weights, key=lambda item: _place(item[0])):
-            tensors = {name.removeprefix(place + "."): contiguous(tensor) for name, tensor in group}
+            tensors = {name.removeprefix(place + "."): tensor for name, tensor in group}
             match place:
                 case "embed":
                     # An embedding that is not also the head is only looked up, so it keeps the precision it has.
@@ -157,22 +160,25 @@ class Decoder:
                     self.blocks.append(self._block(spec.layers[len(self.blocks)], tensors))
         if spec.tied:
             self.head = self.embed
-        self.weight_bytes = packer.bytes
+        self.weight_bytes, self.widened = packer.bytes, packer.widened
         if cache is not None:
             cache.keep()
 
     def _table(self, tensor: Tensor, precision: Precision) -> Matrix:
-        return self._packer.stack([tensor], precision.target(source_format(tensor), table=True))
+        tensor = in_order(tensor)
+        return self._packer.stack([tensor], precision.target(tensor, table=True))
 
     def _linears(self, parts: list[str], tensors: Mapping[str, Tensor], epilogue: Epilogue) -> list[Linear]:
         """Matrices that share an input, stacked where their formats agree."""
         linears: list[Linear] = []
         column = 0
-        for source, names in groupby(parts, key=lambda part: source_format(tensors[part])):
+        for _, names in groupby(parts, key=lambda part: _kind(tensors[part])):
             stacked = list(names)
-            matrix = self._packer.stack([tensors[name] for name in stacked], self.precision.target(source))
+            first = tensors[stacked[0]]
+            matrix = self._packer.stack([tensors[name] for name in stacked], self.precision.target(first))
             bias = _bias([tensors.get(name + ".bias") for name in stacked])
-            linears.append(Linear(matrix, bias, matrix.n, epilogue, column, self._parts(stacked, tensors)))
+            at = (column, self._parts(stacked, tensors), order_of(first))
+            linears.append(Linear(matrix, bias, matrix.n, epilogue, *at))
             column += matrix.n
         return linears
 
@@ -201,6 +207,10 @@ class Decoder:
     def _mixture(self, mlp: FeedForward, tensors: Mapping[str, Tensor]) -> Mixture:
         experts = mlp.experts
         assert experts is not None
+        # One operation serves all experts, so it cannot take the inputs of each in another order.
+        tensors = {
+            name: in_order(tensor) if name.startswith("experts.") else tensor for name, tensor in tensors.items()
+        }
         each = [self._dense(mlp, tensors, Epilogue.STORE, f"experts.{n}.") for n in range(experts.count)]
         if any(len(one.up) > 1 for one in each):
             raise BackendUnavailable("the native CPU kernels want gate and up of an expert in one format")
@@ -221,18 +231,18 @@ class Decoder:
         if not mlp.gated:
             return self._linears([at + "up"], tensors, Epilogue.ACTIVATE)
         gate, up = tensors[at + "gate"], tensors[at + "up"]
-        if source_format(gate) != source_format(up):
+        if _kind(gate) != _kind(up):
             (first,) = self._linears([at + "gate"], tensors, Epilogue.ACTIVATE)
             (second,) = self._linears([at + "up"], tensors, Epilogue.MULTIPLY)
             return [first, second]
-        matrix = self._packer.interleave(gate, up, self.precision.target(source_format(gate)))
+        matrix = self._packer.interleave(gate, up, self.precision.target(gate))
         bias = None
         if mlp.bias:
             sides = np.zeros((2, matrix.n // 2), np.float32)
             sides[0, : mlp.hidden], sides[1, : mlp.hidden] = _floats(tensors["gate.bias"]), _floats(tensors["up.bias"])
             bias = np.ascontiguousarray(sides.reshape(2, -1, PANEL // 2).swapaxes(0, 1)).reshape(-1)
         parts = self._parts([at + "gate", at + "up"], tensors)
-        return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED, parts=parts)]
+        return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED, parts=parts, order=order_of(gate))]
 
     def caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """Zeroed KV memory, in whole cache lines; the system gives pages only as they are written."""
@@ -361,6 +371,7 @@ class _Builder:
             ACTIVATIONS[activation],
             linear.outputs,
             self.adapters.address(linear),
+            address(linear.order),
         )
 
     def _attention(self, attention: Attention, block: Block, cache: Cache, angles: AnglesOp) -> AttentionOp:
@@ -400,6 +411,13 @@ def _bias(parts: list[Tensor | None]) -> np.ndarray | None:
         return None
     joined = np.concatenate([_floats(part) for part in parts if part is not None])
     return np.pad(joined, (0, -len(joined) % PANEL))
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What matrices must share to be one. Widened formats may differ in what they run as."""
+    order = order_of(tensor)
+    packed = tensor.format if isinstance(tensor, PackedTensor) else None
+    return source_format(tensor), packed, None if order is None else order.tobytes()
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

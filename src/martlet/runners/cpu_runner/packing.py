@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 from martlet.errors import BackendUnavailable
 from martlet.hub.checkpoint import PackedTensor, Tensor
+from martlet.hub.quantised.blocks import INTEGERS
 from martlet.kernels.cpu.library import Executor, panel_bytes
 from martlet.kernels.cpu.program import PANEL, CacheKind, Format, Matrix
 from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
@@ -21,13 +22,17 @@ _ARRAYS = {
     np.dtype(ml_dtypes.bfloat16): Format.BF16,
 }
 _BLOCKS = {name: Format[name.upper()] for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")}
+_BLOCKS |= {name: Format[name.upper()] for name in INTEGERS} | {"int8_row": Format.INT8}
+# What has no kernel of its own here is unpacked. Floats of 4 and 8 bits times a scale are made for 16 bits; integers
+# that fit no block of ours keep every bit.
+WIDENED = {"fp8": Format.BF16, "fp8_row": Format.BF16, "nf4": Format.BF16, "int": Format.F32}
 SUPER_BLOCK = 256
 
 
 def source_format(tensor: Tensor) -> Format:
-    """The layout in which a tensor's rows lie in its file. Raises BackendUnavailable for one that C++ cannot read."""
+    """The layout in which a tensor's rows are packed from. Raises BackendUnavailable for one that C++ cannot read."""
     if isinstance(tensor, PackedTensor):
-        found = _BLOCKS.get(tensor.format)
+        found = Format.F32 if tensor.format in WIDENED else _BLOCKS.get(tensor.format)
     else:
         found = _ARRAYS.get(tensor.dtype)
     if found is None:
@@ -51,10 +56,13 @@ class Precision:
     table: Format | None = None
     kv: CacheKind = CacheKind.BF16
 
-    def target(self, source: Format, *, table: bool = False) -> Format:
+    def target(self, tensor: Tensor, *, table: bool = False) -> Format:
         chosen = self.table if table else self.matrix
         if chosen is not None:
             return chosen
+        source = source_format(tensor)
+        if isinstance(tensor, PackedTensor):
+            return WIDENED.get(tensor.format, source)
         return Format.BF16 if source == Format.F16 else source
 
 
@@ -83,55 +91,89 @@ class Arena:
 
 
 class Packer:
-    """Packs matrices into an arena with the executor's threads, or takes them from `cache`. bytes: of all so far."""
+    """Packs matrices into an arena with the executor's threads, or takes them from `cache`.
+
+    bytes: of all so far. widened: what was unpacked for want of a kernel, and what it runs as.
+    """
 
     def __init__(self, executor: Executor, cache: PackedCache | None = None):
         self.executor, self.cache = executor, cache
         self.arena = Arena()
         self.bytes = 0
+        self.widened: dict[str, Format] = {}
 
     def stack(self, parts: Sequence[Tensor], target: Format) -> Matrix:
-        """One matrix of all rows of `parts`, which share width and source format."""
-        rows = np.concatenate([row_addresses(part) for part in parts])
-        padded = np.zeros(-(-len(rows) // PANEL) * PANEL, np.uint64)
-        padded[: len(rows)] = rows
-        return self._pack(parts, padded, len(rows), target)
+        """One matrix of all rows of `parts`, which share width, source format and order of columns."""
+        count = sum(part.shape[0] for part in parts)
+
+        def lay(addresses: Sequence[np.ndarray]) -> np.ndarray:
+            padded = np.zeros(-(-count // PANEL) * PANEL, np.uint64)
+            padded[:count] = np.concatenate(addresses)
+            return padded
+
+        return self._pack(parts, lay, count, target)
 
     def interleave(self, gate: Tensor, up: Tensor, target: Format) -> Matrix:
         """One matrix whose panels hold 16 rows of `gate`, then the same 16 of `up`: what Epilogue.GATED reads."""
         half = PANEL // 2
         panels = -(-gate.shape[0] // half)
-        padded = np.zeros((2, panels * half), np.uint64)
-        for side, part in zip(padded, (gate, up), strict=True):
-            side[: part.shape[0]] = row_addresses(part)
-        rows = np.ascontiguousarray(padded.reshape(2, panels, half).swapaxes(0, 1)).reshape(-1)
-        return self._pack((gate, up), rows, len(rows), target)
 
-    def _pack(self, parts: Sequence[Tensor], rows: np.ndarray, outputs: int, target: Format) -> Matrix:
+        def lay(addresses: Sequence[np.ndarray]) -> np.ndarray:
+            padded = np.zeros((2, panels * half), np.uint64)
+            for side, part in zip(padded, addresses, strict=True):
+                side[: len(part)] = part
+            return np.ascontiguousarray(padded.reshape(2, panels, half).swapaxes(0, 1)).reshape(-1)
+
+        return self._pack((gate, up), lay, panels * PANEL, target)
+
+    def _pack(
+        self,
+        parts: Sequence[Tensor],
+        lay: Callable[[Sequence[np.ndarray]], np.ndarray],
+        outputs: int,
+        target: Format,
+    ) -> Matrix:
+        """lay: addresses of each part's rows -> those of the panels' rows, in order, 0 for a row of zeros."""
         inputs, sources = parts[0].shape[1], {source_format(part) for part in parts}
         if len(sources) != 1 or any(part.shape[1] != inputs for part in parts):
             raise ValueError(f"matrices of {sources} and widths {[part.shape[1] for part in parts]} do not stack")
         entry = (source := sources.pop(), target, outputs, inputs)
         out = None if self.cache is None else self.cache.take(entry)
         if out is None:
-            out = self.arena.take(len(rows) // PANEL * panel_bytes(target, inputs))
-            self.executor.pack(source, target, rows, inputs, out)
+            out = self.arena.take(-(-outputs // PANEL) * panel_bytes(target, inputs))
+            rows = [stored_rows(part) for part in parts]
+            self.executor.pack(source, target, lay([_addresses(part) for part in rows]), inputs, out)
         if self.cache is not None:
             self.cache.put(entry, out)
         self.bytes += len(out)
         matrix = Matrix(out.ctypes.data, target, outputs, inputs)
         matrix.memory = out  # a struct of ctypes takes attributes: the panels live as long as the matrix
+        for part in parts:
+            if isinstance(part, PackedTensor) and part.format in WIDENED:
+                self.widened[part.format] = target
         return matrix
 
 
-def contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with every row in one piece."""
-    if isinstance(tensor, PackedTensor):
-        return PackedTensor(tensor.format, tensor.shape, np.ascontiguousarray(tensor.data), tensor.unpack)
-    return np.ascontiguousarray(tensor)
+def stored_rows(tensor: Tensor) -> np.ndarray:
+    """The tensor's rows in the layout of its `source_format`, each in one piece; columns in the order they lie in."""
+    if not isinstance(tensor, PackedTensor):
+        return np.ascontiguousarray(tensor)
+    if tensor.format in WIDENED:
+        return np.ascontiguousarray(replace(tensor, order=None).dequantise())
+    return np.ascontiguousarray(tensor.data)
 
 
-def row_addresses(tensor: Tensor) -> np.ndarray:
-    """uint64 [rows]. The tensor must be `contiguous` and outlive the addresses."""
-    data = tensor.data if isinstance(tensor, PackedTensor) else tensor
-    return np.uint64(data.ctypes.data) + np.arange(data.shape[0], dtype=np.uint64) * np.uint64(data.strides[0])
+def in_order(tensor: Tensor) -> Tensor:
+    """The tensor with its columns in their own order, for whom none is given; in floats, where they lie otherwise."""
+    if isinstance(tensor, PackedTensor) and tensor.order is not None:
+        return PackedTensor("int", tensor.shape, tensor.dequantise, lambda values: values)
+    return tensor
+
+
+def order_of(tensor: Tensor) -> np.ndarray | None:
+    return tensor.order if isinstance(tensor, PackedTensor) else None
+
+
+def _addresses(rows: np.ndarray) -> np.ndarray:
+    """uint64 [rows]. The array must outlive them."""
+    return np.uint64(rows.ctypes.data) + np.arange(len(rows), dtype=np.uint64) * np.uint64(rows.strides[0])

@@ -97,6 +97,8 @@ class CpuRunner:
             cores,
             _describe(self.decoder),
         )
+        for stored, format in self.decoder.widened.items():
+            log.info("%s weights have no kernel on the CPU: they run as %s", stored, format.name.lower())
 
     @property
     def max_step_tokens(self) -> int:
@@ -295,7 +297,8 @@ def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
         raise BackendUnavailable(f"the native CPU kernels do not run on device {options.device!r}")
     quant = options.quant
     if quant == "auto":
-        quant = quality.choose(card, ("stored",) if card.format == "gguf" else ("int8", "bf16"))
+        quantised = card.format == "gguf" or card.config.get("quantization_config")
+        quant = quality.choose(card, ("stored",) if quantised else ("int8", "bf16"))
     if quant is None:
         by_dtype = {"auto": "stored", "float32": "float32", "bfloat16": "bf16"}
         if options.dtype not in by_dtype:
