@@ -29,6 +29,7 @@ def tiny_model(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.2, "top_p": 0.9, "eos_token_id": 2}))
     return folder
 
 

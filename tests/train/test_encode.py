@@ -3,7 +3,7 @@
 import pytest
 
 from martlet import chat, hub
-from martlet.train.encode import Lengths, encode, prompt_and_endings, show
+from martlet.train.encode import Lengths, encode, prompt_and_endings, shorten, show
 from martlet.train.rows import RowError, parse
 
 
@@ -54,6 +54,31 @@ def test_rows_that_are_too_long(tokenizer):
         encode(row, template, tokenizer, max_length=20)
     cut = encode(row, template, tokenizer, max_length=20, truncation="truncation_left")
     assert len(cut) == 20 and sum(cut.learned) == sum(encode(row, template, tokenizer).learned)
+    with pytest.raises(RowError, match="among the first 20 tokens"):
+        encode(row, template, tokenizer, max_length=20, truncation="truncation_right")
+    whole = encode(row, template, tokenizer)
+    cut = encode(row, template, tokenizer, max_length=size - 1, truncation="truncation_right")
+    assert cut.ids == whole.ids[:-1] and cut.learned == whole.learned[:-1]
+
+
+def test_pairs_that_are_too_long():
+    prompt, good, bad = [1, 2, 3, 4, 5], [6, 7, 8], [9]
+
+    def short(truncation, most, prompt_most=None):
+        return shorten(prompt, (good, bad), max_prompt_length=prompt_most, max_length=most, truncation=truncation)
+
+    assert short("delete", 8) == (prompt, [good, bad])
+    assert short("delete", 6, prompt_most=3) == ([3, 4, 5], [good, bad])
+    assert short("truncation_left", 6) == ([3, 4, 5], [good, bad])
+    assert short("truncation_right", 6) == (prompt, [[6], [9]])
+    assert short("truncation_right", 4, prompt_most=2) == ([4, 5], [[6, 7], [9]])
+    for truncation, most, reason in (
+        ("delete", 7, "8 tokens, more than --max_length 7"),
+        ("truncation_left", 3, "an answer of 3 tokens"),
+        ("truncation_right", 5, "--max_prompt_length cuts it"),
+    ):
+        with pytest.raises(RowError, match=reason):
+            short(truncation, most)
 
 
 def test_text_alone_is_learned_whole(tokenizer):

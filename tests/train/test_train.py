@@ -111,6 +111,25 @@ def test_all_weights(tiny_model, tmp_path):
         layout.new_run(tmp_path / "here", "tiny", suffix=False)
 
 
+def test_packed_rows_do_not_see_each_other(tiny_model, tmp_path):
+    """The loss of rows packed into one sequence is the loss of the same rows side by side."""
+    settings = SHORT | {"dataset": ("self-cognition:en#6",), "dataset_test_ratio": 0.0, "max_steps": 1}
+    packed, apart = (
+        train(
+            SftArguments(
+                model=str(tiny_model),
+                output_dir=str(tmp_path / str(packing)),
+                lora_dropout=0.0,
+                packing=packing,
+                max_length=512,
+                **settings | {"batch_size": rows},
+            )
+        )
+        for packing, rows in ((True, 1), (False, 6))
+    )
+    assert losses(packed) == pytest.approx(losses(apart), abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "cpo", "kto"])
 def test_preferences(kind, tiny_model, pairs_file, tmp_path):
     settings = SHORT | {"dataset": (str(pairs_file),), "max_steps": 8}

@@ -96,6 +96,6 @@ def _write(model: PreTrainedModel, card: ModelCard, seed: int) -> None:
         for name, tensor in weights.load(card, spec, checkpoint):
             values = tensor.dequantise() if isinstance(tensor, PackedTensor) else np.asarray(tensor, np.float32)
             parameter = theirs.pop(family.source(spec, name, "safetensors").name)
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+            parameter.copy_(torch.from_numpy(np.require(values, requirements=("C", "W"))))  # maps are not writable
     if theirs:
         raise CheckpointError(f"{card.path} has no weights for {', '.join(sorted(theirs)[:3])} of {card.name}")

@@ -20,6 +20,7 @@ COMMANDS = {
     "deploy": "serve a model over HTTP, OpenAI-compatible",
     "sft": "fine-tune a model on examples",
     "rlhf": "fine-tune a model on preferences: dpo, orpo, simpo, cpo or kto",
+    "train": "run a recipe: several trainings in order, such as Zephyr's",
     "export": "merge an adapter into its base, quantise, write GGUF, upload",
     "models": "list, show, fetch and remove models",
     "bench": "measure speed and memory against other engines",

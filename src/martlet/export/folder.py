@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from martlet.errors import MartletError, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.files import INDEX
+from martlet.train import layout
 
 SHARD_BYTES = 4 << 30
 
@@ -38,7 +38,7 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove(target)
         beside.rename(target)
     except Exception as error:  # safetensors raises its own error for a full disk
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if layout.disk_is_full(error):
             free = shutil.disk_usage(target.parent).free
             raise MartletError(f"the disk of {target.parent} is full ({free / 1e9:.2f} GB free)") from error
         raise

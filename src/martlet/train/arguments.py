@@ -43,9 +43,9 @@ class DataArguments:
     custom_dataset_info: str | None = flag("a JSON file of further named datasets", None, metavar="PATH")
     max_length: int = flag("most tokens of a row", 2048)
     truncation_strategy: str = flag(
-        "what becomes of longer rows: left out, or cut at their beginning",
+        "what becomes of longer rows: left out, or cut at their beginning or end",
         "delete",
-        choices=("delete", "truncation_left"),
+        choices=("delete", "truncation_left", "truncation_right"),
     )
     check_dataset_strategy: str = flag(
         "error stops at the first bad row; else bad rows are left out and reported",
@@ -183,6 +183,9 @@ class RlhfArguments(SftArguments):
     cpo_alpha: float = flag("cpo: weight of the chosen answer's own likelihood", 1.0)
     desirable_weight: float = flag("kto: weight of desirable rows", 1.0)
     undesirable_weight: float = flag("kto: weight of the others", 1.0)
+    max_prompt_length: int | None = flag(
+        "most tokens of a prompt; of a longer one the beginning is dropped (default: no limit but --max_length)", None
+    )
     ref_model_id_or_path: str | None = flag(
         "full: reference model (default: the model as it begins)", None, metavar="PATH"
     )

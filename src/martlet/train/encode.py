@@ -15,7 +15,7 @@ from martlet.errors import InvalidRequest, UsageError
 from martlet.hub.tokenizer import Tokenizer
 from martlet.train.rows import Row, RowError
 
-Truncation = Literal["delete", "truncation_left"]
+Truncation = Literal["delete", "truncation_left", "truncation_right"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ def encode(
 ) -> Encoded:
     """A supervised row. system: for conversations that bring none. template None: only rows of plain text.
 
-    max_length cuts as `truncation` says: "delete" refuses a longer row, "truncation_left" drops its beginning.
-    Raises RowError.
+    max_length cuts as `truncation` says: "delete" refuses a longer row, "truncation_left" drops its beginning,
+    "truncation_right" its end. Raises RowError.
     """
     try:
         if row.text is not None:
@@ -57,10 +57,44 @@ def encode(
         return encoded
     if truncation == "delete":
         raise RowError(f"{len(encoded)} tokens, more than --max_length {max_length}")
-    cut = Encoded(encoded.ids[-max_length:], encoded.learned[-max_length:])
+    first = truncation == "truncation_right"
+    kept = slice(max_length) if first else slice(-max_length, None)
+    cut = Encoded(encoded.ids[kept], encoded.learned[kept])
     if not any(cut.learned):
-        raise RowError(f"nothing that is learned is among the last {max_length} tokens")
+        raise RowError(f"nothing that is learned is among the {'first' if first else 'last'} {max_length} tokens")
     return cut
+
+
+def shorten(
+    prompt: list[int],
+    endings: Sequence[list[int] | None],
+    *,
+    max_prompt_length: int | None,
+    max_length: int,
+    truncation: Truncation,
+) -> tuple[list[int], list[list[int] | None]]:
+    """A prompt and its endings as long as they may be: of a prompt its end is kept, since the question stands there.
+
+    An ending whose end is cut away has no end of turn either, so it does not teach to stop there. Raises RowError.
+    """
+    if max_prompt_length is not None:
+        prompt = prompt[-max_prompt_length:]
+    most = max(len(ending) for ending in endings if ending is not None)
+    if len(prompt) + most <= max_length:
+        return prompt, list(endings)
+    if truncation == "delete":
+        raise RowError(f"{len(prompt) + most} tokens, more than --max_length {max_length}")
+    if truncation == "truncation_left":
+        if most >= max_length:
+            raise RowError(f"an answer of {most} tokens leaves no room for its prompt in --max_length {max_length}")
+        return prompt[len(prompt) + most - max_length :], list(endings)
+    room = max_length - len(prompt)
+    if room < 1:
+        raise RowError(
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer in --max_length {max_length}; "
+            "--max_prompt_length cuts it"
+        )
+    return prompt, [ending and ending[:room] for ending in endings]
 
 
 def prompt_and_endings(

@@ -7,6 +7,7 @@ checkpoint holds the arguments too, so that it can be served, merged or continue
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from martlet.errors import UsageError
 
 ARGS = ("args.json", "sft_args.json")
 SECRET = ("hub_token",)
+WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # whole, or in the shards of FSDP or DeepSpeed
 
 
 def new_run(output: Path, model: str, *, suffix: bool) -> Path:
@@ -45,14 +47,23 @@ def new_run(output: Path, model: str, *, suffix: bool) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: trainer_state.json is what is written last."""
+    """The complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return [path for _, path in sorted(found) if (path / "trainer_state.json").is_file()]
+    return [path for _, path in sorted(found) if is_whole(path)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether nothing of it is missing: trainer_state.json is what is written last, and may itself be cut off."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(any(checkpoint.glob(weights)) for weights in WEIGHTS)
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at `path`: itself, or the last complete one of a run. Raises UsageError."""
-    if (path / "trainer_state.json").is_file() and path.name.startswith("checkpoint-"):
+    if path.name.startswith("checkpoint-") and is_whole(path):
         return path
     found = checkpoints(path) if path.is_dir() else []
     if not found:
@@ -71,6 +82,17 @@ def remove_incomplete(run: Path) -> list[str]:
     for path in broken:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in broken)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it came of, is about a full disk; safetensors and torch raise their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed", "file write failed")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_args(folder: Path, arguments: Any, extra: Mapping[str, Any]) -> None:

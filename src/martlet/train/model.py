@@ -35,8 +35,9 @@ def load(card: ModelCard, arguments: SftArguments) -> PreTrainedModel:
     model = load_model(card, LoadOptions(device=arguments.device, dtype=dtype))
     model.config._name_or_path = base_name(card)
     model.config.use_cache = False
-    if card.generation_config:
-        model.generation_config = GenerationConfig(**card.generation_config)  # goes into checkpoints of all weights
+    if card.generation_config:  # goes into checkpoints of all weights
+        samples = any(name in card.generation_config for name in ("temperature", "top_p", "top_k"))
+        model.generation_config = GenerationConfig(**{"do_sample": samples, **card.generation_config})
     return model.train()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -62,6 +62,7 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
 
     import transformers
 
+    _quiet()
     from martlet.train import journal
     from martlet.train import model as models
     from martlet.train.trainers import trainer_for
@@ -111,14 +112,20 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
         if main and arguments.save_strategy != "no" and not (run / f"checkpoint-{trainer.state.global_step}").exists():
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-    except OSError as error:
-        layout.remove_incomplete(run)
-        if error.errno == errno.ENOSPC:
-            raise MartletError(f"the disk is full; complete checkpoints are in {run}", param="output_dir") from error
+    except Exception as error:
+        removed = layout.remove_incomplete(run) if main else []
+        if layout.disk_is_full(error):
+            whole = layout.checkpoints(run)
+            raise MartletError(
+                f"the disk of {run} is full ({shutil.disk_usage(run).free / 1e6:.0f} MB free); "
+                + (f"{', '.join(removed)} could not be written and is removed, " if removed else "")
+                + (f"the last complete one is {whole[-1]}" if whole else "no checkpoint is complete"),
+                param="output_dir",
+            ) from error
         raise
     finally:
         if main:
-            journal.draw(run)
+            _draw(run)
     state, last = trainer.state, layout.checkpoints(run)
     return Result(
         output_dir=str(run),
@@ -228,6 +235,29 @@ def _model_text(arguments: SftArguments) -> tuple[ModelCard, Tokenizer, Template
     card = _card(arguments)
     tokenizer = hub.load_tokenizer(card)
     return card, tokenizer, _template(card, tokenizer, arguments)
+
+
+def _draw(run: Path) -> None:
+    """Curves are no reason to lose a run."""
+    from martlet.train import journal
+
+    try:
+        journal.draw(run)
+    except OSError as error:
+        log.warning("the curves of %s could not be drawn: %s", run, error)
+
+
+def _quiet() -> None:
+    """Of the libraries below, a user sees the bar of the training and what it logs; bars of every small thing not."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging as theirs
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    datasets.disable_progress_bars()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ from martlet.hub.tokenizer import Tokenizer
 from martlet.train import datasets
 from martlet.train.arguments import RlhfArguments, SftArguments, json_object
 from martlet.train.datasets import Dataset, Identity
-from martlet.train.encode import encode, prompt_and_endings
+from martlet.train.encode import encode, prompt_and_endings, shorten
 from martlet.train.rows import Row, RowError
 
 Pair = tuple[Row, Any]  # a row, and what a trainer takes for it
@@ -88,11 +88,13 @@ def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Toke
                 raise RowError("kto needs a label: true for a desirable answer, false for another")
         elif rejected is None:
             raise RowError(f"{arguments.rlhf_type} needs a rejected answer beside the chosen one")
-        longest = len(prompt) + max(len(chosen), len(rejected or ()))
-        if longest > limit:
-            if arguments.truncation_strategy == "delete" or longest - len(prompt) >= limit:
-                raise RowError(f"{longest} tokens, more than --max_length {limit}")
-            prompt = prompt[longest - limit :]
+        prompt, (chosen, rejected) = shorten(
+            prompt,
+            (chosen, rejected),
+            max_prompt_length=arguments.max_prompt_length,
+            max_length=limit,
+            truncation=arguments.truncation_strategy,
+        )
         if arguments.rlhf_type == "kto":
             return prompt, chosen, True if row.label is None else row.label
         return prompt, chosen, rejected

@@ -12,7 +12,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # orpo and cpo live in t
 
 from datasets import Dataset as Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -20,6 +20,10 @@ from martlet.train.arguments import RlhfArguments, SftArguments, json_object
 from martlet.train.encode import Encoded
 
 IGNORED = -100  # the label of a token that is not learned
+RENAMED = {  # settings whose names changed between the releases of transformers 5, new to old
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 Labelled = tuple[list[int], list[int], bool]  # prompt, completion, whether it is desirable
@@ -47,6 +51,9 @@ def trainer_for(
     settings = common_settings(arguments, output_dir, rows=len(train), evaluates=bool(held))
     names = {field.name for field in dataclasses.fields(config)}
     settings |= {key: value for key, value in own(arguments).items() if key in names and value is not None}
+    for new, old in RENAMED.items():
+        if new not in names:
+            settings[old] = settings.pop(new)
     takes_reference = {"ref_model": reference} if kind in ("dpo", "kto") else {}
     return trainer(
         model=model,
@@ -208,6 +215,14 @@ class _Encoded:
         return dataset
 
 
+class _Sft(SFTTrainer):
+    def _prepare_dataset(
+        self, dataset: Table, processing_class: Any, args: TrainingArguments, packing: bool, *_: Any
+    ) -> Table:
+        """Packed rows keep positions of their own, from which attention knows them apart."""
+        return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
+
+
 class _Dpo(_Encoded, DPOTrainer):
     pass
 
@@ -245,7 +260,7 @@ class _Cpo(_EncodedPairs, CPOTrainer):
 
 
 KINDS = {
-    "sft": (SFTTrainer, SFTConfig, _sft_settings, _sft_table),
+    "sft": (_Sft, SFTConfig, _sft_settings, _sft_table),
     "dpo": (_Dpo, DPOConfig, _preference_settings, _pair_table),
     "kto": (_Kto, KTOConfig, _preference_settings, _labelled_table),
     "orpo": (_Orpo, ORPOConfig, _preference_settings, _text_pair_table),
