@@ -1,13 +1,15 @@
 """Runs of real trainers on a tiny model: what is learned, what is written, and that stopping loses nothing."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
 
 import pytest
+import torch
 
-from martlet.errors import UsageError
+from martlet.errors import BackendUnavailable, MartletError, UsageError
 from martlet.train import layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.launch import launch
@@ -57,7 +59,6 @@ def test_a_run_learns_and_leaves_what_swift_leaves(run, tiny_model):
 
 
 def test_peft_loads_the_adapter(run, tiny_model):
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -174,6 +175,9 @@ BAD = {
     "no row is left": {"max_length": 3},
     "no parameter begins with": {"sft_type": "full", "freeze_parameters": ("nothing",)},
     "holds no adapter_config": {"adapter": "nowhere"},
+    "only adapters over them": {"sft_type": "full", "quantization_bit": 4},
+    "is 4 or 8": {"quantization_bit": 3},
+    "NPROC_PER_NODE=2": {"fsdp": "full_shard"},
 }
 
 
@@ -183,6 +187,43 @@ def test_bad_input_is_named_and_nothing_is_written(message, tiny_model, tmp_path
     with pytest.raises(UsageError, match=message):
         train(arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("library", "asked"), [("bitsandbytes", {"quantization_bit": 4}), ("deepspeed", {"deepspeed": "default-zero2"})]
+)
+def test_a_library_that_is_not_here_is_named(library, asked, tiny_model, tmp_path, monkeypatch):
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == library else known(name, *more)
+    )
+    with pytest.raises(BackendUnavailable, match=f"pip install {library}"):
+        train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path / "out"), **SHORT | asked))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_complete_checkpoints_only(tiny_model, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(what, path, *more, **others):
+        if "checkpoint-6" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")  # torch's words
+        save(what, path, *more, **others)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(MartletError, match=r"is full .*checkpoint-6 .* is removed, the last complete .*checkpoint-3$"):
+        train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **SHORT))
+    (run,) = (tmp_path / "tiny").iterdir()
+    assert [path.name for path in layout.checkpoints(run)] == ["checkpoint-3"] and not (run / "checkpoint-6").exists()
+
+
+def test_a_checkpoint_whose_last_file_is_cut_off_is_not_complete(run, tmp_path):
+    _, whole = run
+    shutil.copytree(whole.last_model_checkpoint, tmp_path / "checkpoint-6")
+    assert layout.checkpoints(tmp_path) == [tmp_path / "checkpoint-6"]
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert layout.checkpoints(tmp_path) == [] and layout.remove_incomplete(tmp_path) == ["checkpoint-6"]
 
 
 def test_a_row_without_a_rejected_answer_is_no_preference(tiny_model, tmp_path, capsys):

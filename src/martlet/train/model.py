@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from martlet.backends.transformers_model import load_model
-from martlet.errors import BackendUnavailable, UsageError, did_you_mean
+from martlet.errors import UsageError, did_you_mean
 from martlet.hub import registry
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
@@ -42,10 +41,6 @@ def load(card: ModelCard, arguments: SftArguments) -> PreTrainedModel:
 
 
 def _quantised(card: ModelCard, arguments: SftArguments) -> PreTrainedModel:
-    if arguments.quantization_bit not in (4, 8):
-        raise UsageError("--quantization_bit is 4 or 8", param="quantization_bit")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise BackendUnavailable("QLoRA needs bitsandbytes: pip install bitsandbytes", param="quantization_bit")
     if card.format != "safetensors":
         raise UsageError(f"bitsandbytes quantises safetensors checkpoints; {card.path} is {card.format}", param="model")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

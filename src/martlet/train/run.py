@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 
 from martlet import chat, hub
 from martlet.chat.template import Template
-from martlet.errors import MartletError, UsageError
+from martlet.errors import BackendUnavailable, MartletError, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
 from martlet.train import layout
@@ -55,6 +56,7 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
     Raises UsageError and its kin for whatever is wrong before the first step, naming the flag.
     """
     arguments = restored(arguments)
+    _refuse(arguments)
     card, tokenizer, template = _model_text(arguments)
     prepared = prepare(arguments, template, tokenizer, say=_say)
     if arguments.check:
@@ -169,6 +171,22 @@ def _wholes(row: Any) -> list[Encoded]:
         return [row]
     prompt, *endings = row
     return [Encoded(prompt + e, [0] * len(prompt) + [1] * len(e)) for e in endings if isinstance(e, list)]
+
+
+def _refuse(arguments: SftArguments) -> None:
+    """What cannot work here, before anything is read. Raises UsageError and BackendUnavailable."""
+    if arguments.quantization_bit not in (0, 4, 8):
+        raise UsageError("--quantization_bit is 4 or 8", param="quantization_bit")
+    if arguments.quantization_bit and arguments.sft_type == "full":
+        raise UsageError("weights in 4 or 8 bits cannot be trained, only adapters over them", param="quantization_bit")
+    for name, needed, wanted in (
+        ("bitsandbytes", arguments.quantization_bit, "quantization_bit"),
+        ("deepspeed", arguments.deepspeed, "deepspeed"),
+    ):
+        if needed and importlib.util.find_spec(name) is None:
+            raise BackendUnavailable(f"--{wanted} needs {name}: pip install {name}", param=wanted)
+    if arguments.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UsageError("--fsdp shares a model between processes: NPROC_PER_NODE=2 and more", param="fsdp")
 
 
 def _card(arguments: SftArguments) -> ModelCard:
