@@ -86,8 +86,8 @@ class LLM:
     tokens together. gpu_memory_utilization: share of the free memory to use, on a GPU as on a CPU. kv_cache_tokens:
     size of the KV cache instead. kv_cache_dtype: "auto", "bf16", "fp8" or "int8", where the runner has it. seed: makes
     unseeded sampling repeatable. enable_lora: calls may name LoRA adapters, max_loras of them in a batch, of ranks up
-    to max_lora_rank. load_format: "dummy" for random weights from a config.json alone. backend: "native", "pt" or
-    "vllm", or a Backend that is loaded already.
+    to max_lora_rank. tensor_parallel_size: GPUs that share the model. load_format: "dummy" for random
+    weights from a config.json alone. backend: "native", "pt" or "vllm", or a Backend that is loaded already.
 
     Raises ModelNotFound, CheckpointError, OutOfMemory, BackendUnavailable or UsageError.
     """
@@ -110,6 +110,7 @@ class LLM:
         enable_lora: bool = False,
         max_loras: int = 16,
         max_lora_rank: int = 64,
+        tensor_parallel_size: int = 1,
         load_format: str = "auto",
         backend: str | Backend = "native",
     ):
@@ -128,6 +129,7 @@ class LLM:
                 seed=seed or 0,
                 max_adapters=max_loras if enable_lora else 0,
                 max_lora_rank=max_lora_rank,
+                tensor_parallel_size=tensor_parallel_size,
             )
             engine = EngineOptions(
                 max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching, seed=seed

@@ -71,6 +71,7 @@ class AsyncEngineArgs:
         "enable_lora",
         "max_loras",
         "max_lora_rank",
+        "tensor_parallel_size",
     ]
 
     def __init__(self, **given):

@@ -47,7 +47,7 @@ def test_version(capsys):
         (["infer", "--num_beams", "2"], "--num_beams is a SWIFT flag that is not supported yet"),
         (["deploy", "--port", "no"], "--port wants a whole number, got 'no'"),
         (["deploy", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
-        (["deploy", "--tensor_parallel_size", "2"], "--tensor_parallel_size 2 is not supported yet"),
+        (["deploy", "--tensor_parallel_size", "0"], "tensor_parallel_size must be at least 1, got 0"),
         (["infer", "--prompt", " "], "the prompt is empty"),
         (["infer", "--prompt", "x", "--top_p", "3"], "top_p must be a number above 0"),
         (["infer", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),

@@ -20,7 +20,7 @@ CONFIGS = {
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "head_dim": 24,
-        "intermediate_size": 40,
+        "intermediate_size": 48,
         "tie_word_embeddings": True,
     },
     "qwen2": {
@@ -35,12 +35,12 @@ CONFIGS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 24,
-        "intermediate_size": 40,
+        "intermediate_size": 48,
         "sliding_window": 9,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 0.5,
     },
-    "glm4": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 40},
+    "glm4": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48},
 }
 
 

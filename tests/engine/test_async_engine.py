@@ -101,7 +101,7 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting():
     (output,) = outbox.get(timeout=10)
     assert output.finish_reason == "error" and output.last
     engine._thread.join(10)
-    assert not engine.alive and engine.stats().error
+    assert engine.failure and engine.stats().error
     with pytest.raises(MartletError, match="died"):
         engine.submit([ask("b")], outbox)
 

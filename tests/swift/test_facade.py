@@ -247,7 +247,6 @@ def test_an_engine_without_room_for_adapters_says_what_makes_some(engine):
 @pytest.mark.parametrize(
     "options",
     [
-        {"tensor_parallel_size": 4},
         {"use_async": True},
         {"engine_kwargs": {"swap_space": 4}},
         {"quantization": "awq"},

@@ -75,6 +75,10 @@ class Backend(ABC):
     @abstractmethod
     def stats(self) -> Stats: ...
 
+    def failure(self) -> str | None:
+        """Why nothing will ever be answered again, so that whoever serves it should end; None while all is well."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Abort what runs, free memory, join threads. Idempotent."""

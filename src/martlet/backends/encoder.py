@@ -71,5 +71,7 @@ def load_encoder(card: ModelCard, tokenizer: Tokenizer, load: LoadOptions, engin
         )
     if load.device not in ("auto", "cpu"):
         raise UsageError(f"{card.name} is an encoder and runs on the CPU", param="device")
+    if load.tensor_parallel_size != 1:
+        raise UsageError(f"{card.name} is an encoder and runs in one process", param="tensor_parallel_size")
     warn_of_unused("encoder", ("device", "dtype", "quant", "seed", "max_num_queued"), load, engine)
     return EncoderBackend(card, tokenizer, EncoderRunner(card, load), engine)

@@ -77,6 +77,9 @@ class NativeBackend(Backend):
     def stats(self) -> Stats:
         return self._engine.stats()
 
+    def failure(self) -> str | None:
+        return self._engine.failure
+
     def close(self) -> None:
         self._engine.close()
 

@@ -35,7 +35,7 @@ log = logging.getLogger("martlet")
 
 _HONOURED = ("device", "dtype", "quant", "max_model_len", "max_num_seqs", "kv_cache_tokens", "memory_utilization")
 _HONOURED += ("block_size", "max_num_batched_tokens", "enable_prefix_caching", "max_num_queued", "seed", "kv_dtype")
-_HONOURED += ("max_adapters", "max_lora_rank")
+_HONOURED += ("max_adapters", "max_lora_rank", "tensor_parallel_size")
 _KV_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8"}
 _SAME_NAME = (
     "n",
@@ -293,6 +293,7 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         dtype=load.dtype,
         load_format="dummy" if card.format == "dummy" else "auto",
         gpu_memory_utilization=load.memory_utilization,
+        tensor_parallel_size=load.tensor_parallel_size,
         enable_prefix_caching=engine.enable_prefix_caching,
         max_logprobs=Backend.max_logprobs,
         scheduling_policy="priority",  # equal priorities run in order of arrival, as without

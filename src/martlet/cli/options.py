@@ -79,7 +79,7 @@ class EngineFlags:
         "guess this many tokens a step from the text so far and verify them together; answers stay the same", 0
     )
     max_num_queued: int | None = flag("requests that may wait before new ones are refused (default: no limit)", None)
-    tensor_parallel_size: int = flag("GPUs that share one model; only 1 so far", 1)
+    tensor_parallel_size: int = flag("GPUs that share the model, each with a part of every layer", 1)
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ def template_name(flags: ModelFlags) -> str | None:
 def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
     from martlet.runners.base import LoadOptions
 
-    if engine.tensor_parallel_size != 1:
-        raise UsageError(
-            f"--tensor_parallel_size {engine.tensor_parallel_size} is not supported yet; only 1 is",
-            param="tensor_parallel_size",
-        )
     return LoadOptions(
         device=model.device,
         dtype=DTYPES[model.dtype],
@@ -152,6 +147,7 @@ def load_options(model: ModelFlags, engine: EngineFlags) -> LoadOptions:
         kv_dtype=engine.kv_cache_dtype,
         memory_utilization=engine.gpu_memory_utilization,
         packed_cache=model.packed_cache,
+        tensor_parallel_size=engine.tensor_parallel_size,
     )
 
 

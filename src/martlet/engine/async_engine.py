@@ -34,6 +34,8 @@ class AsyncEngine:
         self._sinks: dict[str, Sink] = {}
         self._closing = False
         self._failure: str | None = None
+        if (watch := getattr(engine.runner, "watch", None)) is not None:  # it may break for good between two steps
+            watch(self._lost)
         self._thread = threading.Thread(target=self._run, name="martlet-engine", daemon=True)
         self._thread.start()
 
@@ -72,8 +74,9 @@ class AsyncEngine:
         return replace(stats, waiting=stats.waiting + len(self._incoming), error=self._failure or stats.error)
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and self._failure is None
+    def failure(self) -> str | None:
+        """Why nothing will ever be answered again; None while all is well."""
+        return self._failure
 
     def close(self, timeout: float = 30.0) -> None:
         """Abort what runs, tell its sinks, and stop the thread. May be called twice."""
@@ -81,7 +84,7 @@ class AsyncEngine:
             self._closing = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self._thread.join(1.0 if self._failure else timeout)  # a step that lost its runner may never end
 
     def _run(self) -> None:
         try:
@@ -89,13 +92,20 @@ class AsyncEngine:
                 self._deliver(self.engine.step())
         except Exception as error:  # a bug in the engine itself: nobody may wait for ever because of it
             log.exception("the engine thread died")
-            self._failure = "the engine died; see the log"
-            with self._wake:
-                ids = list(self._sinks)
-            self._deliver([Output(request_id=i, finish_reason="error", error=error, last=True) for i in ids])
+            self._fail_all("the engine died; see the log", error)
         else:
             self.engine.close()
             self._deliver(self.engine.step())
+
+    def _lost(self, error: MartletError) -> None:
+        """The runner can run nothing any more. On a thread of the runner's: ours may be waiting for a step for ever."""
+        self._fail_all(str(error), error)
+
+    def _fail_all(self, reason: str, error: Exception) -> None:
+        with self._wake:
+            self._failure = self._failure or reason
+            ids = list(self._sinks)
+        self._deliver([Output(request_id=i, finish_reason="error", error=error, last=True) for i in ids])
 
     def _take_commands(self) -> bool:
         """Wait until there is something to do, and apply what was asked meanwhile. False: time to stop."""
@@ -116,7 +126,9 @@ class AsyncEngine:
         news: dict[int, tuple[Sink, list[Output]]] = {}
         with self._wake:
             for output in outputs:
-                sink = self._sinks[output.request_id]
+                sink = self._sinks.get(output.request_id)
+                if sink is None:  # it was failed when the runner was lost
+                    continue
                 news.setdefault(id(sink), (sink, []))[1].append(output)
                 if output.last:
                     del self._sinks[output.request_id]

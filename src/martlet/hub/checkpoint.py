@@ -25,6 +25,7 @@ class PackedTensor:
     unpack: data -> float32 [..., in].
     order: int32 [in], where columns lie in another order (GPTQ's act-order): column j of the data is column order[j] of
     the matrix.
+    block: elements of a block; 0 where it is not told, so that only whole rows can be cut out.
     """
 
     format: str
@@ -32,6 +33,7 @@ class PackedTensor:
     stored: np.ndarray | Callable[[], np.ndarray]
     unpack: Callable[[np.ndarray], np.ndarray]
     order: np.ndarray | None = None
+    block: int = 0
 
     @property
     def data(self) -> np.ndarray:
@@ -49,6 +51,20 @@ class PackedTensor:
         """Some of the rows of a matrix, in any order: blocks run along a row, so rows move whole."""
         count = len(range(self.shape[0])[index]) if isinstance(index, slice) else len(index)
         return replace(self, shape=(count, *self.shape[1:]), stored=lambda: self.data[index])
+
+    def columns(self, span: slice) -> Tensor:
+        """Columns span.start ... span.stop - 1 of a matrix: packed if they are whole blocks in order, else unpacked."""
+        if self.order is not None or not self.block or span.start % self.block or span.stop % self.block:
+            return self.dequantise()[:, span]
+        first, end = span.start // self.block, span.stop // self.block
+        count = self.shape[-1] // self.block
+
+        def stored() -> np.ndarray:
+            data = self.data
+            size = data.shape[-1] // count
+            return data[:, first * size : end * size]
+
+        return replace(self, shape=(self.shape[0], span.stop - span.start), stored=stored)
 
     def item_at(self, index: int) -> PackedTensor:
         """One matrix of a stack [items, out, in]."""

@@ -77,7 +77,7 @@ class GGUFCheckpoint:
             return np.frombuffer(header.map, dtype, info.nbytes // kind.bytes, info.start).reshape(info.shape)
         row_bytes = info.shape[-1] // kind.elements * kind.bytes
         data = np.frombuffer(header.map, np.uint8, info.nbytes, info.start).reshape(*info.shape[:-1], row_bytes)
-        packed = PackedTensor(kind.name, info.shape, data, partial(unpack, info.type_id))
+        packed = PackedTensor(kind.name, info.shape, data, partial(unpack, info.type_id), block=kind.elements)
         return packed.dequantise() if len(info.shape) == 1 else packed
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from martlet.hub import peft, registry
 from martlet.hub.card import ModelCard
 from martlet.model import families
 from martlet.model.families.family import Source, split_name
+from martlet.model.shard import Part
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import ParameterSpec, parameters, read_spec
 
@@ -100,6 +101,20 @@ def read(path: str | Path, card: ModelCard, spec: DecoderSpec, max_rank: int) ->
             f"served; --max_lora_rank {rank} takes it",
         )
     return Adapter(found.folder, found.base, rank, loras)
+
+
+def cut(adapter: Adapter, part: Part | None) -> Adapter:
+    """What one rank of several needs of an adapter: rows of B where rows of the linear are cut, columns of A where
+    columns are, so that what it adds is the rank's share of what the whole adapter adds."""
+    if part is None:
+        return adapter
+
+    def share(name: str, lora: peft.Lora) -> peft.Lora:
+        rows, columns = part.rows(name), part.columns(name)
+        a = lora.a if columns is None else lora.a[:, columns]
+        return replace(lora, a=a, b=lora.b if rows is None else lora.b[rows])
+
+    return replace(adapter, loras={name: share(name, lora) for name, lora in adapter.loras.items()})
 
 
 def check(path: str | Path, card: ModelCard, max_rank: int) -> None:

@@ -36,7 +36,10 @@ Last:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from martlet.model.shard import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,8 @@ class DecoderSpec:
     """A whole decoder. eps: of every RMSNorm. tied: the head is the embedding matrix.
 
     embedding_scale multiplies embeddings where they enter; logit_softcap: logits x become softcap * tanh(x / softcap).
+    part: what of a larger decoder this is, where several ranks share one (martlet.model.shard); vocab_size and width
+    are the whole decoder's all the same.
     """
 
     family: str
@@ -152,6 +157,12 @@ class DecoderSpec:
     max_positions: int
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    part: Part | None = None
+
+    @property
+    def vocabulary(self) -> slice:
+        """Tokens whose rows of the embedding and the head are here."""
+        return slice(0, self.vocab_size) if self.part is None else self.part.vocabulary
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -32,7 +32,8 @@ class ParameterSpec:
 
 def parameters(spec: DecoderSpec) -> Iterator[ParameterSpec]:
     """Every parameter of a decoder, in the order in which it is used. Names and shapes: martlet.model.spec."""
-    yield ParameterSpec("embed", (spec.vocab_size, spec.width), "embedding")
+    tokens = spec.vocabulary.stop - spec.vocabulary.start
+    yield ParameterSpec("embed", (tokens, spec.width), "embedding")
     for n, layer in enumerate(spec.layers):
         attention, mlp, at = layer.mixer, layer.mlp, f"layers.{n}."
         yield ParameterSpec(at + "attn_norm", (spec.width,), "norm")
@@ -53,7 +54,7 @@ def parameters(spec: DecoderSpec) -> Iterator[ParameterSpec]:
             yield ParameterSpec(at + "mlp_post_norm", (spec.width,), "norm")
     yield ParameterSpec("norm", (spec.width,), "norm")
     if not spec.tied:
-        yield ParameterSpec("head", (spec.vocab_size, spec.width), "linear")
+        yield ParameterSpec("head", (tokens, spec.width), "linear")
 
 
 def _feed_forward(at: str, width: int, hidden: int, mlp: FeedForward) -> Iterator[ParameterSpec]:
@@ -96,18 +97,21 @@ def read_spec(card: ModelCard) -> DecoderSpec:
 def load(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The name of every parameter of `spec` with its tensor, one at a time, in the order of `parameters`.
 
+    Of a decoder that is a part, what this part holds, cut out before anything is converted.
     A matrix may come as a PackedTensor; what is not a matrix comes as an array. Raises CheckpointError naming our
     parameter, the checkpoint's tensor, the file, and the shapes wanted and found.
     """
-    for parameter in parameters(spec):
+    whole = spec if spec.part is None else spec.part.whole
+    for parameter in parameters(whole):
         if isinstance(checkpoint, DummyCheckpoint):
-            yield parameter.name, checkpoint.random(parameter.name, parameter.shape)
-            continue
-        yield parameter.name, fetch(card, spec, checkpoint, parameter)
+            tensor: Tensor = checkpoint.random(parameter.name, parameter.shape)
+        else:
+            tensor = fetch(card, whole, checkpoint, parameter)
+        yield parameter.name, tensor if spec.part is None else spec.part.cut(parameter.name, tensor)
 
 
 def fetch(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint, parameter: ParameterSpec) -> Tensor:
-    """One parameter of `load`."""
+    """One parameter of `load`, whole."""
     source = families.get(card.family).source(spec, parameter.name, card.format)
     return _fetch(card, checkpoint, parameter, source)
 

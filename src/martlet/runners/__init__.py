@@ -21,8 +21,13 @@ def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = N
     """Load a model onto a device. progress(done, total) counts parameters.
 
     On a GPU, the CUDA runner; on a CPU, the C++ runner; torch on the same device where that cannot run the model.
-    Raises ModelNotFound (no such family), CheckpointError, OutOfMemory, UsageError or BackendUnavailable.
+    With several ranks, a ParallelRunner over them. Raises ModelNotFound (no such family), CheckpointError, OutOfMemory,
+    UsageError or BackendUnavailable.
     """
+    if options.tensor_parallel_size != 1:
+        from martlet.runners.parallel import ParallelRunner
+
+        return ParallelRunner(card, options, progress)
     if options.device.startswith("cuda") or (options.device == "auto" and _has_cuda()):
         from martlet.runners.cuda_runner import CudaRunner as Native
     else:

@@ -32,6 +32,7 @@ class LoadOptions:
     runner computes in. seed: of dummy weights. packed_cache: keep packed weights in the user's cache, so that the next
     start is faster.
     max_adapters: LoRA adapters that may be active in a batch, 0 for none; max_lora_rank: the largest rank of one.
+    tensor_parallel_size: processes that share the model, one a GPU (martlet.runners.parallel).
     """
 
     device: str = "auto"
@@ -47,6 +48,7 @@ class LoadOptions:
     packed_cache: bool = True
     max_adapters: int = 0
     max_lora_rank: int = 64
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

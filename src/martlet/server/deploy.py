@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -24,6 +25,8 @@ from martlet.server.sockets import address, bind, bind_unix, check_tls
 
 log = logging.getLogger("martlet.server")
 
+_LOOK_SECONDS = 0.25  # between looks at whether the engine is lost
+_FAREWELL_SECONDS = 1.5  # in which a lost engine's clients are told, and /health can be asked
 _LAST_SECONDS = 5.0  # for aborted requests to tell their clients, and for connections to close
 
 
@@ -42,7 +45,7 @@ def run(options: ServerOptions) -> int:
         if options.uds is not None:
             stack.callback(Path(options.uds).unlink, missing_ok=True)
         app = open_app(options, stack)
-        return serve(
+        code = serve(
             app,
             listener,
             drain_seconds=options.drain_seconds,
@@ -50,6 +53,10 @@ def run(options: ServerOptions) -> int:
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
+        if app.state.service.backend.failure() is not None:
+            logging.shutdown()
+            os._exit(code)  # a step that never ends, or a driver behind it, could hold the process
+        return code
 
 
 def open_app(options: ServerOptions, stack: contextlib.ExitStack) -> FastAPI:
@@ -130,7 +137,8 @@ def serve(
     """Serve `app` on a bound socket until SIGTERM or SIGINT; returns the exit code.
 
     First signal: new requests get 503, running ones have `drain_seconds` to finish and are then aborted; exit code 0.
-    Second signal: stop at once; exit code 128 + its number. Signals are only heard in the main thread.
+    Second signal: stop at once; exit code 128 + its number. Signals are only heard in the main thread. An engine that
+    is lost for good ends it too, after its clients have been told: exit code 1.
     """
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is theirs to know
     server = Server(server_config(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile))
@@ -143,12 +151,14 @@ def serve(
                 asyncio.get_running_loop().add_signal_handler(number, stopping.on_signal, number)
         where = address(listener, tls=ssl_certfile is not None)
         log.info("serving on %s", where)
+        watch = asyncio.ensure_future(stopping.when_lost())
         ticker = asyncio.ensure_future(log_throughput(service.backend, log_interval)) if log_interval > 0 else None
         try:
             await server.serve(sockets=[listener])
         except OSError as error:
             raise MartletError(f"cannot listen on {where}: {error.strerror}", param="port") from None
         finally:
+            watch.cancel()
             if ticker is not None:
                 ticker.cancel()
 
@@ -173,6 +183,16 @@ class Stopping:
             self.exit_code = 128 + number
             self._service.abort_all()
             self._server.should_exit = self._server.force_exit = True
+
+    async def when_lost(self) -> None:
+        """End the server when its engine can answer nothing any more."""
+        while (reason := self._service.backend.failure()) is None:
+            await asyncio.sleep(_LOOK_SECONDS)
+        log.error("nothing can be answered any more, so the server ends: %s", reason)
+        self.exit_code = 1
+        await _within(_FAREWELL_SECONDS, self._service)
+        await asyncio.sleep(_FAREWELL_SECONDS)
+        self._server.should_exit = self._server.force_exit = True
 
     async def drain(self) -> None:
         service = self._service

@@ -87,15 +87,14 @@ def get_vllm_engine(
 
     model_type: registry name. torch_dtype: a torch dtype or its name ("fp16", "bfloat16", ...), None to let the
     machine decide. model_id_or_path: weights other than the registered ones, such as a fine-tuned checkpoint; the
-    template stays that of model_type. gpu_memory_utilization: share of the free memory to use. max_num_seqs: most
-    sequences in a batch. engine_kwargs: further options by name. enforce_eager: accepted either way, since this
-    engine has no graphs to leave out. enable_lora: answers may name adapters, max_loras of them in a batch, of ranks
-    up to max_lora_rank; without it the two do not count.
+    template stays that of model_type. gpu_memory_utilization: share of the free memory to use. tensor_parallel_size:
+    GPUs that share the model. max_num_seqs: most sequences in a batch. engine_kwargs: further options by name.
+    enforce_eager: accepted either way, since this engine has no graphs to leave out. enable_lora: answers may name
+    adapters, max_loras of them in a batch, of ranks up to max_lora_rank; without it the two do not count.
 
     Raises MartletError naming an option that cannot be had, and what resolving and loading raise.
     """
     options = {
-        "tensor_parallel_size": (tensor_parallel_size, 1, "models run on one device"),
         "use_async": (use_async, False, "martlet.backends.load gives a backend with an asynchronous `stream`"),
     }
     for name, (value, only, why) in options.items():
@@ -116,6 +115,7 @@ def get_vllm_engine(
         memory_utilization=gpu_memory_utilization,
         max_adapters=max_loras if enable_lora else 0,
         max_lora_rank=max_lora_rank,
+        tensor_parallel_size=tensor_parallel_size,
     )
     return VllmEngine(backends.load(card, backend="native", load=load), model_type)
 

@@ -16,12 +16,14 @@ from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels import ops_for
 from martlet.model import weights
 from martlet.model.adapters import Adapter
+from martlet.model.shard import split
 from martlet.model.spec import Attention, DecoderSpec
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
 from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory
 from martlet.runners.torch_runner.adapters import Groups, Layers, upload
+from martlet.runners.torch_runner.collectives import Alone, Collectives
 from martlet.runners.torch_runner.decoder import Decoder
 
 __all__ = ["TorchRunner", "default_device"]
@@ -40,8 +42,17 @@ class TorchRunner:
     lag = 0
     max_drafts = 0
 
-    def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
-        """Load `card`. progress(done, total) is called for each parameter. Raises any of martlet.errors."""
+    def __init__(
+        self,
+        card: ModelCard,
+        options: LoadOptions,
+        progress: Callable[[int, int], None] | None = None,
+        ranks: Collectives | None = None,
+    ):
+        """Load `card`, or the share of one of the `ranks` that run it together.
+
+        progress(done, total) is called for each parameter. Raises any of martlet.errors.
+        """
         if options.quant is not None:
             raise UsageError(
                 f"quant {options.quant!r}: the torch runner computes in float32, bfloat16 or float16 only; "
@@ -49,18 +60,19 @@ class TorchRunner:
                 param="quant",
             )
         kv_dtype(options, "the torch runner")
+        self.ranks = ranks or Alone()
         self.device = _device(options.device)
         if self.device == "cpu":
-            torch.set_num_threads(machine.usable_cores())
+            torch.set_num_threads(max(1, machine.usable_cores() // self.ranks.size))
         self.dtype, reason = _dtype(options.dtype, self.device)
         began = time.perf_counter()
-        self.spec = spec = weights.read_spec(card)
+        self.spec = spec = split(weights.read_spec(card), self.ranks.rank, self.ranks.size)
         self.ops = ops_for(self.device)
         with torch.inference_mode():
             checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
             try:
                 stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
-                self.decoder = Decoder(spec, stream, self.ops, self.device, self.dtype)
+                self.decoder = Decoder(spec, stream, self.ops, self.device, self.dtype, self.ranks)
             finally:
                 checkpoint.close()
             log.info(
@@ -76,7 +88,7 @@ class TorchRunner:
             self.memory = plan_memory(
                 spec,
                 options,
-                free=_free_memory(self.device),
+                free=self.ranks.least(_free_memory(self.device) // (self.ranks.size if self.device == "cpu" else 1)),
                 weights=self.decoder.weight_bytes,
                 element_size=self.dtype.itemsize,
                 default_rows=DEFAULT_ROWS,
@@ -196,6 +208,7 @@ class TorchRunner:
         self.caches.clear()
         self.decoder.blocks.clear()
         self.adapters.clear()
+        self.ranks.close()
 
 
 def _counted(
@@ -212,6 +225,11 @@ def default_device() -> str:
     """What "auto" means: "cuda" where torch has it, else "cpu"."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cuda" if accelerator is not None and accelerator.type == "cuda" else "cpu"
+
+
+def count_gpus() -> int:
+    """GPUs that CUDA shows this process."""
+    return torch.cuda.device_count()
 
 
 def _device(asked: str) -> str:

@@ -15,6 +15,7 @@ from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.ops import Ops, Plan, Weight
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer
 from martlet.runners.torch_runner.adapters import Groups
+from martlet.runners.torch_runner.collectives import Alone, Collectives
 
 Linear = Callable[[str, torch.Tensor, Weight], torch.Tensor]
 
@@ -56,9 +57,16 @@ class Decoder:
     """A DecoderSpec with its weights on a device. weight_bytes: what they take there."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Iterable[tuple[str, Tensor]], ops: Ops, device: str, dtype: torch.dtype
+        self,
+        spec: DecoderSpec,
+        weights: Iterable[tuple[str, Tensor]],
+        ops: Ops,
+        device: str,
+        dtype: torch.dtype,
+        ranks: Collectives | None = None,
     ):
-        self.spec, self.ops = spec, ops
+        """ranks: those that share the model, where `spec` is a part of one."""
+        self.spec, self.ops, self.ranks = spec, ops, ranks or Alone()
         self.weight_bytes = 0
         self.blocks: list[Block] = []
         for place, group in groupby(weights, key=lambda item: _place(item[0])):
@@ -93,7 +101,7 @@ class Decoder:
         groups: the tokens that run with adapters; None when there are none.
         """
         ops, eps = self.ops, self.spec.eps
-        residual = ops.embedding(tokens, self.embed, self.spec.embedding_scale)
+        residual = self._embed(tokens)
         x = None
         for n, (layer, block, cache) in enumerate(zip(self.spec.layers, self.blocks, caches, strict=True)):
             plan, linear = plans[layer.mixer], partial(self._linear, groups, n)
@@ -102,16 +110,25 @@ class Decoder:
             else:
                 x, residual = ops.add_rms_norm(x, residual, block.attn_norm, eps)
             q = ops.rotate_and_write(linear("qkv", x, block.qkv), block.qk_norms, eps, cache, plan)
-            x = linear("o", ops.paged_attention(q, cache, plan), block.o)
+            x = self.ranks.all_reduce(linear("o", ops.paged_attention(q, cache, plan), block.o))
             if block.attn_post_norm is not None:
                 x = ops.rms_norm(x, block.attn_post_norm, eps)
             x, residual = ops.add_rms_norm(x, residual, block.mlp_norm, eps)
-            x = self._feed_forward(x, layer.mlp, block.mlp, linear)
+            x = self.ranks.all_reduce(self._feed_forward(x, layer.mlp, block.mlp, linear))
             if block.mlp_post_norm is not None:
                 x = ops.rms_norm(x, block.mlp_post_norm, eps)
         assert x is not None
         x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
         return ops.add_rms_norm(x, residual, self.norm, eps)[0]
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        table, scale = self.embed, self.spec.embedding_scale
+        if self.spec.part is None:
+            return self.ops.embedding(tokens, table, scale)
+        there = tokens - self.spec.vocabulary.start
+        mine = (there >= 0) & (there < len(table))
+        x = self.ops.embedding(torch.where(mine, there, 0), table, scale)
+        return self.ranks.all_reduce(x.mul_(mine[:, None]))
 
     def _linear(self, groups: Groups | None, n: int, name: str, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """The linear `name` of layer n, with what adapters add to it."""
@@ -138,7 +155,8 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, width] -> float32 [S, vocab]."""
-        return self.ops.logits(hidden, self.head, self.spec.logit_softcap)
+        logits = self.ops.logits(hidden, self.head, self.spec.logit_softcap)
+        return self.ranks.gather(logits, self.spec)
 
 
 def to_torch(tensor: Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
