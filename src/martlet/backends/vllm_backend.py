@@ -285,6 +285,7 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         "kv_cache_dtype": None if load.kv_dtype == "auto" else _KV_DTYPES[load.kv_dtype],
         "block_size": None if blocks is None else load.block_size,
         "seed": engine.seed,
+        "tensor_parallel_size": load.tensor_parallel_size if load.tensor_parallel_size != 1 else None,
     }
     if load.max_adapters:
         wanted |= {"enable_lora": True, "max_loras": load.max_adapters, "max_lora_rank": _lora_rank(load.max_lora_rank)}
@@ -293,7 +294,6 @@ def engine_args(card: ModelCard, load: LoadOptions, engine: EngineOptions) -> As
         dtype=load.dtype,
         load_format="dummy" if card.format == "dummy" else "auto",
         gpu_memory_utilization=load.memory_utilization,
-        tensor_parallel_size=load.tensor_parallel_size,
         enable_prefix_caching=engine.enable_prefix_caching,
         max_logprobs=Backend.max_logprobs,
         scheduling_policy="priority",  # equal priorities run in order of arrival, as without
