@@ -50,13 +50,13 @@ class Grouped:
         size = next((n for n in SIZES if self._fits(groups, n)), None)
         exact = np.array_equal(self.scales.astype(np.float16).astype(np.float32), self.scales.astype(np.float32))
         if size is None or not exact or (self.bits == 8 and (self.zeros != 128).any()):
-            return PackedTensor("int", self.shape, self._values, lambda data: data.view(np.float32))
+            return PackedTensor("int", self.shape, self._values, lambda data: data.view(np.float32), block=1)
         if self.bits == 8:
             block_of = groups[::32]
-            return PackedTensor("q8_0", self.shape, once(lambda: self._bytes(block_of, order)), unpack_q8_0, order)
+            return PackedTensor("q8_0", self.shape, once(lambda: self._bytes(block_of, order)), unpack_q8_0, order, 32)
         block_of = groups[::size]
         make = once(lambda: self._nibbles(size, block_of, order))
-        return PackedTensor(f"int4_{size}", self.shape, make, lambda data: unpack_int4(data, size), order)
+        return PackedTensor(f"int4_{size}", self.shape, make, lambda data: unpack_int4(data, size), order, size)
 
     def _fits(self, groups: np.ndarray, size: int) -> bool:
         """Whether all columns of a block of this size are of one group."""
