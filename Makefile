@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CXX ?= c++
 
-.PHONY: help demo test test-gpu test-slow lint format clean
+.PHONY: help demo test test-gpu test-slow test-ray lint format clean
 
 help:
 	@echo "make demo   install what running needs and answer a question with the default model"
 	@echo "make test   install the test extras, lint, run the whole suite"
 	@echo "make lint   ruff; make format writes its fixes"
-	@echo "make test-gpu, make test-slow   the checks that need a GPU, or minutes"
+	@echo "make test-gpu, make test-slow, make test-ray   the checks that need a GPU, minutes, or Ray"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +47,12 @@ test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not ray"
+
+test-ray: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ray]'
+	$(BIN)/martlet models pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m ray
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache

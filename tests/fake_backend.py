@@ -93,7 +93,12 @@ class FakeTemplate:
     stop_ids = (EOS,)
     stop = ("<end>",)
 
-    def render(self, messages, *, tools=None, add_generation_prompt=True, continue_final_message=False) -> list[int]:
+    def render(
+        self, messages, /, *, tools=None, add_generation_prompt=True, continue_final_message=False, **variables
+    ) -> list[int]:
+        if variables:
+            name = next(iter(variables))
+            raise InvalidRequest("the fake template reads no variables", param=f"chat_template_kwargs.{name}")
         text = "".join(f"{turn['role']}\x02{turn['content'] or ''}\x03" for turn in normalise(messages))
         return list((text.removesuffix("\x03") if continue_final_message else text).encode())
 

@@ -219,6 +219,7 @@ def test_bad_tools_are_named(url):
         ({"messages": [{"role": "user", "content": "1", "tool_calls": [called()]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
     ]
     for changes, param in cases:
         body = {"messages": [{"role": "user", "content": "hi"}], **changes}

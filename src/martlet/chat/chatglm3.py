@@ -42,13 +42,13 @@ class ChatGLM3(Template):
             raise UsageError(f"template {name!r} needs tokens that this tokenizer has not: {', '.join(missing)}")
         self._set_stops(("<|user|>", "<|observation|>"))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def render(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> list[int]:
         ids: list[int] = []
         for control, text in self._pieces(messages, **options):
             ids += [self._ids[control]] if control else self.tokenizer.encode(text, special=False)
         return ids
 
-    def render_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render_text(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> str:
         # A message's content is encoded with SentencePiece's leading space, which the text shows.
         pieces = list(self._pieces(messages, **options))
         return "".join(control or (text if text.endswith("\n") else f" {text}") for control, text in pieces)
@@ -56,6 +56,7 @@ class ChatGLM3(Template):
     def _pieces(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,

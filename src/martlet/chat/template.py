@@ -43,6 +43,7 @@ class Template(ABC):
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -53,12 +54,13 @@ class Template(ABC):
 
         add_generation_prompt: end with the head of an answer. continue_final_message: end inside the last message
         instead, so that the model goes on with it. tools: JSON schemas as in OpenAI's API. template_kwargs: further
-        variables that this template reads. No token id of a control token stems from a message's text.
+        variables that this template reads, by any name, as clients send them. No token id of a control token stems from
+        a message's text.
         Raises InvalidRequest for messages that are malformed or that the template refuses.
         """
 
     @abstractmethod
-    def render_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render_text(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> str:
         """The same prompt as text, for people to look at. Options as for `render`."""
 
     def _prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -108,6 +110,7 @@ class JinjaTemplate(Template):
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -120,6 +123,7 @@ class JinjaTemplate(Template):
     def render_text(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,

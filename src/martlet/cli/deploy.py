@@ -63,7 +63,9 @@ class ReplicaFlags:
 
     replicas: int = flag("engines behind one address, each with the whole model; SIGHUP restarts them in turn", 1)
     router: bool = flag("run under Ray Serve even with one replica", False)
-    replica_cpus: float = flag("CPUs that each replica takes of Ray's", 1.0)
+    replica_cpus: float | None = flag(
+        "CPUs that each takes of Ray's and computes on (default: an equal share of the cores)", None
+    )
     replica_gpus: float | None = flag("GPUs that each takes (default: 1 with --device cuda, else 0)", None)
     ray_address: str | None = flag(
         "a running Ray cluster to join, auto for this machine's (default: one is started here)", None, metavar="ADDRESS"
@@ -170,7 +172,7 @@ def _replicas(options: DeployOptions) -> dict[str, Any]:
     if options.replicas < 1:
         raise UsageError(f"--replicas must be at least 1, got {options.replicas}", param="replicas")
     if options.replicas == 1 and not options.router:
-        for name in ("ray_address", "replica_gpus"):
+        for name in ("ray_address", "replica_cpus", "replica_gpus"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name} needs --replicas above 1, or --router", param=name)
         return {}
@@ -180,7 +182,7 @@ def _replicas(options: DeployOptions) -> dict[str, Any]:
         raise UsageError("--log_interval: replicas tell of no throughput yet", param="log_interval")
     gpus = options.replica_gpus if options.replica_gpus is not None else float(options.device == "cuda")
     for name, value in (("replica_cpus", options.replica_cpus), ("replica_gpus", gpus)):
-        if value < 0:
+        if value is not None and value < 0:
             raise UsageError(f"--{name} must not be below 0, got {value}", param=name)
     return {
         "replicas": options.replicas,

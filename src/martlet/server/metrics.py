@@ -7,7 +7,7 @@ request (and once a streamed chunk for inter_token).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,15 +15,51 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from martlet.backends.base import Backend
 from martlet.server.record import Record
 
+TEXT = "text/plain; version=0.0.4"
+_REJECTIONS = "martlet:admission_rejections"
+_ENGINE = "0"  # as vLLM numbers the engines of a server
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
 
+class Rejections:
+    """Requests refused with 429. registry: where they are told; None for one of their own."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry | None = None):
+        self._registry = registry or CollectorRegistry()
+        said = "Requests refused with 429: the queue was full, or the key had too many running"
+        counter = Counter(_REJECTIONS, said, ["model_name", "engine"], registry=self._registry)
+        self.inc = counter.labels(model_name, _ENGINE).inc
+
+    def text(self) -> str:
+        return generate_latest(self._registry).decode()
+
+
+def merged(texts: Mapping[int, str]) -> str:
+    """One exposition of several servers', each family once, `engine` saying whose a sample is.
+
+    Refusals are left out: a front that passes requests on has seen them all.
+    """
+    families: dict[str, tuple[list[str], list[str]]] = {}  # name -> (comments, samples), which belong together
+    for number, text in texts.items():
+        name = ""
+        for line in text.split("\n"):
+            if line.startswith("# "):
+                name = line.split(" ", 3)[2]
+                comments, samples = families.setdefault(name, ([], []))
+                if line not in comments:
+                    comments.append(line)
+            elif line:
+                samples.append(line.replace(f'engine="{_ENGINE}"', f'engine="{number}"'))
+    told = (parts for name, parts in families.items() if not name.startswith(_REJECTIONS))
+    return "".join(f"{line}\n" for parts in told for part in parts for line in part)
+
+
 class Metrics:
     def __init__(self, backend: Backend, model_name: str):
         self._backend = backend
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": _ENGINE}
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self.inter_token = self._histogram(
@@ -44,12 +80,7 @@ class Metrics:
         self._decode = self._histogram(
             "request_decode_time_seconds", "From the first token to the last, of streams", _SECONDS
         )
-        self.rejections = Counter(
-            "martlet:admission_rejections",
-            "Requests refused with 429: the queue was full, or the key had too many running",
-            list(self._labels),
-            registry=self._registry,
-        ).labels(*self._labels.values())
+        self.rejections = Rejections(model_name, self._registry)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
         self._output = self._histogram("request_generation_tokens", "Tokens generated for a request", _TOKENS)
         self._n = self._histogram("request_params_n", "n of a request", (1, 2, 5, 10, 20, 50, 100))

@@ -9,6 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from martlet._version import __version__
 from martlet.engine.request import Stats
 from martlet.server.answers import State, Version, answers
+from martlet.server.metrics import TEXT
 from martlet.server.service import Service
 
 router = APIRouter()
@@ -54,4 +55,4 @@ def condition(stats: Stats, draining: bool) -> tuple[str, str]:
 @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(http: Request) -> Response:
     service: Service = http.app.state.service
-    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(service.metrics.text(), media_type=TEXT)

@@ -45,7 +45,8 @@ class ServerOptions:
     long running requests may take to finish.
 
     replicas: engines under Ray Serve, None for one in this process. replica_cpus, replica_gpus: what each takes of
-    Ray's. ray_address: a cluster to join, None for one of our own on this machine.
+    Ray's, and how many cores it computes on (None: the machines' cores, divided; 0: takes none, computes on all).
+    ray_address: a cluster to join, None for one of our own on this machine.
     """
 
     model: str | ModelCard
@@ -73,6 +74,6 @@ class ServerOptions:
     log_format: str = "text"
     log_interval: float = 10.0
     replicas: int | None = None
-    replica_cpus: float = 1.0
+    replica_cpus: float | None = None
     replica_gpus: float = 0.0
     ray_address: str | None = None

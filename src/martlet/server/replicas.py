@@ -28,10 +28,12 @@ from starlette.types import Message, Receive, Scope, Send
 from martlet.errors import BackendUnavailable, MartletError
 from martlet.server.affinity import beginnings
 from martlet.server.app import cors
+from martlet.server.cores import cpus_each, keep_to, share
 from martlet.server.deploy import open_app, serve
 from martlet.server.errors import Problem, anthropic_body, describe, problem
 from martlet.server.gate import Gate
 from martlet.server.logs import set_up
+from martlet.server.metrics import TEXT, Rejections, merged
 from martlet.server.operations import condition
 from martlet.server.options import Limits, ServerOptions
 from martlet.server.service import Traffic
@@ -41,6 +43,7 @@ log = logging.getLogger("martlet.server")
 
 _APP = "martlet"
 _ATTEMPTS = 5  # at requests that died with a replica before it took them
+_METRICS_SECONDS = 5.0
 _PRIVATE = (b"authorization", b"x-api-key")  # the front has read them
 
 
@@ -55,10 +58,13 @@ class Call:
 
 
 class Replica:
-    """The application in a process of Ray's."""
+    """The application in a process of Ray's, on its own share of the machine's cores."""
 
     def __init__(self, options: ServerOptions):
+        from ray.serve import get_replica_context
+
         set_up(options.log_level, options.log_format)
+        keep_to(share(get_replica_context().rank.local_rank, options.replica_cpus or 0.0))
         self._stack = contextlib.ExitStack()
         self._app = open_app(options, self._stack)
 
@@ -95,6 +101,12 @@ class Replica:
         finally:
             left.set()  # the application hears that the client left, and aborts what still runs
 
+    def metrics(self) -> tuple[int, str]:
+        """(this replica's number, which a successor takes over, what GET /metrics would say)."""
+        from ray.serve import get_replica_context
+
+        return get_replica_context().rank.rank, self._app.state.service.metrics.text().decode()
+
     def check_health(self) -> None:
         """Ray's question; one that fails it three times is replaced."""
         state, detail = condition(self._app.state.service.backend.stats(), False)
@@ -127,6 +139,9 @@ def run(options: ServerOptions) -> int:
         except (ConnectionError, ValueError) as error:
             raise MartletError(f"no Ray cluster answers: {error}", param="ray_address") from None
         stack.callback(ray.shutdown)
+        if options.replica_cpus is None:
+            nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+            options = dataclasses.replace(options, replica_cpus=cpus_each(nodes, options.replicas))
         _check_room(options, ray.cluster_resources())
         ray_serve.start(proxy_location="Disabled")
         stack.callback(ray_serve.shutdown if options.ray_address is None else lambda: ray_serve.delete(_APP))
@@ -197,17 +212,16 @@ def _states(ray_serve: Any):
 
 
 class _Counts:
-    """What the gate counts; the replicas measure the rest."""
+    """What the front's gate counts; the replicas measure the rest."""
 
-    class rejections:
-        @staticmethod
-        def inc() -> None: ...
+    def __init__(self, model_name: str):
+        self.rejections = Rejections(model_name)
 
 
 class FrontService(Traffic):
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, model_name: str):
         super().__init__(limits)
-        self.metrics = _Counts()
+        self.metrics = _Counts(model_name)
         self.stopping = asyncio.Event()
 
     def abort_all(self) -> None:
@@ -215,8 +229,10 @@ class FrontService(Traffic):
 
 
 def create_front(handle: Any, options: ServerOptions, running: Any) -> Starlette:
-    """The application that listens. handle.remote(Call) gives the replica's messages; running() counts replicas."""
-    service = FrontService(options.limits)
+    """The application that listens. handle.remote(Call) gives the replica's messages, handle.broadcast what a method of
+    all says; running() counts replicas."""
+    name = options.model if isinstance(options.model, str) else options.model.name
+    service = FrontService(options.limits, (*options.served_model_names, name)[0])
     middleware = [Middleware(CORSMiddleware, **cors(options.cors_origins))] if options.cors_origins else []
     middleware.append(Middleware(Gate, service=service, api_keys=options.api_keys))
 
@@ -225,8 +241,7 @@ def create_front(handle: Any, options: ServerOptions, running: Any) -> Starlette
         if path in (b"/health", b"/ready"):
             await _health(await asyncio.to_thread(running), options.replicas, service)(scope, receive, send)
         elif path == b"/metrics":
-            said = "each replica has metrics of its own; Ray's metrics export tells of all of them"
-            await problem(501, said, code="unsupported").response(scope)(scope, receive, send)
+            await (await _metrics(handle, service))(scope, receive, send)
         else:
             await _forward(handle, service, scope, receive, send)
 
@@ -239,6 +254,14 @@ def _health(count: int, wanted: int, service: FrontService) -> Response:
     state = "draining" if service.draining else "ok" if count else "error"
     body = {"status": state, "detail": f"{count} of {wanted} replicas run"}
     return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+
+
+async def _metrics(handle: Any, service: FrontService) -> Response:
+    """Every replica's, told apart by the label engine; one that is just dying or starting is left out."""
+    asked = handle.broadcast("metrics")
+    found = await asked.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+    texts = dict(sorted(each for each in found if not isinstance(each, BaseException)))
+    return Response(merged(texts) + service.metrics.rejections.text(), media_type=TEXT)
 
 
 async def _forward(handle: Any, service: FrontService, scope: Scope, receive: Receive, send: Send) -> None:
