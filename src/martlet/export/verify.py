@@ -14,6 +14,7 @@ from martlet.backends.transformers_model import load_model
 from martlet.errors import MartletError
 from martlet.export.source import Source
 from martlet.runners.base import LoadOptions
+from martlet.train import console
 
 log = logging.getLogger("martlet")
 
@@ -60,6 +61,7 @@ def difference(before: Callable, after: Callable, texts: list[list[int]]) -> Dif
 
 def compare(source: Source, result: Path) -> Difference:
     """Log and return what the file or folder at `result` lost against its source, both computed in float32."""
+    console.quiet()
     ids = _texts(source)
     found = difference(_unmerged(source), _logits(hub.resolve(str(result))), ids)
     log.info("%s: %s", result.name, found)

@@ -18,7 +18,7 @@ from martlet.chat.template import Template
 from martlet.errors import BackendUnavailable, MartletError, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
-from martlet.train import layout
+from martlet.train import console, layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.encode import Encoded, Lengths, show
 from martlet.train.split import split_rows
@@ -64,7 +64,7 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
 
     import transformers
 
-    _quiet()
+    console.quiet()
     from martlet.train import journal
     from martlet.train import model as models
     from martlet.train.trainers import trainer_for
@@ -263,19 +263,6 @@ def _draw(run: Path) -> None:
         journal.draw(run)
     except OSError as error:
         log.warning("the curves of %s could not be drawn: %s", run, error)
-
-
-def _quiet() -> None:
-    """Of the libraries below, a user sees the bar of the training and what it logs; bars of every small thing not."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging as theirs
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
-    datasets.disable_progress_bars()
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
 
 
 def _say(text: str) -> None:
