@@ -162,7 +162,7 @@ def test_steps_run_in_order_and_only_once(two_steps, started, tmp_path, capsys):
     assert f"last checkpoint: {last}" in capsys.readouterr().out
     assert json.loads((last / "args.json").read_text())["base"] == str(out / "1-sft-merged")
     assert run(options) == 0
-    assert [words[0] for words in started[3:]] == ["export"]  # which finds that it is merged already
+    assert len(started) == 3
 
 
 def test_a_step_that_was_stopped_goes_on(two_steps, started, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def run(recipe: Recipe, output: Path) -> Path:
     progress = Progress(output, recipe)
     for step in recipe.steps:
         progress.begun(step)  # a flag that differs is found before hours are spent
-    model, checkpoint = recipe.model, output
+    made: tuple[Path, Path] | None = None  # the last step's checkpoint and folder
     for step, place in _placed(recipe, output):
         done = progress.finished(step)
         if done is not None:
@@ -50,17 +50,24 @@ def run(recipe: Recipe, output: Path) -> Path:
             if not checkpoint.is_dir():
                 raise UsageError(f"{checkpoint}, which step {step.name} made, is gone", param="output_dir")
         else:
+            model = _whole(*made) if made else recipe.model
             resume = _resumable(place, begun=progress.begun(step))
             progress.begin(step)
             again = ["--resume_from_checkpoint", str(place)] if resume else []
             _martlet([step.command, "--model", model, *step.words(), *_into(place), *again])
             checkpoint = layout.checkpoints(place)[-1]
             progress.finish(step, str(checkpoint.relative_to(output)))
-        model = str(checkpoint)
-        if step is not recipe.steps[-1] and (checkpoint / "adapter_config.json").is_file():
-            _martlet(["export", *_merging(checkpoint, place)])
-            model = str(_merged(place))
-    return checkpoint
+        made = checkpoint, place
+    assert made is not None  # a recipe has a step
+    return made[0]
+
+
+def _whole(checkpoint: Path, place: Path) -> str:
+    """What the next step begins with: the checkpoint, or the model that its adapter is merged into."""
+    if not (checkpoint / "adapter_config.json").is_file():
+        return str(checkpoint)
+    _martlet(["export", *_merging(checkpoint, place)])  # which does nothing when that is there already
+    return str(_merged(place))
 
 
 def check(recipe: Recipe, output: Path) -> None:
