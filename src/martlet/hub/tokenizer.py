@@ -49,6 +49,7 @@ class Tokenizer:
         self._core = core
         self._literal = _literal_twin(core, added)
         self._added = {token: item.content for token, item in added.items()}
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for: every token of every stream is
         self._piece_bytes = _byte_level_bytes if _is_byte_level(core) else _sentencepiece_bytes
         self.vocab_size: int = max(core.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special_ids: frozenset[int] = frozenset(token for token, item in added.items() if item.special)
@@ -86,10 +87,15 @@ class Tokenizer:
 
         Empty for an id without a token (rows that pad a model's embedding).
         """
-        if token in self._added:
-            return self._added[token].encode()
-        piece = self._core.id_to_token(token)
-        return b"" if piece is None else self._piece_bytes(piece)
+        found = self._bytes.get(token)
+        if found is None:
+            piece = self._core.id_to_token(token)
+            if token in self._added:
+                found = self._added[token].encode()
+            else:
+                found = b"" if piece is None else self._piece_bytes(piece)
+            self._bytes[token] = found
+        return found
 
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its name, e.g. "<|im_end|>"."""

@@ -17,6 +17,7 @@ class ChunkedShape(ABC):
 
     object: str
     chunk_object: str
+    _head = b""
 
     @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
@@ -36,8 +37,12 @@ class ChunkedShape(ABC):
         return b""
 
     def news(self, job: Job, choice: Choice, output: Output) -> bytes:
-        head = _head(job, self.chunk_object)
-        return b"".join([_event(head | {"choices": [piece]}) for piece in self.chunks(choice, output)])
+        pieces = self.chunks(choice, output)
+        if not pieces:
+            return b""
+        if not self._head:  # the same in every event, so it is written once
+            self._head = b"data: " + orjson.dumps(_head(job, self.chunk_object))[:-1] + b',"choices":['
+        return b"".join([self._head + orjson.dumps(piece) + b"]}\n\n" for piece in pieces])
 
     def end(self, job: Job, choices: list[Choice], usage: Usage) -> bytes:
         told = {"choices": [], "usage": openai_usage(usage)}

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from martlet.backends.base import Backend
 from martlet.server.record import Record
+from martlet.server.token_latency import TokenLatency
 
 TEXT = "text/plain; version=0.0.4"
 _REJECTIONS = "martlet:admission_rejections"
@@ -61,10 +62,13 @@ class Metrics:
         self._backend = backend
         self._labels = {"model_name": model_name, "engine": _ENGINE}
         self._registry = CollectorRegistry()
-        self._registry.register(self)
-        self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "Time from one token to the next, of streams", _TOKEN_SECONDS
+        self.inter_token = TokenLatency(
+            "martlet:inter_token_latency_seconds",
+            "Time from one token to the next, of streams",
+            _TOKEN_SECONDS,
+            self._labels,
         )
+        self._registry.register(self)
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From the request to its first token, of streams", _SECONDS
         )
@@ -136,6 +140,7 @@ class Metrics:
         for reason, count in sorted(stats.finished.items()):
             success.add_metric([*self._labels.values(), reason], count)
         yield success
+        yield self.inter_token.family()
 
     def _family(self, kind: type, name: str, help_text: str, value: float) -> Metric:
         family = kind(f"martlet:{name}", help_text, labels=list(self._labels))

@@ -7,6 +7,7 @@ from being smuggled past a proxy in front of us.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import h11
 import orjson
@@ -15,11 +16,30 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from martlet.server.errors import problem
 
 
+class Connection(h11.Connection):
+    """h11's connection, but for the body of an answer in chunks: a stream is a chunk a token, and putting one through
+    h11's states and writers costs as much as all else that the server does for it."""
+
+    _in_chunks = False
+
+    def send(self, event: h11.Event) -> bytes | None:
+        if self._in_chunks and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        output = super().send(event)
+        if type(event) is h11.Response:
+            self._in_chunks = output is not None and b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
+        return output
+
+
 class Protocol(H11Protocol):
     """header_seconds: a client that has not sent a whole head by then is holding a connection for nothing."""
 
     header_seconds = 15.0
     _clock: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
