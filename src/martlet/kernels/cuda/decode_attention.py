@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
-from martlet.kernels.cuda.fp8 import PAIR_SCALE, in_units, unpacked
+from martlet.kernels.cuda.fp8 import INTERPRETED, LIFT, LIFTED, unpacked_bf16
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
@@ -51,21 +51,22 @@ def _join(partial, sums, out, start, working, GROUP: tl.constexpr, GROUP_UP: tl.
     tl.store(out + g[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "positions"], do_not_specialize=["PARTS"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "picks"], do_not_specialize=["PARTS"])
 def _attend(
-    q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, out, partial, sums, counters,
+    q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, picks, out, partial, sums, counters,
     scale, q_stride, block_stride, cache_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PICK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(0)
     b = tl.program_id(1)
     part = tl.program_id(2)
-    row = tl.load(rows + b)
-    length = tl.where(row >= 0, tl.load(positions + b) + 1, 0)
+    token_at = tl.load(picks + b) if PICK else b  # of q, rows and positions
+    row = tl.load(rows + token_at)
+    length = tl.where(row >= 0, tl.load(positions + token_at) + 1, 0)
     begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     share = tl.cdiv(tl.cdiv(length - begin, PARTS), TILE) * TILE
     low = begin + part * share
@@ -76,20 +77,20 @@ def _attend(
         d = tl.arange(0, BLOCK_D)
         here = (g < GROUP)[:, None] & (d < DIM)[None, :]
         place = (head * GROUP + g)[:, None] * DIM + d[None, :]
-        query = tl.load(q + b.to(tl.int64) * q_stride + place, mask=here, other=0.0)
+        query = tl.load(q + token_at.to(tl.int64) * q_stride + place, mask=here, other=0.0)
         if SCALED:
             # Two neighbours of a head are one number of 16 bits, so memory moves as it does for bfloat16: `e` counts
             # these, and whatever has heads in it comes in two halves, even and odd elements.
             e = tl.arange(0, BLOCK_D // 2)
-            query, unit = in_units(query)
+            work: tl.constexpr = tl.float32 if INTERPRETED or query.dtype == tl.float32 else tl.bfloat16
+            query = (query.to(tl.float32) * LIFT).to(work)
             query_even, query_odd = tl.split(query.reshape(BLOCK_G, BLOCK_D // 2, 2))
-            factor = unit[:, None] * (scale * PAIR_SCALE)
             acc_even = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
             acc_odd = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
         mine = out + b.to(tl.int64) * HEADS * DIM
         table = block_table + row.to(tl.int64) * block_stride
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G], tl.float32)
+        weights = tl.zeros([BLOCK_G, TILE], tl.float32)  # summed over tokens at the end: a sum in the loop is a barrier
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         t = tl.arange(0, TILE)
         for first in tl.range(low, high, TILE, num_stages=STAGES):
@@ -99,11 +100,12 @@ def _attend(
             token = block * cache_stride + (head * BLOCK_SIZE + at % BLOCK_SIZE) * (DIM // 2 if SCALED else DIM)
             if SCALED:
                 mask = inside[:, None] & (e < DIM // 2)[None, :]
-                even, odd = unpacked(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0), query.dtype)
+                even, odd = unpacked_bf16(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0))
                 beside = block * (KV_HEADS * BLOCK_SIZE) + head * BLOCK_SIZE + at % BLOCK_SIZE
                 key_scale = tl.load(k_scales + beside, mask=inside, other=0.0)
-                scores = tl.dot(query_even, even.T, input_precision=PRECISION)
-                scores = tl.dot(query_odd, odd.T, scores, input_precision=PRECISION) * factor * key_scale[None, :]
+                scores = tl.dot(query_even, even.to(work).T, input_precision=PRECISION)
+                scores = tl.dot(query_odd, odd.to(work).T, scores, input_precision=PRECISION)
+                scores *= (key_scale * (scale * LIFTED))[None, :]
             else:
                 mask = inside[:, None] & (d < DIM)[None, :]
                 key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
@@ -115,20 +117,19 @@ def _attend(
             weight = tl.exp2(scores - top[:, None])
             fade = tl.exp2(best - top)
             best = top
-            total = total * fade + tl.sum(weight, 1)
+            weights = weights * fade[:, None] + weight
             if SCALED:
-                even, odd = unpacked(tl.load(v_cache + token[:, None] + e[None, :], mask=mask, other=0), query.dtype)
+                even, odd = unpacked_bf16(tl.load(v_cache + token[:, None] + e[None, :], mask=mask, other=0))
                 value_scale = tl.load(v_scales + beside, mask=inside, other=0.0)
-                largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-                scaled = (weight * (value_scale / largest)[None, :]).to(query.dtype)
-                largest *= PAIR_SCALE
-                acc_even = acc_even * fade[:, None] + tl.dot(scaled, even, input_precision=PRECISION) * largest
-                acc_odd = acc_odd * fade[:, None] + tl.dot(scaled, odd, input_precision=PRECISION) * largest
+                scaled = (weight * (value_scale * LIFT)[None, :]).to(work)
+                acc_even = tl.dot(scaled, even.to(work), acc_even * fade[:, None], input_precision=PRECISION)
+                acc_odd = tl.dot(scaled, odd.to(work), acc_odd * fade[:, None], input_precision=PRECISION)
             else:
                 value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
                 acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        total = tl.sum(weights, 1)
         if SCALED:
-            acc = tl.join(acc_even, acc_odd).reshape(BLOCK_G, BLOCK_D)
+            acc = tl.join(acc_even, acc_odd).reshape(BLOCK_G, BLOCK_D) * LIFTED
         if SPLIT:
             # Each part leaves its sum, weighted by exp2 of its scores less their maximum, and that sum's weight.
             slot = ((b * KV_HEADS + head) * PARTS + part).to(tl.int64) * GROUP + g
@@ -169,30 +170,35 @@ class Tile:
 
 def tile_for(batch: int, spec: Attention, *, fp8: bool = False) -> Tile:
     """One part a sequence where that gives each multiprocessor two programs or more, else enough parts for four."""
-    programs = batch * spec.kv_heads
-    if programs >= 2 * launch.num_sms():
-        return Tile(tokens=128, parts=1, warps=4, stages=3) if fp8 else Tile(tokens=64, parts=1, warps=4, stages=4)
-    return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * launch.num_sms(), programs)), warps=4, stages=3)
+    programs, sms = batch * spec.kv_heads, launch.num_sms()
+    if programs >= 8 * sms and spec.head_dim <= 128 and spec.heads <= 16 * spec.kv_heads:
+        return Tile(tokens=128, parts=1, warps=4, stages=5 if fp8 else 3)
+    if programs >= 2 * sms:
+        return Tile(tokens=64, parts=1, warps=2, stages=5 if fp8 else 4)
+    return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * sms, programs)), warps=4, stages=3)
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where parts are left, for batches of up to `batch`. partial, sums float32; counters int32, zero between steps."""
+    """Where parts are left. partial, sums float32; counters int32, zero between steps."""
 
     partial: torch.Tensor
     sums: torch.Tensor
     counters: torch.Tensor
 
 
-def scratch(batch: int, specs: list[Attention], device: torch.device) -> Scratch:
-    """Room for every layer of a decoder and every batch up to `batch`; layers use it one after another."""
-    most = {size: max(tile_for(size, spec).parts * size * spec.heads for spec in specs) for size in range(1, batch + 1)}
-    rows = max(most.values())
+def scratch(specs: list[Attention], device: torch.device) -> Scratch:
+    """Room for every layer of a decoder and every batch; layers use it one after another."""
+    rows = counters = 1
+    for spec in specs:
+        for batch in range(1, 2 * launch.num_sms() // spec.kv_heads + 1):  # larger ones are not split
+            rows = max(rows, tile_for(batch, spec).parts * batch * spec.heads)
+            counters = max(counters, batch * spec.kv_heads)
     dim = max(spec.head_dim for spec in specs)
     return Scratch(
         partial=torch.empty(rows * dim, dtype=torch.float32, device=device),
         sums=torch.empty(rows * 2, dtype=torch.float32, device=device),
-        counters=torch.zeros(batch * max(spec.kv_heads for spec in specs), dtype=torch.int32, device=device),
+        counters=torch.zeros(counters, dtype=torch.int32, device=device),
     )
 
 
@@ -206,6 +212,7 @@ def decode_attention(
     room: Scratch,
     *,
     scales: torch.Tensor | None = None,
+    picks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -213,9 +220,13 @@ def decode_attention(
 
     The heads of a token lie together in q; tokens may lie apart.
     cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B]. scales: as in
-    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight.
+    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight. With picks int32 [S] only
+    those of the B tokens attend -> [S, H * D]. No kernel of the same step may write rows, positions or picks.
     """
-    batch, block_d = len(q), max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim))
+    batch, block_d = (
+        len(q if picks is None else picks),
+        max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim)),
+    )
     kept = cache if scales is None else cache.view(torch.int16)
     tile = tile or tile_for(batch, spec, fp8=scales is not None)
     # float32 is for comparing with the reference; without tensor cores large tiles only spill
@@ -229,12 +240,13 @@ def decode_attention(
     factor, cap = score_scale(spec)
     launch.run(
         _attend, (spec.kv_heads, batch, tile.parts),
-        q, *kept, *(cache if scales is None else scales), block_table, rows, positions, out,
-        room.partial, room.sums, room.counters,
+        q, *kept, *(cache if scales is None else scales), block_table, rows, positions,
+        rows if picks is None else picks, out, room.partial, room.sums, room.counters,
         factor, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
         SCALED=scales is not None, SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
-        CAP=cap, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", warps=tile.warps, stages=stages,
+        CAP=cap, PICK=picks is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        warps=tile.warps, stages=stages,
     )  # fmt: skip
     return out

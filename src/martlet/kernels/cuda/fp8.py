@@ -12,6 +12,8 @@ from martlet.kernels.cuda import launch
 
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 PAIR_SCALE = tl.constexpr(256.0)  # what `unpacked` leaves to be multiplied with
+LIFT = tl.constexpr(2.0**100)  # for what is multiplied with `unpacked_bf16`, so that products are of a usual size
+LIFTED = tl.constexpr(2.0**20)  # what such products are then to be multiplied with
 
 
 @triton.jit
@@ -43,6 +45,42 @@ def unpacked(pairs, dtype: tl.constexpr):
             pack=2,
         )
     return first.to(dtype), second.to(dtype)
+
+
+@triton.jit
+def unpacked_bf16(pairs):
+    """(first, second) e4m3 of each int16, times 2 ** -120: their bits are bfloat16's, but for the exponent's base.
+
+    Triton's interpreter, which multiplies no bfloat16, gets the same numbers as float32.
+    """
+    if INTERPRETED:
+        first = (((pairs & 0x80).to(tl.int32) << 24) | ((pairs & 0x7F).to(tl.int32) << 20)).to(tl.float32, bitcast=True)
+        second = (((pairs & -0x8000).to(tl.int32) << 16) | ((pairs & 0x7F00).to(tl.int32) << 12)).to(
+            tl.float32, bitcast=True
+        )
+    else:  # the same, two pairs at a time
+        first, second = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 bits, sign;
+            shl.b32 bits, $2, 4;
+            and.b32 bits, bits, 0x07F007F0;
+            shl.b32 sign, $2, 8;
+            and.b32 sign, sign, 0x80008000;
+            or.b32 $0, bits, sign;
+            shr.u32 bits, $2, 4;
+            and.b32 bits, bits, 0x07F007F0;
+            and.b32 sign, $2, 0x80008000;
+            or.b32 $1, bits, sign;
+            }
+            """,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    return first, second
 
 
 @triton.jit

@@ -9,9 +9,9 @@ the step may write, also programs that have nothing to do, because the wait of t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,14 +52,28 @@ def run(
         kernel[grid](*arguments, **options)
 
 
+class _Builders(ThreadPoolExecutor):
+    """Compiles kernels, each with its launcher: Triton would have a C compiler make those later, one after another."""
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future:  # type: ignore[override]
+        def build() -> Any:
+            kernel = compile_kernel()
+            with suppress(triton.OutOfResources):  # which the launch tells of
+                kernel.run  # noqa: B018  a property that makes the launcher and loads the kernel
+            return kernel
+
+        return super().submit(build)
+
+
 @contextmanager
 def compiled_together() -> Iterator[None]:
-    """What is launched inside does not run: it is compiled, many kernels at a time, by the time this ends.
+    """What is launched inside does not run: it is made ready, many kernels at a time, by the time this ends.
 
-    A compilation is half a second, mostly outside Python's lock, and a model needs some twenty.
+    A kernel takes half a second, mostly outside Python's lock, and a model needs some twenty.
     """
     global compiling
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+    device = torch.cuda.current_device()
+    with _Builders(initializer=torch.cuda.set_device, initargs=(device,)) as pool, triton.AsyncCompileMode(pool):
         compiling = True
         try:
             yield

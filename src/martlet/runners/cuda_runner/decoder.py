@@ -23,6 +23,8 @@ from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
 from martlet.runners.cuda_runner.adapters import Slots
 from martlet.runners.cuda_runner.weights import Block, Weights
 
+FEW = 4  # picked tokens are few where there are that many tokens for each of them
+
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -86,16 +88,23 @@ class Decoder:
             state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
             changes=step.changes, state=state.flat,
         )  # fmt: skip
-        delta = groups = None
-        if step.adapted:
-            assert self.slots is not None
-            groups = self.slots.group(step.rows, state.adapters)
+        delta, groups = None, self._groups(step.rows, step, state)
+        last = len(self.spec.layers) - 1
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
             if len(x) == 1 and groups is None:
                 self._narrow(x, layer, block, number, step, state)
+            elif number == last and step.picks is not None and FEW * len(step.picks) <= len(x):
+                return self._last(x, delta, layer, block, step, state, groups)
             else:
                 delta = self._wide(x, delta, layer, block, number, step, state, groups)
         return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
+
+    def _groups(self, rows: torch.Tensor, step: StepTensors, state: State) -> Groups | None:
+        """The tokens of `rows` by adapter; None where there is none."""
+        if not step.adapted:
+            return None
+        assert self.slots is not None
+        return self.slots.group(rows, state.adapters)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, W] -> float32 [S, V]."""
@@ -143,17 +152,79 @@ class Decoder:
         groups: Groups | None,
     ) -> torch.Tensor:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
-        eps, mlp = self.spec.eps, layer.mlp
-        y = layers.add_rms_norm(x, delta, block.attn_norm, eps, fp8=block.qkv.fp8)
+        qkv = self._project(x, delta, block, number, step, groups)
+        return self._behind(x, self._attend(qkv, layer.mixer, block, number, step, state), layer, block, number, groups)
+
+    def _last(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        layer: Layer,
+        block: Block,
+        step: StepTensors,
+        state: State,
+        groups: Groups | None,
+    ) -> torch.Tensor:
+        """The last layer and norm of the picked tokens -> [S, W]; of others only keys and values are wanted.
+
+        A picked token sees what is in the cache, so for attention it is a sequence that decodes.
+        """
+        assert step.picks is not None
+        number, picks = len(self.spec.layers) - 1, step.picks
+        qkv = self._project(x, delta, block, number, step, groups)
+        q = self._rotate(qkv, layer.mixer, block, number, step, state)
+        y = decode_attention.decode_attention(
+            q, state.caches[number], state.blocks, step.rows, step.positions, layer.mixer, state.room,
+            scales=state.scales[number], picks=picks,
+        )  # fmt: skip
+        if groups is not None:
+            groups = self._groups(step.rows.index_select(0, picks), step, state)
+        x = x.index_select(0, picks)
+        delta = self._behind(x, y, layer, block, number, groups)
+        return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps)
+
+    def _project(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        block: Block,
+        number: int,
+        step: StepTensors,
+        groups: Groups | None,
+    ) -> torch.Tensor:
+        """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D]."""
+        y = layers.add_rms_norm(x, delta, block.attn_norm, self.spec.eps, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
-        qkv = self._adapt(y, _padded(y, block.qkv, len(x), rows, x.dtype), number, "qkv", groups)
-        y = self._attend(qkv, layer.mixer, block, number, step, state)
-        y = self._normed(self._adapt(y, product(y, block.o, x.dtype), number, "o", groups), block.attn_post_norm)
-        y = layers.add_rms_norm(x, y, block.mlp_norm, eps, fp8=block.up.fp8)
+        return self._adapt(y, _padded(y, block.qkv, len(x), rows, x.dtype), number, "qkv", groups)
+
+    def _behind(
+        self, x: torch.Tensor, y: torch.Tensor, layer: Layer, block: Block, number: int, groups: Groups | None
+    ) -> torch.Tensor | None:
+        """What follows attention, y [T, H * D]: x [T, W] gets all of the layer but what is returned."""
+        eps, mlp = self.spec.eps, layer.mlp
+        delta = self._onto(x, y, block.o, block.attn_post_norm, number, "o", groups)
+        y = layers.add_rms_norm(x, delta, block.mlp_norm, eps, fp8=block.up.fp8)
         up = self._adapt(y, product(y, block.up, x.dtype), number, "up", groups)
         hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
-        y = self._adapt(hidden, product(hidden, block.down, x.dtype), number, "down", groups)
-        return self._normed(y, block.mlp_post_norm)
+        return self._onto(x, hidden, block.down, block.mlp_post_norm, number, "down", groups)
+
+    def _onto(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | Fp8,
+        weight: Linear,
+        post_norm: torch.Tensor | None,
+        number: int,
+        name: str,
+        groups: Groups | None,
+    ) -> torch.Tensor | None:
+        """x += the product of y, in the product itself where that can be; else what is still to be added."""
+        if post_norm is None and weight.bias is None and not weight.fp8:
+            assert isinstance(y, torch.Tensor)
+            self._adapt(y, x.addmm_(y, weight.matrix.T), number, name, groups)
+            return None
+        product_ = self._adapt(y, product(y, weight, x.dtype), number, name, groups)
+        return product_ if post_norm is None else layers.add_rms_norm(product_, None, post_norm, self.spec.eps)
 
     def _adapt(
         self, x: torch.Tensor | Fp8, y: torch.Tensor, number: int, name: str, groups: Groups | None
@@ -164,19 +235,12 @@ class Decoder:
             self.slots.add(x, y, number, name, groups)
         return y
 
-    def _normed(self, y: torch.Tensor, post_norm: torch.Tensor | None) -> torch.Tensor:
-        return y if post_norm is None else layers.add_rms_norm(y, None, post_norm, self.spec.eps)
-
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache of layer `number`."""
-        table, n = self.rotations[spec.rope], step.decoding
-        cache, scales = state.caches[number], state.scales[number]
-        q = rotary.rotate_and_write(
-            qkv[: len(step.rows)], block.qk_norms, self.spec.eps, table, step.rows, step.positions, state.blocks, cache,
-            spec, scales,
-        )  # fmt: skip
+        n, cache, scales = step.decoding, state.caches[number], state.scales[number]
+        q = self._rotate(qkv, spec, block, number, step, state)
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
             return _fresh(qkv, *step.fresh[0], spec)
         out = q.new_empty(len(q), spec.q_size)
@@ -193,6 +257,15 @@ class Decoder:
         for first, count, padded in step.fresh:
             out[first : first + count] = _fresh(qkv, first, count, padded, spec)
         return out
+
+    def _rotate(
+        self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
+    ) -> torch.Tensor:
+        """Queries [T, H, D], rotated; keys and values go to the cache of layer `number`."""
+        return rotary.rotate_and_write(
+            qkv[: len(step.rows)], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions,
+            state.blocks, state.caches[number], spec, state.scales[number],
+        )  # fmt: skip
 
 
 def _fresh(qkv: torch.Tensor, first: int, count: int, padded: int, spec: Attention) -> torch.Tensor:

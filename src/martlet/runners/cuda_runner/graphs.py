@@ -14,11 +14,13 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import launch, sampling
+from martlet.kernels.cuda import launch, layers, sampling
 from martlet.model.spec import DecoderSpec
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
@@ -59,22 +61,28 @@ class Graphs:
         self.seen: set[Mixed] = set()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def prepare(self) -> None:
-        """Compile every kernel that steps are likely to need, all at once, and capture the smallest sizes."""
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Every kernel that steps are likely to need is compiled, on other threads, while what stands inside runs.
+
+        It may launch no kernel of ours, nor need weights be there yet.
+        """
         most = self.sizes[-1]
         with launch.compiled_together():
-            for size in {1, min(8, most), most}:
-                self._decode(size, sampler.GREEDY)
-            for kind in (sampler.DRAW, sampler.CUT):
-                self._decode(min(8, most), kind)
-            self._mixed(Mixed(min(16, most), 512, self.decoder.queries))
-            self._mixed(Mixed(0, 1024, self.decoder.queries))
-            if self.decoder.slots is not None:
+            for adapted in (False, True) if self.decoder.slots is not None else (False,):
                 for size in {1, min(8, most), most}:
-                    self._decode(size, sampler.GREEDY, adapted=True)
-                self._mixed(Mixed(min(16, most), 512, self.decoder.queries, adapted=True))
+                    self._blank((size, sampler.GREEDY, adapted))
+                self._blank(Mixed(min(16, most), 512, self.decoder.queries, adapted))
+            for kind in (sampler.DRAW, sampler.CUT):
+                self._blank((min(8, most), kind, False))
+            self._blank(Mixed(0, 1024, self.decoder.queries))
+            layers.scatter(self.state.flat, self.inbox[:2].view(2, 1))
+            yield
+
+    def prepare(self) -> None:
+        """Capture the smallest sizes."""
         for size in EAGER_SIZES:
-            if size <= most:
+            if size <= self.sizes[-1]:
                 self._graph((size, sampler.GREEDY, False))
                 if self.decoder.slots is not None:
                     self._graph((size, sampler.GREEDY, True))
@@ -139,15 +147,21 @@ class Graphs:
         found = self.captured.get(key)
         if found is None:
             began = time.perf_counter()
-            step = (lambda: self._mixed(key)) if isinstance(key, Mixed) else (lambda: self._decode(*key))
-            self.inbox.copy_(self._nothing(key))
-            step()  # compiles what is not compiled; all rows are padding, so it changes nothing
+            self._blank(key)  # compiles what is not compiled
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = step()
+                logits = self._step(key)
             found = self.captured[key] = graph, logits
             log.debug("captured a step, %s, in %.3f s", key, time.perf_counter() - began)
         return found
+
+    def _blank(self, key: tuple[int, str, bool] | Mixed) -> None:
+        """Run a step of padding alone, which changes nothing."""
+        self.inbox.copy_(self._nothing(key))
+        self._step(key)
+
+    def _step(self, key: tuple[int, str, bool] | Mixed) -> torch.Tensor | None:
+        return self._mixed(key) if isinstance(key, Mixed) else self._decode(*key)
 
     def _nothing(self, key: tuple[int, str, bool] | Mixed) -> torch.Tensor:
         """An inbox of padding."""

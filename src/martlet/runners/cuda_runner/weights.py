@@ -59,11 +59,26 @@ def load(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """All parameters of `card` on `device`. progress(done, total) counts parameters. Raises CheckpointError.
-
-    fp8: the layers' matrices become e4m3 with a scale a row; embedding, norms and head stay in `dtype`.
-    """
+    """All parameters of `card` on `device`: `allocate` and `fill` in one."""
     places, keep = allocate(spec, device, dtype, fp8=fp8)
+    fill(card, spec, places, keep, seed=seed, progress=progress)
+    return keep
+
+
+def fill(
+    card: ModelCard,
+    spec: DecoderSpec,
+    places: dict[str, Place],
+    keep: Weights,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Read all parameters of `card` into what `allocate` made. progress(done, total) counts parameters.
+
+    Raises CheckpointError.
+    """
+    device, dtype = keep.embed.device, keep.embed.dtype
     if card.format == "dummy":
         dummy = DummyCheckpoint(seed)
         for name, place in places.items():
@@ -87,7 +102,6 @@ def load(
             heads = layer.mixer.heads
             block.qk_norms[:heads] = block.qk_norms[0].clone()
             block.qk_norms[heads:] = block.qk_norms[heads].clone()
-    return keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +130,10 @@ class Place:
 def allocate(
     spec: DecoderSpec, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
 ) -> tuple[dict[str, Place], Weights]:
-    """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them."""
+    """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them.
+
+    fp8: the layers' matrices are e4m3 with a scale a row; embedding, norms and head stay in `dtype`.
+    """
     places: dict[str, Place] = {}
     total = 0
 
