@@ -1,11 +1,11 @@
-"""Everything worth knowing about the CUDA path, in one call on a machine with a GPU: is it right, and how fast.
+"""Everything worth knowing about the CUDA path, in one call on a machine with a GPU: is it right, and where time goes.
 
-    python bench/gpu/check.py [--sections kernels,G,...] [--models qwen3-0.6b,llama3-8b] [--gguf FILE] [--out FOLDER]
+    python bench/gpu/check.py [--sections kernels,steps,...] [--models qwen3-0.6b,llama3-8b] [--out FOLDER]
 
 One JSON line a result, on standard output (rounded) and in FOLDER/check.jsonl. Each section runs in a process of its
-own, so one that breaks the GPU's context takes none with it. The default sections take some seven minutes; "G6", "env",
-"tiles", "attention" and "prefill" can be asked for. Workloads G1-G4: random token ids below 32,000, random.Random(0),
-greedy, EOS ignored, prefix caching off; in bfloat16, with the KV cache in FP8, and with weights in FP8 too.
+own, so one that breaks the GPU's context takes none with it. "env", "tiles", "attention", "prefill" and "traces" can be
+asked for. How fast the engine is as a whole is measured by `martlet bench gpu`, whether it holds by bench/gpu/soak.py,
+and what it makes of a real model by bench/gpu/smollm2.py.
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ SECTIONS = {  # name: module, function, the most seconds it may take
     "kernels": ("correctness", "kernels", 150),
     "engine": ("correctness", "engine", 120),
     "quality": ("correctness", "quality", 60),
-    "G": ("workloads", "g", 260),
-    "G6": ("adapters", "g6", 120),
     "steps": ("micro", "steps", 50),
-    "start": ("workloads", "start", 45),
     "small": ("micro", "small", 25),
     "env": ("micro", "env", 30),
     "tiles": ("micro", "tiles", 120),
     "attention": ("micro", "attention", 90),
     "prefill": ("micro", "prefill", 45),
+    "traces": ("traces", "traces", 60),
 }
-USUAL = ("kernels", "engine", "quality", "G", "steps", "start", "small")
+USUAL = ("kernels", "engine", "quality", "steps", "small")
 UNTIMED = ("kernels", "engine")  # may share the GPU
 
 
@@ -44,19 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", default=",".join(USUAL), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--models", default="qwen3-0.6b,llama3-8b")
-    parser.add_argument("--gguf", help="a SmolLM2 GGUF file to compare with the CPU reference")
     parser.add_argument("--text-model", help="a model whose log-probabilities on text FP8 is to be measured by")
     parser.add_argument("--out", help="folder for check.jsonl")
-    parser.add_argument("--profile", action="store_true", help="after G: where Python and the GPU spend their time")
-    parser.add_argument("--warm", action="store_true", help="after a cold start, a warm one")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which nothing goes on")
     parser.add_argument("--section", help=argparse.SUPPRESS)
-    parser.add_argument("--first-token", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.text_model = args.text_model or args.gguf
-    if args.first_token:
-        importlib.import_module("workloads").first_token(args.first_token, BEGAN)
-    elif args.section:
+    if args.section:
         section(args)
     else:
         names = args.sections.split(",")
@@ -89,11 +80,10 @@ def run(group: list[str], args: argparse.Namespace) -> None:
     """The sections of a group at once, each in its own process."""
     flags = [
         flag
-        for name in ("models", "gguf", "text_model", "out")
+        for name in ("models", "text_model", "out")
         if (value := getattr(args, name))
         for flag in (f"--{name.replace('_', '-')}", value)
     ]
-    flags += [f"--{name}" for name in ("profile", "warm") if getattr(args, name)]
     running = {name: subprocess.Popen([sys.executable, "-u", __file__, "--section", name, *flags]) for name in group}
     began = time.perf_counter()
     for name, process in running.items():

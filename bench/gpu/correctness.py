@@ -259,8 +259,6 @@ def engine(args) -> None:
         say("engine", family=family, preemptions=running.stats().preemptions, same=same)
     _long_prompts()
     _fp8()
-    if args.gguf:
-        _smollm(args.gguf)
 
 
 def _long_prompts() -> None:
@@ -337,27 +335,3 @@ def quality(args) -> None:
             mean_logprob=float(found["bf16"].mean()),
             mean_difference={k: float(np.abs(v - found["bf16"]).mean()) for k, v in found.items() if k != "bf16"},
             bias={k: float((v - found["bf16"]).mean()) for k, v in found.items() if k != "bf16"})  # fmt: skip
-
-
-def _smollm(path: str) -> None:
-    model = resolve(path)
-    numbers = np.random.default_rng(0)
-    prompts = [numbers.integers(100, 40000, n).tolist() for n in (1, 7, 33, 150, 700)]
-
-    def run(runner, **settings):
-        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=2)
-        outputs = drain(Engine(runner), [Request(str(i), p, params) for i, p in enumerate(prompts)])
-        return {o.request_id: ([*o.token_ids], [e.logprob for e in o.logprobs]) for o in outputs if o.last}
-
-    sizes = {"max_num_seqs": 8, "max_model_len": 1024, "kv_cache_tokens": 8192}
-    want = run(TorchRunner(model, LoadOptions(device="cpu", dtype="float32", **sizes)))
-    for dtype in ("float32", "bfloat16"):
-        got = run(CudaRunner(model, LoadOptions(device="cuda", dtype=dtype, **sizes)))
-        same = [i for i in want if got[i][0] == want[i][0]]
-        first = {
-            i: next((t for t, (a, b) in enumerate(zip(got[i][0], want[i][0], strict=False)) if a != b), -1)
-            for i in want
-        }
-        worst = max(abs(got[i][1][0] - want[i][1][0]) for i in want)
-        say("engine", model="smollm2", dtype=dtype, same=len(same), of=len(want), first_difference=first,
-            worst_first_logprob=worst)  # fmt: skip

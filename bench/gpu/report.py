@@ -1,5 +1,4 @@
-"""What the sections of the GPU check share: the models, vLLM's figures, lines of results, timing by graph."""
-# ruff: noqa: C408  configs read best as keywords
+"""What the sections of the GPU check share: the models, lines of results, timing by graph."""
 
 from __future__ import annotations
 
@@ -13,28 +12,14 @@ from typing import TextIO
 
 import torch
 
+from martlet.bench.gpu.shapes import SHAPES
 from martlet.hub.card import ModelCard
 from martlet.runners.base import LoadOptions
 from martlet.runners.cuda_runner import CudaRunner
 
 START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = {
-    "qwen3-0.6b": dict(
-        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
-        rope_theta=1000000, tie_word_embeddings=True, hidden_act="silu", attention_bias=False,
-    ),
-    "llama3-8b": dict(
-        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=500000.0,
-        tie_word_embeddings=False, hidden_act="silu", attention_bias=False, mlp_bias=False,
-    ),
-}  # fmt: skip
-VLLM = {  # vLLM 0.24.0 on one H200
-    "qwen3-0.6b": {"start_s": 95, "G1": 24441, "G2_ttft_ms": 6.92, "G2_ms": 1.65, "G3": 250401, "G4": 19715},
-    "llama3-8b": {"start_s": 62, "G1": 10275, "G2_ttft_ms": 14.67, "G2_ms": 4.878, "G3": 40910, "G4": 10589},
-}
+MODELS = SHAPES
 log: TextIO | None = None  # set by check.py
 
 

@@ -40,6 +40,29 @@ class CpuOptions:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """What to measure."""
+
+    models: tuple[str, ...] = flag(
+        "shapes, with random weights: qwen3-0.6b, llama3-8b", ("qwen3-0.6b", "llama3-8b"), commas=True, metavar="NAME"
+    )
+    workloads: tuple[str, ...] = flag(
+        "G1-G6 and start", ("start", "G1", "G2", "G3", "G4", "G5", "G6"), commas=True, metavar="NAME"
+    )
+    engines: tuple[str, ...] = flag(
+        "native, native:fp8_kv (keys and values in FP8), native:fp8 (weights too), vllm, transformers; those that are "
+        "not installed are skipped",
+        ("native", "native:fp8_kv", "vllm", "transformers"),
+        commas=True,
+        metavar="ENGINE",
+    )
+    clients: tuple[int, ...] = flag("of G5, how many at once", (1, 64, 256), commas=True)
+    seconds: float = flag("the most that one process of an engine may take", 600.0)
+    output: str | None = flag("append the results to this file, one JSON line each", None, metavar="FILE")
+    report: str | None = flag("write goals and figures to this Markdown file", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Which results."""
 
@@ -115,6 +138,44 @@ def run_cpu(options: CpuOptions) -> int:
         rows = [json.loads(line) for line in report.lines(results, describe())]
         Path(options.report).expanduser().write_text(goals.markdown(rows), encoding="utf-8")
     return finish(Console(), report, results, options.output)
+
+
+def run_gpu(options: GpuOptions) -> int:
+    import json
+
+    from martlet.bench import report
+    from martlet.bench.gpu import report as gpu_report
+    from martlet.bench.gpu import session, shapes
+    from martlet.bench.machine import describe
+
+    _check_runs(1, options.output, options.report)
+    shapes.check("model", options.models, shapes.SHAPES)
+    shapes.check("workload", options.workloads, shapes.WORKLOADS)
+    if not options.clients or min(options.clients) < 1:
+        raise UsageError(f"--clients wants numbers from 1 on, got {options.clients}", param="clients")
+    entries = [session.parse(word) for word in dict.fromkeys(options.engines)]
+    entries = session.installed(entries, lambda text: print(text, file=sys.stderr))
+    if not entries:
+        raise UsageError("none of these engines is installed", param="engines")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that servers under test are stopped too
+    plan = session.Plan(options.models, options.workloads, options.clients, options.seconds)
+    results = session.measure_all(entries, plan, tell_gpu)
+    lines = report.lines(results, describe())
+    if options.output is not None:
+        with Path(options.output).expanduser().open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    text = gpu_report.markdown([json.loads(line) for line in lines])
+    print(text)
+    if options.report is not None:
+        Path(options.report).expanduser().write_text(text, encoding="utf-8")
+    return int(any(result.error is not None for result in results))
+
+
+def tell_gpu(result) -> None:
+    """One line a measurement, as soon as it is there."""
+    what = f"{result.model} {result.workload} {result.engine}"
+    figures = ", ".join(f"{key} {number:.5g}" for key, number in result.figures.items())
+    print(f"{what}: failed: {result.error}" if result.error else f"{what}: {figures}", file=sys.stderr)
 
 
 def run_report(options: ReportOptions) -> int:
@@ -273,6 +334,7 @@ COMMAND = CommandGroup(
     "Measure speed and memory against other engines, in one run on one machine.",
     {
         "cpu": Command("Workloads W1-W5 and start on several engines, each in its own process.", CpuOptions, run_cpu),
+        "gpu": Command("Workloads G1-G6 and start on a GPU, with random weights.", GpuOptions, run_gpu),
         "report": Command("Results of bench cpu as Markdown, beside the goals.", ReportOptions, run_report),
         "http": Command("Workloads against any OpenAI-compatible server.", HttpOptions, run_http),
         "precision": Command(

@@ -193,7 +193,7 @@ def _describe(f: Flag, width: int, column: int = 32) -> list[str]:
         left += f" {value}{' ...' if f.many else ''}"
     text = f.help + (f": {', '.join(f.choices)}" if f.choices and not few else "")
     if f.default not in (MISSING, None, (), ""):
-        shown = " ".join(f.default) if f.many else str(f.default).lower() if f.kind is bool else f.default
+        shown = " ".join(map(str, f.default)) if f.many else str(f.default).lower() if f.kind is bool else f.default
         text += f" (default: {shown})"
     right = textwrap.wrap(text, max(width - column, 40))
     if len(left) >= column:

@@ -64,10 +64,6 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
         for at, (ids, _) in enumerate(prompts)
     ]
     hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
-    texts = [
-        tokenizer.decode(ids, skip_special=params.skip_special_tokens) if text is None else text
-        for ids, text in prompts
-    ]
     return Job(
         id=name,
         model=model,
@@ -77,7 +73,14 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
             [CompletionLogprobs(tokenizer, logprobs, hidden) for _ in range(len(prompts) * params.n)]
             if logprobs is not None
             else None,
-            [text for text in texts for _ in range(params.n)] if echo else None,
+            [
+                text
+                for ids, given in prompts
+                for text in [tokenizer.decode(ids, skip_special=params.skip_special_tokens) if given is None else given]
+                * params.n
+            ]
+            if echo
+            else None,
         ),
         stream=stream,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
