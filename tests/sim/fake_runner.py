@@ -2,6 +2,7 @@
 
 A block that is shared, copied, reused or freed wrongly changes what is read, hence the token: a scheduler bug shows as
 a wrong answer, not only as a broken invariant. An adapter is a tag, written into the KV of what is computed with it.
+Of a recurrence (`MemoryPlan.snapshots`) a row's state is the context itself, and blocks hold copies of it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class FakeRunner:
     ):
         self.memory, self.lag = memory, lag
         self.max_step_tokens, self.max_prefill_tokens = max_step_tokens, max_prefill_tokens
-        self.max_drafts = 0 if lag else 8
+        self.max_drafts = 0 if lag or memory.snapshots else 8
+        self.states: list[np.ndarray | None] = [None] * memory.max_rows
+        self.snapshots: list[np.ndarray | None] = [None] * memory.num_blocks
         self.kv = np.full((memory.num_blocks, memory.block_size), -1, np.int32)
         self.tokens = np.full((memory.max_rows, memory.max_model_len + 1), -1, np.int32)
         self.tables = np.full((memory.max_rows, -(-memory.max_model_len // memory.block_size)), -1, np.int32)
@@ -94,18 +97,11 @@ class FakeRunner:
         for b in np.flatnonzero(guessed):
             end = batch.start[b] + batch.count[b]
             self.tokens[batch.rows[b], end - guessed[b] : end] = batch.drafts[b, : guessed[b]]
-        contexts = []
         for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):
-            positions = np.arange(start, start + count)
-            assert count >= 1 and (self.tokens[row, positions] >= 0).all(), "a token is computed before it is known"
-            size = self.memory.block_size
-            tag = self.slots[self.adapters[row]].tag
-            self.kv[self.tables[row, positions // size], positions % size] = self.tokens[row, positions] + VOCAB * tag
+            fresh = self.tokens[row, start : start + count]
+            assert len(fresh) >= 1 and (fresh >= 0).all(), "a token is computed before it is known"
+        contexts = self._states_after(batch) if self.memory.snapshots else self._kv_after(batch)
         self.tokens_computed += batch.num_tokens
-        for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):  # after all writes
-            positions = np.arange(start + count)
-            size = self.memory.block_size
-            contexts.append(self.kv[self.tables[row, positions // size], positions % size])
         if self.poison is not None and (self.tokens[batch.rows, 0] == self.poison).any():
             raise RuntimeError("injected poison")
         sampled = np.full((len(batch.rows), 1 + width), -1, np.int32)
@@ -119,6 +115,37 @@ class FakeRunner:
                 if not right:
                     break
         return _Result(self, StepResult(sampled if width else sampled[:, 0]))
+
+    def _kv_after(self, batch: Batch) -> list[np.ndarray]:
+        """Each sequence's context, written to and read back from the blocks."""
+        size = self.memory.block_size
+        for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):
+            at = np.arange(start, start + count)
+            tagged = self.tokens[row, at] + VOCAB * self.slots[self.adapters[row]].tag
+            self.kv[self.tables[row, at // size], at % size] = tagged
+        read = [np.arange(end) for end in batch.start + batch.count]  # after all writes
+        return [self.kv[self.tables[row, at // size], at % size] for row, at in zip(batch.rows, read, strict=True)]
+
+    def _states_after(self, batch: Batch) -> list[np.ndarray]:
+        """Each sequence's context, from its row's state or a snapshot, with snapshots taken where they are due."""
+        size = self.memory.block_size
+        assert not len(batch.copies) and batch.drafts is None, "a recurrence knows neither copies nor guesses"
+        for new in batch.new_rows:
+            self.states[new.row] = None
+        for row, start in zip(batch.rows, batch.start, strict=True):  # all reads before all writes
+            state = self.states[row]
+            if state is None or len(state) != start:
+                assert start % size == 0, "a state is asked for that nobody kept"
+                empty = np.empty(0, np.int32)
+                self.states[row] = self.snapshots[self.tables[row, start // size - 1]] if start else empty
+        for row, start, count in zip(batch.rows, batch.start, batch.count, strict=True):
+            tagged = self.tokens[row, start : start + count] + VOCAB * self.slots[self.adapters[row]].tag
+            self.states[row] = np.append(self.states[row], tagged)
+        for row, slot, block in zip(batch.block_rows, batch.block_slots, batch.block_ids, strict=True):
+            for b in np.flatnonzero(batch.rows == row):
+                if batch.start[b] < (slot + 1) * size <= batch.start[b] + batch.count[b]:
+                    self.snapshots[block] = self.states[row][: (slot + 1) * size]
+        return [self.states[row] for row in batch.rows]
 
     def close(self) -> None:
         self.kv = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -17,6 +18,7 @@ from toy_grammar import END, allowed, constraints
 from martlet.engine.adapters import AdapterSlots, Version
 from martlet.engine.block_pool import BlockPool
 from martlet.engine.engine import Engine
+from martlet.engine.memory import PagedMemory, SnapshotMemory
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.engine.scheduler import Scheduler
@@ -38,16 +40,17 @@ def sometimes_right(tokens, count):
     return guess % VOCAB
 
 
-def simulate(seed: int) -> Engine:
-    """One random machine under one random load. Returns the engine, idle again."""
+def simulate(seed: int, snapshots: bool = False) -> Engine:
+    """One random machine under one random load. Returns the engine, idle again. snapshots: it runs a recurrence."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 8])
     blocks = rng.randint(4, 24)
     memory = MemoryPlan(
         block_size=block_size,
-        num_blocks=blocks,
+        num_blocks=rng.choice([0, 1, 2, blocks]) if snapshots else blocks,
         max_rows=rng.randint(1, 6),
         max_model_len=rng.randint(2, blocks * block_size),
+        snapshots=snapshots,
     )
     chunk = rng.choice([1, 2, 5, 16, 64])
     alone = max(chunk, rng.choice([1, 8, 64]))
@@ -115,6 +118,9 @@ def simulate(seed: int) -> Engine:
         before = runner.tokens_computed
         outputs = engine.step()
         engine.scheduler.check()
+        if snapshots:
+            held = max((len(seq.blocks) for seq in engine.scheduler.running), default=0)
+            assert held <= (runner.lag + 1) * (max(chunk * 2, alone) // block_size + 1), "memory grows with the length"
         idle_steps = 0 if outputs or runner.tokens_computed > before else idle_steps + 1
         assert idle_steps < 100, "no progress"
         for output in outputs:
@@ -168,11 +174,16 @@ def test_random_workloads():
     assert preemptions > WORKLOADS / 10 and hits > WORKLOADS, "the workloads do not exercise what they should"
 
 
+def test_random_workloads_of_recurrences():
+    hits = sum(simulate(seed, snapshots=True).stats().prefix_hits for seed in range(WORKLOADS))
+    assert hits > WORKLOADS, "the workloads do not exercise what they should"
+
+
 BREAKAGES = {
     "a released block is not free": (BlockPool, "release", lambda self, blocks: None),
     "a shared block gains no owner": (BlockPool, "share", lambda self, blocks: None),
     "a taken block keeps its old digest": (BlockPool, "forget", lambda self, block: None),
-    "a partial block is not copied": (Scheduler, "_reusable", None),
+    "a partial block is not copied": (PagedMemory, "adopt", "without_tail"),
     "wrong guesses count as computed": (Scheduler, "complete", "no_guess_is_taken_back"),
     "adapters share a prefix cache": (Version, "cache_key", "base"),
     "a slot in use is given away": (AdapterSlots, "release", lambda self, version: self._users.clear()),
@@ -192,14 +203,42 @@ def test_a_broken_invariant_is_noticed(what, monkeypatch):
             self.table.computed[:] = np.minimum(computed, self.table.known)
             return result
 
-    if broken is None:
+    if broken == "without_tail":
         real = getattr(owner, name)
 
-        def broken(self, seq):
-            blocks, computed, _ = real(self, seq)
-            return blocks, computed, None
+        def broken(self, seq, found):
+            real(self, seq, replace(found, tail=None))
 
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises((AssertionError, KeyError, IndexError)):
         for seed in range(200):
             simulate(seed)
+
+
+BREAKAGES_OF_RECURRENCES = {
+    "a snapshot in use gains no owner": (BlockPool, "share", lambda self, blocks: None),
+    "a taken block keeps its old digest": (BlockPool, "forget", lambda self, block: None),
+    "one token is forgotten": (SnapshotMemory, "rewind", PagedMemory.rewind),
+    "forks go on from their leader": (SnapshotMemory, "reusable", PagedMemory.reusable),
+    "snapshots are kept for ever": (SnapshotMemory, "computed", lambda self, rows, start, after: None),
+    "snapshots of failed steps are believed": (SnapshotMemory, "extend", "registered_at_once"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES_OF_RECURRENCES)
+def test_a_broken_recurrence_is_noticed(what, monkeypatch):
+    owner, name, broken = BREAKAGES_OF_RECURRENCES[what]
+    if broken == "registered_at_once":
+        extend = SnapshotMemory.extend
+
+        def broken(self, seq, tokens):
+            extend(self, seq, tokens)
+            digests = seq.block_digests(self.table.tokens[seq.row], tokens // self.block_size, self.block_size)
+            for slot, block in zip(seq.slots, seq.blocks, strict=True):
+                self.pool.register(block, digests[slot])
+            return True
+
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises((AssertionError, KeyError, IndexError, TypeError)):
+        for seed in range(300):
+            simulate(seed, snapshots=True)

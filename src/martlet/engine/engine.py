@@ -51,7 +51,7 @@ class Engine:
         memory = runner.memory
         self.runner = runner
         self.tokenizer = tokenizer
-        self.max_model_len = min(memory.max_model_len, memory.num_blocks * memory.block_size)
+        self.max_model_len = memory.longest
         self.max_num_queued = options.max_num_queued
         self.adapters = AdapterNames()
         self.scheduler = Scheduler(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from martlet.engine.adapters import AdapterSlots
-from martlet.engine.block_pool import BlockPool
+from martlet.engine.memory import Found, memory_for
 from martlet.engine.ngram import propose
 from martlet.engine.sequence import RowTable, Sequence
 from martlet.runners.base import Batch, MemoryPlan, NewRow
@@ -50,12 +50,11 @@ class Scheduler:
         self.adapters = adapters or AdapterSlots(0, lambda slot, adapter: None)
         self.refused: list[tuple[Sequence, Exception]] = []  # those whose adapter could not be loaded; the engine's
         self.speculative_tokens = speculative_tokens
-        self.block_size = memory.block_size
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens  # of a step in which nobody decodes
-        self.prefix_caching = prefix_caching
-        self.pool = BlockPool(memory.num_blocks)
         self.table = RowTable(memory.max_rows, memory.max_model_len)
+        self.memory = memory_for(memory, self.table, prefix_caching=prefix_caching)
+        self.pool = self.memory.pool
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.suspects: list[Sequence] = []  # of a step that failed; see `suspect`
@@ -64,8 +63,6 @@ class Scheduler:
         self._watermark = max(1, memory.num_blocks // 100)
         self._overtaken = 0  # how many passed the first one that waits for a slot
         self._new_rows: list[NewRow] = []
-        self._updates: list[tuple[int, int, int]] = []  # row, slot, block
-        self._copies: list[tuple[int, int]] = []  # source, target
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         for seq in sequences:
@@ -151,7 +148,7 @@ class Scheduler:
         sample = after >= table.known[rows]
         table.computed[rows] = after
         table.known[rows] += sample
-        updates, copies = _columns(self._updates, 3), _columns(self._copies, 2)
+        updates, copies = _columns(self.memory.updates, 3), _columns(self.memory.copies, 2)
         batch = Batch(
             rows=rows,
             start=start,
@@ -164,7 +161,7 @@ class Scheduler:
             block_ids=updates[2],
             copies=copies.T,
         )
-        self._new_rows, self._updates, self._copies = [], [], []
+        self._new_rows, self.memory.updates, self.memory.copies = [], [], []
         return Plan(batch, table.epoch[rows])
 
     def complete(self, plan: Plan, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -191,13 +188,13 @@ class Scheduler:
         again = live & batch.sample
         if batch.drafts is None:
             again &= tokens < 0  # its mask was late; else wrong guesses were computed for nothing
+        else:
+            after[again] = table.arrived[batch.rows[again]] - 1
+        self.memory.computed(batch.rows[live], batch.start[live], after[live])
         if again.any():
             rows = batch.rows[again]
             table.known[rows] = table.arrived[rows]
-            table.computed[rows] = after[again] = table.arrived[rows] - 1
-        if self.prefix_caching:
-            for b in np.flatnonzero(live & (after // self.block_size > batch.start // self.block_size)):
-                self._register(table.sequences[batch.rows[b]], int(after[b]))
+            self.memory.rewind(rows)
         return live, ended
 
     def check(self) -> None:
@@ -213,7 +210,7 @@ class Scheduler:
             row = seq.row
             assert table.sequences[row] is seq and not seq.finished, "row and sequence disagree"
             assert table.computed[row] <= table.known[row] <= seq.limit, "computed more than is known"
-            assert table.computed[row] <= table.capacity[row] == len(seq.blocks) * self.block_size, "KV without a block"
+        self.memory.check(self.running)
 
     # Rows and memory
 
@@ -229,21 +226,10 @@ class Scheduler:
         preempted = False
         for row, tokens in zip(rows[short].tolist(), target[short].tolist(), strict=True):
             seq = table.sequences[row]
-            while seq is not None and seq.row >= 0 and not self._extend(seq, tokens):
+            while seq is not None and seq.row >= 0 and not self.memory.extend(seq, tokens):
                 self._preempt(self.running[-1])  # in the end the sequence itself, when it is the last one left
                 preempted = True
         return preempted
-
-    def _extend(self, seq: Sequence, tokens: int) -> bool:
-        """Blocks for `tokens` tokens. False, and nothing done, when there are not enough."""
-        more = max(0, -(-tokens // self.block_size) - len(seq.blocks))
-        if self.pool.num_free < more:
-            return False
-        for block in self.pool.take(more):
-            self._updates.append((seq.row, len(seq.blocks), block))
-            seq.blocks.append(block)
-        self.table.capacity[seq.row] = len(seq.blocks) * self.block_size
-        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue, in its old place; what it computed stays findable until the blocks are needed."""
@@ -255,11 +241,9 @@ class Scheduler:
         del self.running[bisect.bisect_left(self.running, seq.order, key=_order)]
         self._rows = np.empty(0, np.int32)
         self._new_rows = [new for new in self._new_rows if new.row != seq.row]
-        self._updates = [update for update in self._updates if update[0] != seq.row]
+        self.memory.release(seq)
         self.table.leave(seq)
         self.adapters.release(seq.adapter)
-        self.pool.release(seq.blocks)
-        seq.blocks = []
 
     def _guess(self, rows: np.ndarray, is_decode: np.ndarray) -> np.ndarray | None:
         """Guesses for the next tokens of decoding rows, int32 [len(rows), D], padded with -1; None when there are none.
@@ -302,11 +286,8 @@ class Scheduler:
                 if held_back or not self.adapters.has_room(seq.adapter):
                     at, slotless = at + 1, True
                     continue
-            length = len(seq.tokens)
-            blocks, computed, tail = self._reusable(seq)
-            need = -(-length // self.block_size) - len(blocks)
-            spare = self._watermark if self.running else 0
-            if self.pool.num_free - self.pool.count_free(blocks) < need + spare:
+            found = self.memory.reusable(seq)
+            if not self.memory.has_room(seq, found, self._watermark if self.running else 0):
                 break
             del self.waiting[at]
             try:
@@ -317,58 +298,23 @@ class Scheduler:
             if seq.adapter is not None:
                 self._overtaken = self._overtaken + 1 if slotless else 0
             bisect.insort(self.running, seq, key=_order)
-            self._enter(seq, blocks, computed, slot)
-            if not self._extend(seq, length):
-                raise AssertionError("admission promised memory that is not there")
-            if tail is not None:
-                self._copies.append((tail, seq.blocks[len(blocks)]))
+            self._enter(seq, found, slot)
             rows.append(seq.row)
-            counts.append(min(budget, length - computed))
+            counts.append(min(budget, len(seq.tokens) - found.computed))
+            self.memory.extend(seq, found.computed + counts[-1])
             budget -= counts[-1]
         return rows, counts
 
-    def _reusable(self, seq: Sequence) -> tuple[list[int], int, int | None]:
-        """KV that somebody has computed already: (full blocks to share, tokens it covers, partial block to copy).
-
-        The last known token is never among them: computing it gives the logits to sample from. That is also the write
-        by which a fork first differs from its leader, so a fork copies the leader's partial block right when it enters.
-        """
-        usable = len(seq.tokens) - 1
-        full, partial = divmod(usable, self.block_size)
-        leader = seq.leader
-        if (
-            leader is not None
-            and leader.row >= 0
-            and self.table.computed[leader.row] >= usable  # not so after it was itself preempted
-            and len(seq.tokens) == seq.prompt_len
-        ):
-            return leader.blocks[:full], usable, leader.blocks[full] if partial else None
-        if not self.prefix_caching or seq.request.params.prompt_logprobs is not None:
-            return [], 0, None
-        blocks = self.pool.find(seq.block_digests(seq.tokens, full, self.block_size)[:full])
-        return blocks, len(blocks) * self.block_size, None
-
-    def _enter(self, seq: Sequence, blocks: list[int], computed: int, adapter: int) -> None:
-        self.pool.share(blocks)
-        seq.blocks = list(blocks)
-        seq.registered = len(blocks)
-        row = self.table.enter(seq, computed)
+    def _enter(self, seq: Sequence, found: Found, adapter: int) -> None:
+        row = self.table.enter(seq, found.computed)
+        self.memory.adopt(seq, found)
         if seq.cached_tokens < 0:
-            seq.cached_tokens = computed
+            seq.cached_tokens = found.computed
             self.prefix_queries += seq.prompt_len
-            self.prefix_hits += computed
-        self._updates += [(row, slot, block) for slot, block in enumerate(blocks)]
+            self.prefix_hits += found.computed
         self._new_rows.append(
             NewRow(row, seq.tokens, seq.prompt_len, seq.request.params, seq.seed, seq.end_ids, adapter)
         )
-
-    def _register(self, seq: Sequence, computed: int) -> None:
-        """Make the full blocks among the first `computed` tokens findable."""
-        full = computed // self.block_size
-        digests = seq.block_digests(self.table.tokens[seq.row], full, self.block_size)
-        for slot in range(seq.registered, full):
-            self.pool.register(seq.blocks[slot], digests[slot])
-        seq.registered = full
 
 
 def _columns(entries: list[tuple[int, ...]], width: int) -> np.ndarray:

@@ -44,6 +44,7 @@ class Sequence:
     row: int = -1
     finished: bool = False
     blocks: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of `blocks` in its block table, where that is not their order
     digests: list[bytes] = field(default_factory=list)
     registered: int = 0  # how many of `blocks` the prefix cache knows
     detokenizer: Detokenizer | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from martlet.errors import CheckpointError, DownloadError, ModelNotFound, UsageError
-from martlet.hub import hubs, pypi, registry
+from martlet.hub import hubs, pypi, registry, rwkv_config
 from martlet.hub.cache import Progress, model_dir
 from martlet.hub.card import ModelCard
 from martlet.hub.files import missing_weights, read_json
@@ -102,6 +102,8 @@ def card_of(path: Path, *, load_format: str = "auto", source: str = "") -> Model
     if path.is_dir():
         if (path / "config.json").is_file():
             return _folder_card(path, load_format, source)
+        if config := rwkv_config.read_config(path):
+            return _folder_card(path, load_format, source, config)
         files = sorted(path.glob("*.gguf"))
         first_parts = [file for file in files if "-00001-of-" in file.name]
         if len(files) > 1 and len(first_parts) != 1:
@@ -114,24 +116,31 @@ def card_of(path: Path, *, load_format: str = "auto", source: str = "") -> Model
     if path.suffix == ".gguf":
         return _gguf_card(path, load_format, source)
     if path.suffix in _PICKLED:
-        raise CheckpointError(f"{path} is a pickle, which may run code when read. {_CONVERT}")
+        raise CheckpointError(f"{path} is a pickle, which may run code when read. {_convert(path)}")
     raise CheckpointError(f"{path} is neither a folder with a config.json nor a .gguf file")
 
 
 _CONVERT = "Convert it to safetensors: model.save_pretrained(folder, safe_serialization=True) in transformers does it"
 
 
+def _convert(file: Path) -> str:
+    return rwkv_config.CONVERT if file.suffix == ".pth" else _CONVERT
+
+
 def _no_model(folder: Path) -> str:
+    if pickled := sorted(file for file in folder.iterdir() if file.suffix == ".pth"):
+        return f"{folder} holds pickled weights ({pickled[0].name}), never read. {_convert(pickled[0])}"
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is a LoRA adapter: give its base model as the model, and this folder as an adapter"
     names = sorted(file.name for file in folder.iterdir())
     return f"{folder} has no config.json and no .gguf file; it holds {', '.join(names[:8]) or 'nothing'}"
 
 
-def _folder_card(folder: Path, load_format: str, source: str) -> ModelCard:
+def _folder_card(folder: Path, load_format: str, source: str, config: dict[str, Any] | None = None) -> ModelCard:
+    """config: what config.json would say, where there is none."""
     from martlet.hub.tokenizer import folder_chat_template
 
-    config = _with_quantisation(folder, read_json(folder / "config.json"))
+    config = config or _with_quantisation(folder, read_json(folder / "config.json"))
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, so the kind of model is unknown")
@@ -140,7 +149,9 @@ def _folder_card(folder: Path, load_format: str, source: str) -> ModelCard:
     if load_format != "dummy" and missing_weights(folder) == ["*.safetensors"]:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
         if pickled:
-            raise CheckpointError(f"{folder} holds pickled weights ({', '.join(pickled[:3])}), never read. {_CONVERT}")
+            raise CheckpointError(
+                f"{folder} holds pickled weights ({', '.join(pickled[:3])}), never read. {_convert(Path(pickled[0]))}"
+            )
         raise CheckpointError(f"{folder} has a config.json but no *.safetensors; load_format dummy would make some up")
     return ModelCard(
         name=folder.resolve().name,

@@ -42,6 +42,11 @@ class Layout:
     block_size: int
 
 
+Snapshots = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Where states of a step's sequences are to be kept: sequence numbers, positions (how many tokens the state has seen, more
+than start and at most start + count), and slots of the state memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoraPart:
     """What an adapter adds to columns `column` ... of a linear's output: a [rank, in], b [columns, rank], scaled."""
@@ -122,6 +127,16 @@ class Ops(Protocol):
         """(rms_norm(x + residual), x + residual); may overwrite `residual`. All [N, W]."""
         ...
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis; x [N, W], weight and bias [W]."""
+        ...
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(layer_norm(x + residual), x + residual); may overwrite `residual`. All [N, W]."""
+        ...
+
     def rotation(self, rope: Rope, length: int, device: str) -> Tensor:
         """The table of a rotary embedding for positions 0 ... length - 1, to be passed to `plan`."""
         ...
@@ -143,6 +158,51 @@ class Ops(Protocol):
         A token at position p sees positions max(0, p - window + 1) ... p of its own sequence. Scores are capped if the
         Attention says so.
         """
+        ...
+
+    def recurrence_plan(self, layout: Layout, rows: np.ndarray, snapshots: Snapshots, chunk: int, device: str) -> Plan:
+        """All that recurrent layers need to know about a step. rows: int64 [B], the slots of the sequences' states.
+
+        chunk: most tokens of a sequence that are computed together; 1 for step by step.
+        """
+        ...
+
+    def token_shift(self, x: Tensor, states: Tensor, plan: Plan) -> Tensor:
+        """The token before each, [N, W], of x [N, W]; the first of a sequence finds it in states, float32 [slots, W].
+
+        Leaves each sequence's last token in its slot, and those that snapshots want in theirs.
+        """
+        ...
+
+    def wkv(
+        self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, states: Tensor, plan: Plan
+    ) -> Tensor:
+        """y_t = r_t (S + diag(bonus) k_t^T v_t); S <- diag(exp(log_decay_t)) S + k_t^T v_t. All in float32.
+
+        r, k, v [N, H, D] -> y [N, H, D]; log_decay [N, H, D] or [H, D]; bonus [H, D]; states [slots, H, D, D], rows for
+        keys and columns for values, read and written as in token_shift.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        removed: Tensor,
+        rate: Tensor,
+        states: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        """S <- S diag(exp(log_decay_t)) - (S q_t) (q_t * rate_t)^T + v_t k_t^T, q being `removed`; y_t = S r_t.
+
+        Shapes as in wkv, all [N, H, D]; but states have rows for values and columns for keys.
+        """
+        ...
+
+    def head_norm(self, y: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: Any) -> Tensor:
+        """Each head's LayerNorm: y float32 [N, H, D], weight and bias [H * D] -> [N, H * D] in `dtype`."""
         ...
 
     def activation(self, x: Tensor, mlp: FeedForward) -> Tensor:

@@ -132,6 +132,8 @@ def fitting(spec: DecoderSpec) -> list[int]:
 
 def misfit(spec: DecoderSpec, size: int) -> str | None:
     """What of a decoder cannot be shared evenly by `size` ranks, in words; None: all can."""
+    if spec.recurrent:
+        return None if size == 1 else "a recurrence, which is not shared out"
     for layer in spec.layers:
         heads, keys, experts = layer.mixer.heads, layer.mixer.kv_heads, layer.mlp.experts
         if heads % size:

@@ -5,9 +5,11 @@
 A family page (`martlet.model.families`) reads a config into a DecoderSpec and maps checkpoint names to ours; it holds
 no maths. Runners read a DecoderSpec and know nothing of families.
 
-Parameter names (see `martlet.model.weights.parameters`), N = layer number, all linears stored [out, in]:
+Parameter names (see `martlet.model.weights.parameters`), N = layer number, all linears stored [out, in]; every norm has
+a .bias where norms are LayerNorms:
 
     embed                      [vocab, width]
+    embed_norm                 [width]                                              only with embed_norm
     layers.N.attn_norm         [width]
     layers.N.q|k|v             [heads * head_dim | kv_heads * head_dim, width]      (+ .bias)
     layers.N.q_norm|k_norm     [head_dim]                                           only with qk_norm
@@ -26,6 +28,24 @@ With experts, in place of gate, up and down, E = number of the expert:
     layers.N.shared.gate|up    [shared, width]                                      only with a shared expert
     layers.N.shared.down       [width, shared]
     layers.N.shared_gate       [1, width]                                           only if shared_gated
+
+A recurrence, in place of q ... o, has R numbers in each of its low-rank maps; which generation has what is said there:
+
+    layers.N.time.mix_r|k|v|g|w|a     [width]            share of the token before in what each linear takes
+    layers.N.time.r|k|v|g|o           [width, width]
+    layers.N.time.decay               [heads, 1 or head_dim], or [width] after generation 5
+    layers.N.time.bonus               [heads, 1 or head_dim]                        log_bonus where its logarithm is kept
+    layers.N.time.norm                [width]            (+ .bias) of each head
+    layers.N.time.decay_down|decay_up [R, width] | [width, R]                       likewise value, rate and gate
+    layers.N.time.mix_x               [width]                                       only in generation 6, with
+    layers.N.time.mix_down|mix_up     [5 * R, width] | [5, R, width]                the shares of w, k, v, r and g
+    layers.N.time.value|rate          [width]                                       only in generation 7, with
+    layers.N.time.removal|renewal     [width]                                       what is taken out and put in anew
+
+and a channel mix, in place of gate, up and down:
+
+    layers.N.channel.mix_k|mix_r      [width]
+    layers.N.channel.k|r|v            [hidden, width] | [width, width] | [width, hidden]
 
 Last:
 
@@ -105,6 +125,48 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Recurrence:
+    """RWKV's time mix. A head keeps a state S [head_dim, head_dim] of all tokens so far, and reads it: y = r S.
+
+    Generations 5 and 6: y = r (S + diag(u) k^T v), then S <- diag(w) S + k^T v, with u the bonus and w the decay. In 5
+    the decay and the share that the token before has in r, k, v and g are weights; in 6 they depend on the token.
+    7: S <- S diag(w) - (S q) (q * a)^T + v k^T, then y = S r + bonus: what lies under the direction q = k * removal
+    (normalised) is taken out at the rate a before v is put in. Formulas: martlet.kernels.reference.recurrence.
+
+    gated: the result is multiplied by a gate (not so in 5.0). scalar: decay and bonus are one number a head (5.0, 5.1).
+    log_bonus: the checkpoint holds the bonus's logarithm (early files of 5.0). eps: of the norm of each head.
+    *_rank: of the low-rank maps of generations 6 (mix, decay) and 7 (decay, rate, value, gate). first: in 7 the values
+    of this layer are mixed into those of the later ones, and it has no map for that.
+    """
+
+    generation: Literal[5, 6, 7]
+    heads: int
+    head_dim: int
+    gated: bool = True
+    scalar: bool = False
+    log_bonus: bool = False
+    eps: float = 64e-5
+    mix_rank: int = 0
+    decay_rank: int = 0
+    rate_rank: int = 0
+    value_rank: int = 0
+    gate_rank: int = 0
+    first: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def state_size(self) -> int:
+        """Numbers (float32) that a sequence keeps for this mixer: S of every head, and the last token's input."""
+        return self.width * (self.head_dim + 1)
+
+
+Mixer = Attention | Recurrence
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture: each token goes through the `active` of `count` feed-forwards that its router rates highest.
 
@@ -131,18 +193,32 @@ class FeedForward:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelMix:
+    """RWKV's feed-forward: v(relu(k(x')) ** 2), times sigmoid(r(x'')) if gated; x' and x'' have a share of the token
+    before, so a sequence keeps that token's input."""
+
+    hidden: int
+    gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """post_norms: what mixer and feed-forward give is normed before it is added (Gemma 2, GLM-4)."""
 
-    mixer: Attention
-    mlp: FeedForward
+    mixer: Mixer
+    mlp: FeedForward | ChannelMix
     post_norms: bool = False
+
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.mixer, Recurrence)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A whole decoder. eps: of every RMSNorm. tied: the head is the embedding matrix.
+    """A whole decoder. eps: of every norm; norms: what they are. tied: the head is the embedding matrix.
 
+    embed_norm: embeddings are normed where they enter. Layers are all recurrent or none is: see `recurrent`.
     embedding_scale multiplies embeddings where they enter; logit_softcap: logits x become softcap * tanh(x / softcap).
     part: what of a larger decoder this is, where several ranks share one (martlet.model.shard); vocab_size and width
     are the whole decoder's all the same.
@@ -158,6 +234,8 @@ class DecoderSpec:
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
     part: Part | None = None
+    norms: Literal["rms", "layer"] = "rms"
+    embed_norm: bool = False
 
     @property
     def vocabulary(self) -> slice:
@@ -165,6 +243,17 @@ class DecoderSpec:
         return slice(0, self.vocab_size) if self.part is None else self.part.vocabulary
 
     @property
+    def recurrent(self) -> bool:
+        """Whether a sequence keeps a state of fixed size instead of keys and values of every token."""
+        return any(layer.recurrent for layer in self.layers)
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Elements (keys and values) that one token keeps over all layers."""
-        return sum(2 * layer.mixer.kv_size for layer in self.layers)
+        return sum(2 * layer.mixer.kv_size for layer in self.layers if isinstance(layer.mixer, Attention))
+
+    @property
+    def state_size(self) -> int:
+        """Numbers (float32) that a sequence keeps over all layers, however long it is."""
+        mixers = (layer.mixer for layer in self.layers)
+        return sum(mixer.state_size + self.width for mixer in mixers if isinstance(mixer, Recurrence))

@@ -18,9 +18,10 @@ from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import Checkpoint, PackedTensor, Tensor
 from martlet.hub.dummy import DummyCheckpoint
 from martlet.model import families
-from martlet.model.spec import DecoderSpec, Experts, FeedForward
+from martlet.model.spec import Attention, ChannelMix, DecoderSpec, Experts, FeedForward, Layer, Recurrence
 
-Kind = Literal["embedding", "norm", "linear", "router", "bias"]  # a router is a small linear that nobody quantises
+Kind = Literal["embedding", "norm", "linear", "router", "bias", "mix"]
+# A router is a small linear that nobody quantises; neither are the vectors and low-rank maps of a mix.
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +35,89 @@ def parameters(spec: DecoderSpec) -> Iterator[ParameterSpec]:
     """Every parameter of a decoder, in the order in which it is used. Names and shapes: martlet.model.spec."""
     tokens = spec.vocabulary.stop - spec.vocabulary.start
     yield ParameterSpec("embed", (tokens, spec.width), "embedding")
+    if spec.embed_norm:
+        yield from _norm("embed_norm", spec)
     for n, layer in enumerate(spec.layers):
-        attention, mlp, at = layer.mixer, layer.mlp, f"layers.{n}."
-        yield ParameterSpec(at + "attn_norm", (spec.width,), "norm")
-        for part, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
-            yield from _linear(at + part, size, spec.width, attention.qkv_bias)
-        if attention.qk_norm:
-            yield ParameterSpec(at + "q_norm", (attention.head_dim,), "norm")
-            yield ParameterSpec(at + "k_norm", (attention.head_dim,), "norm")
-        yield from _linear(at + "o", spec.width, attention.q_size, attention.out_bias)
-        if layer.post_norms:
-            yield ParameterSpec(at + "attn_post_norm", (spec.width,), "norm")
-        yield ParameterSpec(at + "mlp_norm", (spec.width,), "norm")
-        if mlp.experts is None:
-            yield from _feed_forward(at, spec.width, mlp.hidden, mlp)
+        at = f"layers.{n}."
+        yield from _norm(at + "attn_norm", spec)
+        if isinstance(layer.mixer, Recurrence):
+            yield from _time_mix(at + "time.", layer.mixer, spec)
         else:
-            yield from _experts(at, spec.width, mlp, mlp.experts)
+            yield from _attention(at, layer.mixer, spec)
         if layer.post_norms:
-            yield ParameterSpec(at + "mlp_post_norm", (spec.width,), "norm")
-    yield ParameterSpec("norm", (spec.width,), "norm")
+            yield from _norm(at + "attn_post_norm", spec)
+        yield from _norm(at + "mlp_norm", spec)
+        yield from _second_half(at, layer, spec.width)
+        if layer.post_norms:
+            yield from _norm(at + "mlp_post_norm", spec)
+    yield from _norm("norm", spec)
     if not spec.tied:
         yield ParameterSpec("head", (tokens, spec.width), "linear")
+
+
+def _norm(name: str, spec: DecoderSpec) -> Iterator[ParameterSpec]:
+    yield ParameterSpec(name, (spec.width,), "norm")
+    if spec.norms == "layer":
+        yield ParameterSpec(name + ".bias", (spec.width,), "bias")
+
+
+def _attention(at: str, attention: Attention, spec: DecoderSpec) -> Iterator[ParameterSpec]:
+    for part, size in (("q", attention.q_size), ("k", attention.kv_size), ("v", attention.kv_size)):
+        yield from _linear(at + part, size, spec.width, attention.qkv_bias)
+    if attention.qk_norm:
+        yield ParameterSpec(at + "q_norm", (attention.head_dim,), "norm")
+        yield ParameterSpec(at + "k_norm", (attention.head_dim,), "norm")
+    yield from _linear(at + "o", spec.width, attention.q_size, attention.out_bias)
+
+
+def _time_mix(at: str, mixer: Recurrence, spec: DecoderSpec) -> Iterator[ParameterSpec]:
+    width, heads = spec.width, (mixer.heads, 1 if mixer.scalar else mixer.head_dim)
+
+    def mix(name: str, *shape: int) -> ParameterSpec:
+        return ParameterSpec(at + name, shape, "mix")
+
+    def low_rank(name: str, rank: int) -> tuple[ParameterSpec, ...]:
+        return mix(name + "_down", rank, width), mix(name + "_up", mixer.width, rank)
+
+    gate = mixer.gated and mixer.generation < 7
+    shares = {5: "rkv" + "g" * gate, 6: "rkvgwx", 7: "rwkvag"}[mixer.generation]
+    yield from (mix(f"mix_{share}", width) for share in shares)
+    if mixer.generation == 6:
+        yield mix("mix_down", 5 * mixer.mix_rank, width)
+        yield mix("mix_up", 5, mixer.mix_rank, width)
+    for part in "rkv" + "g" * gate:
+        yield ParameterSpec(at + part, (mixer.width, width), "linear")
+    yield mix("decay", *((mixer.width,) if mixer.generation > 5 else heads))
+    if mixer.generation > 5:
+        yield from low_rank("decay", mixer.decay_rank)
+    yield mix("log_bonus" if mixer.log_bonus else "bonus", *heads)
+    if mixer.generation == 7:
+        yield mix("removal", width)
+        yield mix("renewal", width)
+        yield mix("rate", width)
+        yield from low_rank("rate", mixer.rate_rank)
+        yield from low_rank("gate", mixer.gate_rank)
+        if not mixer.first:
+            yield mix("value", width)
+            yield from low_rank("value", mixer.value_rank)
+    yield ParameterSpec(at + "norm", (mixer.width,), "norm")
+    yield ParameterSpec(at + "norm.bias", (mixer.width,), "bias")
+    yield ParameterSpec(at + "o", (width, mixer.width), "linear")
+
+
+def _second_half(at: str, layer: Layer, width: int) -> Iterator[ParameterSpec]:
+    mlp = layer.mlp
+    if isinstance(mlp, ChannelMix):
+        yield ParameterSpec(at + "channel.mix_k", (width,), "mix")
+        yield ParameterSpec(at + "channel.k", (mlp.hidden, width), "linear")
+        if mlp.gated:
+            yield ParameterSpec(at + "channel.mix_r", (width,), "mix")
+            yield ParameterSpec(at + "channel.r", (width, width), "linear")
+        yield ParameterSpec(at + "channel.v", (width, mlp.hidden), "linear")
+    elif mlp.experts is None:
+        yield from _feed_forward(at, width, mlp.hidden, mlp)
+    else:
+        yield from _experts(at, width, mlp, mlp.experts)
 
 
 def _feed_forward(at: str, width: int, hidden: int, mlp: FeedForward) -> Iterator[ParameterSpec]:
@@ -112,7 +175,8 @@ def load(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint) -> Iterator
 
 def fetch(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint, parameter: ParameterSpec) -> Tensor:
     """One parameter of `load`, whole."""
-    source = families.get(card.family).source(spec, parameter.name, card.format)
+    page = families.get(card.family)
+    source = page.source(spec, parameter.name, "gguf" if card.format == "gguf" else page.layout(checkpoint.names()))
     return _fetch(card, checkpoint, parameter, source)
 
 
@@ -124,7 +188,7 @@ def _fetch(card: ModelCard, checkpoint: Checkpoint, parameter: ParameterSpec, so
         known = ", ".join(sorted(checkpoint.names())[:3])
         raise CheckpointError(f"{asked}: not in {card.path} (which holds {known}, ...)") from None
     wanted = source.shape(parameter.shape)
-    if tuple(found) != wanted and not (wanted[0] == 1 and tuple(found) == wanted[1:]):
+    if [size for size in found if size != 1] != [size for size in wanted if size != 1]:
         where = checkpoint.where(source.name)
         raise CheckpointError(f"{asked} in {where}: shape {list(found)}, wanted {list(wanted)}")
     return _cut(checkpoint.tensor(source.name), source, parameter.shape)
@@ -140,6 +204,10 @@ def _cut(tensor: Tensor, source: families.Source, shape: tuple[int, ...]) -> Ten
         tensor = tensor.dequantise()
     if isinstance(tensor, PackedTensor):
         return tensor
+    if source.transposed:
+        tensor = tensor.reshape(shape[::-1]).T
+    if source.complement:
+        tensor = np.float32(1) - tensor.astype(np.float32)
     if source.add:
         tensor = tensor.astype(np.float32) + np.float32(source.add)
     if source.unit_rows:

@@ -28,7 +28,7 @@ class LoadOptions:
 
     device: "auto", "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16". max_model_len: longest sequence,
     at most what the model allows. max_num_seqs: sequences in a batch. kv_cache_tokens: size of the KV memory in tokens;
-    None sizes it from `memory_utilization` of the memory that is free. kv_dtype: one of KV_DTYPES; "auto" is what the
+    None sizes it from `memory_utilization` of the memory that is free. block_size: tokens of a KV block. kv_dtype: one of KV_DTYPES; "auto" is what the
     runner computes in. seed: of dummy weights. packed_cache: keep packed weights in the user's cache, so that the next
     start is faster.
     max_adapters: LoRA adapters that may be active in a batch, 0 for none; max_lora_rank: the largest rank of one.
@@ -58,6 +58,8 @@ class MemoryPlan:
     block_size: tokens a KV block holds; num_blocks: how many blocks there are. Block ids are 0 ... num_blocks - 1.
     max_rows: sequences that may be in a batch; max_model_len: longest sequence in tokens, prompt and output together.
     bytes_per_token: KV bytes of one token over all layers (for reports).
+    snapshots: the model is a recurrence. A row's state is then the row's own, of fixed size, and a block holds what it
+    was after the block's last token: see `Batch`.
     """
 
     block_size: int
@@ -65,6 +67,12 @@ class MemoryPlan:
     max_rows: int
     max_model_len: int
     bytes_per_token: int = 0
+    snapshots: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that this memory can hold."""
+        return self.max_model_len if self.snapshots else min(self.max_model_len, self.num_blocks * self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,11 @@ class Batch:
     (source, target), all reads before all writes; then the forward pass; then sampling for the sequences with
     sample[b], whose last computed token is the newest one the row holds. The sampled token becomes the row's token
     number start[b] + count[b].
+
+    Where blocks hold snapshots of a row's state (`MemoryPlan.snapshots`): a row that begins a step elsewhere than its
+    last one ended, or that has just been entered, takes its state from the block in the slot that ends at start[b], and
+    the empty state at 0. For a slot that is written into its block table and that the step computes to the end of, a
+    snapshot goes into that block. There are no copies.
 
     With d guesses for sequence b, the row's tokens start[b] + count[b] - d ... are those guesses, for now, and a token
     is sampled after each of the last d + 1 tokens, by the same rule as ever. The guesses up to the first that differs

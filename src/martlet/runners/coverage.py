@@ -20,4 +20,6 @@ def runners_for(spec: DecoderSpec) -> tuple[str, ...]:
 
 def cuda_lacks(spec: DecoderSpec) -> str | None:
     """What the CUDA runner cannot do of this decoder, in words."""
+    if spec.recurrent:
+        return "recurrences"
     return "mixtures of experts" if any(layer.mlp.experts for layer in spec.layers) else None

@@ -1,4 +1,4 @@
-"""How much KV memory a runner takes, from what is really free."""
+"""How much memory a runner takes for sequences, from what is really free."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from martlet.model.spec import DecoderSpec
 from martlet.runners.base import KV_DTYPES, LoadOptions, MemoryPlan
 
 log = logging.getLogger("martlet")
+
+SNAPSHOT_BLOCKS = 4  # a recurrence keeps a snapshot behind so many of the blocks that attention would have
+SNAPSHOTS_A_ROW = 8  # as the default: what prompts of some hundred tokens leave behind
 
 
 def kv_dtype(options: LoadOptions, runner: str, *offered: str) -> str:
@@ -54,6 +57,8 @@ def plan_memory(
             f"memory_utilization must be above 0 and at most 1, got {options.memory_utilization}",
             param="memory_utilization",
         )
+    if spec.recurrent:
+        return _plan_states(spec, options, rows, longest, int(free * options.memory_utilization), weights)
     scales = scale_size * sum(2 * layer.mixer.kv_heads for layer in spec.layers)
     block, per_token = options.block_size, spec.kv_elements_per_token * element_size + scales
     fit = int(free * options.memory_utilization) // (per_token * block)
@@ -95,6 +100,36 @@ def plan_memory(
         longest,
     )
     return MemoryPlan(block, blocks, rows, longest, per_token)
+
+
+def _plan_states(
+    spec: DecoderSpec, options: LoadOptions, rows: int, longest: int, budget: int, weights: int
+) -> MemoryPlan:
+    """States of `rows` sequences and snapshots of them within `budget` bytes; kv_cache_tokens counts what these cover."""
+    state, block = 4 * spec.state_size, options.block_size * SNAPSHOT_BLOCKS
+    fit = budget // state - rows
+    blocks = min(rows * SNAPSHOTS_A_ROW, fit) if options.kv_cache_tokens is None else options.kv_cache_tokens // block
+    if fit < 0:
+        raise OutOfMemory(
+            f"no room for the states of {rows} sequences: each takes {size(state)}, weights take {size(weights)}, and "
+            f"{size(budget)} may be used; --max_num_seqs {budget // state} fits",
+            param="max_num_seqs",
+        )
+    if blocks > fit:
+        raise OutOfMemory(
+            f"kv_cache_tokens {options.kv_cache_tokens} needs {size(blocks * state)} for snapshots of states, one every "
+            f"{block} tokens; --kv_cache_tokens {fit * block} fits",
+            param="kv_cache_tokens",
+        )
+    log.info(
+        "weights %s, %d states of %s whatever the length, %d snapshots for reuse, one every %d tokens",
+        size(weights),
+        rows,
+        size(state),
+        blocks,
+        block,
+    )
+    return MemoryPlan(block, blocks, rows, longest, snapshots=True)
 
 
 def size(count: float) -> str:

@@ -59,6 +59,17 @@ def add_rms_norm(
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = residual.add_(x)
+    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
 def activation(x: torch.Tensor, mlp: FeedForward) -> torch.Tensor:
     gate, up = x.chunk(2, -1) if mlp.gated else (x, None)
     match mlp.activation:

@@ -11,7 +11,8 @@ __all__ = ["COMMON", "Family", "Source", "example", "get", "names"]
 
 _PAGES = (
     "baichuan", "chatglm", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "internlm2", "llama", "mistral",
-    "mixtral", "phi3", "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+    "mixtral", "phi3", "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "rwkv5", "rwkv6", "rwkv7",
+    "smollm3",
 )  # fmt: skip
 
 COMMON: Config = {

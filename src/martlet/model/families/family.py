@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,17 @@ class Fused:
     grouped: bool = False
 
 
-Names = Mapping[str, str | Fused]
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of just this name, with no ".weight" behind, and maybe in another form than the parameter: transposed
+    ([in, out]), or 1 minus it (complement)."""
+
+    name: str
+    transposed: bool = False
+    complement: bool = False
+
+
+Names = Mapping[str, str | Fused | Stored]
 """Our name without layer number and ".weight" -> the checkpoint's, {n} being the layer and {e} the expert."""
 
 
@@ -94,7 +104,8 @@ class Source:
 
     rows: its rows in our order, where the tensor has them in another or holds other parameters as well; tall: how many
     rows the tensor has then. item: which of `items` matrices, where the tensor stacks one an expert. add: added to
-    every number (norms stored as w - 1). unit_rows: every row is divided by its Euclidean length.
+    every number (norms stored as w - 1). unit_rows: every row is divided by its Euclidean length. transposed: the tensor
+    is the parameter's transpose; complement: it holds 1 minus the parameter.
     """
 
     name: str
@@ -104,9 +115,13 @@ class Source:
     items: int = 0
     add: float = 0.0
     unit_rows: bool = False
+    transposed: bool = False
+    complement: bool = False
 
     def shape(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the whole tensor, given that of the parameter."""
+        if self.transposed:
+            return wanted[::-1]
         rows = (wanted[0] if self.tall is None else self.tall, *wanted[1:])
         return rows if self.item is None else (self.items, *rows)
 
@@ -117,6 +132,7 @@ class Family:
 
     about: what it covers, for `martlet models families`. example: what a config needs beyond COMMON to be one of this
     family, for tests and that listing. hf, gguf: names; gguf is None where llama.cpp has no such architecture.
+    original: names in the authors' own files, where those are not Hugging Face's but are read from safetensors as well.
     gguf_interleaved: GGUF files of this family hold the rows of q and k in the order that rotates pairs (2i, 2i + 1).
     norm_offset: what Hugging Face checkpoints leave to be added to norms (GGUF has it added already). unit_head:
     whether the head's rows are to have length 1.
@@ -128,17 +144,24 @@ class Family:
     example: Config = field(default_factory=dict)
     hf: Names = field(default_factory=lambda: HF)
     gguf: Names | None = field(default_factory=lambda: GGUF)
+    original: Names | None = None
     gguf_interleaved: bool = False
     norm_offset: float = 0.0
     unit_head: Callable[[DecoderSpec], bool] = lambda spec: False
 
+    def layout(self, tensors: Collection[str]) -> str:
+        """Whose names a safetensors checkpoint with these tensors uses: "original" or "hf"."""
+        return "original" if self.original and f"{self.original['embed']}.weight" in tensors else "hf"
+
     def source(self, spec: DecoderSpec, parameter: str, layout: str) -> Source:
-        """The tensor that holds our `parameter` in a checkpoint of `layout` ("gguf", or any other for HF names)."""
+        """The tensor that holds our `parameter` in a checkpoint of `layout` ("gguf", "original", else HF names)."""
         part, n, expert, suffix = split_name(parameter)
-        names = self.gguf if layout == "gguf" else self.hf
+        names = {"gguf": self.gguf, "original": self.original}.get(layout, self.hf)
         if names is None:
-            raise CheckpointError(f"there are no GGUF files of family {self.name}; safetensors can be read")
+            raise CheckpointError(f"GGUF files of family {self.name} are not read; safetensors are")
         entry = names[part]
+        if isinstance(entry, Stored):
+            return Source(entry.name.format(n=n), transposed=entry.transposed, complement=entry.complement)
         name = (entry.name if isinstance(entry, Fused) else entry).format(n=n, e=expert) + suffix
         if part == "head" and self.unit_head(spec):
             return Source(name, unit_rows=True)

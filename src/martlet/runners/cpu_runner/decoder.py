@@ -115,6 +115,8 @@ class Cache:
 
 def check(spec: DecoderSpec, block_size: int) -> None:
     """Raise BackendUnavailable for a decoder that the kernels cannot run."""
+    if spec.recurrent:
+        raise BackendUnavailable("the native CPU kernels have no recurrences")
     if block_size % KV_GROUP:
         raise BackendUnavailable(f"the native CPU kernels want KV blocks of a multiple of {KV_GROUP}, not {block_size}")
     if any(layer.mlp.experts and (layer.mlp.bias or not layer.mlp.gated) for layer in spec.layers):
@@ -426,5 +428,5 @@ def _floats(tensor: Tensor) -> np.ndarray:
 
 
 def _place(name: str) -> str:
-    """ "layers.7" of what lies in a layer, else the name itself."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+    """ "layers.7" of what lies in a layer, else the name itself (of what it is the bias, for one)."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.removesuffix(".bias")

@@ -14,10 +14,11 @@ from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import Tensor, open_checkpoint
 from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels import ops_for
+from martlet.kernels.ops import Layout, Plan
 from martlet.model import weights
 from martlet.model.adapters import Adapter
 from martlet.model.shard import split
-from martlet.model.spec import Attention, DecoderSpec
+from martlet.model.spec import Attention, DecoderSpec, Mixer
 from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, StepResult, TokenLogprobs
 from martlet.runners.rows import Rows, masks_of
@@ -25,6 +26,7 @@ from martlet.runners.sizing import kv_dtype, plan_memory
 from martlet.runners.torch_runner.adapters import Groups, Layers, upload
 from martlet.runners.torch_runner.collectives import Alone, Collectives
 from martlet.runners.torch_runner.decoder import Decoder
+from martlet.runners.torch_runner.recurrence import States
 
 __all__ = ["TorchRunner", "default_device"]
 
@@ -96,14 +98,17 @@ class TorchRunner:
             self.vocab_size = spec.vocab_size
             self.max_step_tokens = self.max_prefill_tokens = STEP_TOKENS
             self.rows = Rows(self.memory, spec.vocab_size)
-            self.caches = [self._cache(layer.mixer) for layer in spec.layers]
+            self.mixers = list(dict.fromkeys(layer.mixer for layer in spec.layers))
+            self.states = None
+            if spec.recurrent:
+                self.states = States(spec, self.memory.max_rows, self.memory.num_blocks, self.device)
+            self.caches = [self._cache(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, Attention)]
             self.rotations = {
                 rope: self.ops.rotation(rope, self.memory.max_model_len, self.device)
-                for rope in {layer.mixer.rope for layer in spec.layers}
+                for rope in {mixer.rope for mixer in self.mixers if isinstance(mixer, Attention)}
             }
             self.max_adapters = options.max_adapters
             self.adapters: dict[int, Layers] = {}  # by slot
-            self.attentions = list(dict.fromkeys(layer.mixer for layer in spec.layers))
 
     def _cache(self, attention: Attention) -> torch.Tensor:
         """Zeros. On CPU from the allocator's untouched pages, so that memory is taken only as it is written."""
@@ -127,16 +132,14 @@ class TorchRunner:
         if not len(batch.rows):
             return Done(StepResult(np.empty(0, np.int32)))
         layout, ids = self.rows.layout(batch)
-        plans = {
-            attention: self.ops.plan(layout, attention, self.rotations[attention.rope], self.dtype)
-            for attention in self.attentions
-        }
+        plans = self._recurrence(batch, layout) if self.states else self._attention(layout)
         sampled, last = np.flatnonzero(batch.sample), np.cumsum(layout.count) - 1
         scored = self._prompt_positions(batch)  # token numbers whose prompt logprobs are asked for
         wanted = np.concatenate([last[sampled], scored])
         slots = self.rows.adapter[batch.rows]
         groups = Groups(np.repeat(slots, layout.count), self.adapters, self.device) if slots.any() else None
-        hidden = self.decoder.forward(self._tensor(ids), plans, self.caches, self._tensor(wanted), groups)
+        memory = self.states.layers if self.states else self.caches
+        hidden = self.decoder.forward(self._tensor(ids), plans, memory, self._tensor(wanted), groups)
 
         tokens = np.full(len(batch.rows), -1, np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
@@ -146,7 +149,27 @@ class TorchRunner:
             tokens[sampled], logprobs = self._sample(hidden[: len(sampled)], rows, position, sampled, masks)
             self.rows.tokens[rows, position] = tokens[sampled]
         prompt = self._prompt_logprobs(hidden[len(sampled) :], scored, batch, layout.positions) if len(scored) else {}
+        if self.states:
+            self.states.end(batch.rows, layout.start + layout.count)
         return Done(StepResult(tokens, logprobs, prompt))
+
+    def _attention(self, layout: Layout) -> dict[Mixer, Plan]:
+        return {
+            mixer: self.ops.plan(layout, mixer, self.rotations[mixer.rope], self.dtype)
+            for mixer in self.mixers
+            if isinstance(mixer, Attention)
+        }
+
+    def _recurrence(self, batch: Batch, layout: Layout) -> dict[Mixer, Plan]:
+        """Bring the rows' states to where the step begins; one plan for all layers."""
+        states = self.states
+        assert states is not None
+        states.enter([new.row for new in batch.new_rows])
+        states.begin(batch.rows, layout.start, self.rows.blocks, self.memory.block_size)
+        kept = self.rows.snapshots(batch)
+        chunk = 1 if any(mixer.generation == 7 for mixer in self.mixers) else STEP_TOKENS
+        plan = self.ops.recurrence_plan(layout, batch.rows, (*kept[:2], kept[2] + states.rows), chunk, self.device)
+        return dict.fromkeys(self.mixers, plan)
 
     def _sample(
         self,
@@ -206,6 +229,7 @@ class TorchRunner:
     def close(self) -> None:
         """Free weights and cache. The runner cannot be used afterwards."""
         self.caches.clear()
+        self.states = None
         self.decoder.blocks.clear()
         self.adapters.clear()
         self.ranks.close()

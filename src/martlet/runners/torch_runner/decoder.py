@@ -1,4 +1,4 @@
-"""The one decoder, in terms of the operation table: embed -> layers x (attention, mlp) -> norm -> head."""
+"""The one decoder, in terms of the operation table: embed -> layers x (mixer, feed-forward) -> norm -> head."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.ops import Ops, Plan, Weight
-from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer
+from martlet.model.spec import Attention, ChannelMix, DecoderSpec, Experts, FeedForward, Layer, Mixer, Recurrence
 from martlet.runners.torch_runner.adapters import Groups
 from martlet.runners.torch_runner.collectives import Alone, Collectives
+from martlet.runners.torch_runner.recurrence import EXACT, LayerState, Mix, as_mix, channel_mix, time_mix
 
 Linear = Callable[[str, torch.Tensor, Weight], torch.Tensor]
 
@@ -40,17 +41,32 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A layer's weights as the kernels take them. qkv: rows of q, k, v."""
+class Norm:
+    """An RMSNorm, or a LayerNorm where there is a bias."""
 
-    attn_norm: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Attention. qkv: rows of q, k, v."""
+
     qkv: Weight
     qk_norms: torch.Tensor | None  # float32 [heads + kv_heads, head_dim]
     o: Weight
-    attn_post_norm: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    mlp: Dense | Mixture
-    mlp_post_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A layer's weights as the kernels take them."""
+
+    attn_norm: Norm
+    mixer: Heads | Mix
+    attn_post_norm: Norm | None
+    mlp_norm: Norm
+    mlp: Dense | Mixture | Mix
+    mlp_post_norm: Norm | None
 
 
 class Decoder:
@@ -70,13 +86,15 @@ class Decoder:
         self.weight_bytes = 0
         self.blocks: list[Block] = []
         for place, group in groupby(weights, key=lambda item: _place(item[0])):
-            tensors = {name: to_torch(tensor, device, dtype) for name, tensor in group}
+            tensors = {name: to_torch(tensor, device, _precision(name, dtype)) for name, tensor in group}
             self.weight_bytes += sum(tensor.nbytes for tensor in tensors.values())
             match place:
                 case "embed":
                     self.embed = tensors["embed"]
+                case "embed_norm":
+                    self.embed_norm = _norm(tensors, "embed_norm")
                 case "norm":
-                    self.norm = tensors["norm"]
+                    self.norm = _norm(tensors, "norm")
                 case "head":
                     self.head = ops.pack(tensors["head"])
                 case _:
@@ -91,35 +109,56 @@ class Decoder:
     def forward(
         self,
         tokens: torch.Tensor,
-        plans: Mapping[Attention, Plan],
-        caches: list[torch.Tensor],
+        plans: Mapping[Mixer, Plan],
+        memory: list[torch.Tensor] | list[LayerState],
         wanted: torch.Tensor,
         groups: Groups | None = None,
     ) -> torch.Tensor:
         """Hidden states, ready for the head, of the tokens at `wanted`: int64 [N], int64 [S] -> [S, width].
 
-        groups: the tokens that run with adapters; None when there are none.
+        memory: each layer's cache, or its states. groups: the tokens that run with adapters; None when there are none.
         """
-        ops, eps = self.ops, self.spec.eps
         residual = self._embed(tokens)
+        if self.spec.embed_norm:
+            residual = self._normed(residual, self.embed_norm)
         x = None
-        for n, (layer, block, cache) in enumerate(zip(self.spec.layers, self.blocks, caches, strict=True)):
+        for n, (layer, block, kept) in enumerate(zip(self.spec.layers, self.blocks, memory, strict=True)):
             plan, linear = plans[layer.mixer], partial(self._linear, groups, n)
             if x is None:
-                x = ops.rms_norm(residual, block.attn_norm, eps)
+                x = self._normed(residual, block.attn_norm)
             else:
-                x, residual = ops.add_rms_norm(x, residual, block.attn_norm, eps)
-            q = ops.rotate_and_write(linear("qkv", x, block.qkv), block.qk_norms, eps, cache, plan)
-            x = self.ranks.all_reduce(linear("o", ops.paged_attention(q, cache, plan), block.o))
+                x, residual = self._added(x, residual, block.attn_norm)
+            if isinstance(block.mixer, Mix):
+                x = time_mix(x, layer.mixer, block.mixer, kept, plan, self.ops)
+            else:
+                x = self.ranks.all_reduce(self._attend(x, block.mixer, kept, plan, linear))
             if block.attn_post_norm is not None:
-                x = ops.rms_norm(x, block.attn_post_norm, eps)
-            x, residual = ops.add_rms_norm(x, residual, block.mlp_norm, eps)
-            x = self.ranks.all_reduce(self._feed_forward(x, layer.mlp, block.mlp, linear))
+                x = self._normed(x, block.attn_post_norm)
+            x, residual = self._added(x, residual, block.mlp_norm)
+            if isinstance(block.mlp, Mix):
+                x = channel_mix(x, layer.mlp, block.mlp, kept, plan, self.ops)
+            else:
+                x = self.ranks.all_reduce(self._feed_forward(x, layer.mlp, block.mlp, linear))
             if block.mlp_post_norm is not None:
-                x = ops.rms_norm(x, block.mlp_post_norm, eps)
+                x = self._normed(x, block.mlp_post_norm)
         assert x is not None
         x, residual = x.index_select(0, wanted), residual.index_select(0, wanted)
-        return ops.add_rms_norm(x, residual, self.norm, eps)[0]
+        return self._added(x, residual, self.norm)[0]
+
+    def _normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if norm.bias is None:
+            return self.ops.rms_norm(x, norm.weight, self.spec.eps)
+        return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps)
+
+    def _added(self, x: torch.Tensor, residual: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of x + residual, x + residual)."""
+        if norm.bias is None:
+            return self.ops.add_rms_norm(x, residual, norm.weight, self.spec.eps)
+        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, self.spec.eps)
+
+    def _attend(self, x: torch.Tensor, heads: Heads, cache: torch.Tensor, plan: Plan, linear: Linear) -> torch.Tensor:
+        q = self.ops.rotate_and_write(linear("qkv", x, heads.qkv), heads.qk_norms, self.spec.eps, cache, plan)
+        return linear("o", self.ops.paged_attention(q, cache, plan), heads.o)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         table, scale = self.embed, self.spec.embedding_scale
@@ -172,43 +211,64 @@ def to_torch(tensor: Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _place(name: str) -> str:
-    """ "layers.7" of what lies in a layer, else the name itself."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+    """ "layers.7" of what lies in a layer, else the name itself (of what it is the bias, for one)."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.removesuffix(".bias")
+
+
+def _precision(name: str, dtype: torch.dtype) -> torch.dtype:
+    part = name.partition(".time.")[2].removeprefix("log_")
+    return torch.float32 if part in EXACT else dtype
+
+
+def _norm(parts: dict[str, torch.Tensor], name: str) -> Norm:
+    return Norm(parts[name], parts.get(name + ".bias"))
 
 
 def _block(layer: Layer, parts: dict[str, torch.Tensor], ops: Ops) -> Block:
-    attention, mlp = layer.mixer, layer.mlp
+    mixer = layer.mixer
+    return Block(
+        attn_norm=_norm(parts, "attn_norm"),
+        mixer=_mix(parts, "time.", ops) if isinstance(mixer, Recurrence) else _heads(mixer, parts, ops),
+        attn_post_norm=_norm(parts, "attn_post_norm") if layer.post_norms else None,
+        mlp_norm=_norm(parts, "mlp_norm"),
+        mlp=_mix(parts, "channel.", ops) if isinstance(layer.mlp, ChannelMix) else _mlp(layer.mlp, parts, ops),
+        mlp_post_norm=_norm(parts, "mlp_post_norm") if layer.post_norms else None,
+    )
 
-    def fuse(*names: str) -> Weight:
-        """Stack linears that share their input; their rows lie in this order (martlet.model.weights.fused_rows)."""
-        matrix = torch.cat([parts.pop(name) for name in names]) if len(names) > 1 else parts.pop(names[0])
-        biases = [parts.pop(name + ".bias") for name in names if name + ".bias" in parts]
-        return ops.pack(matrix, torch.cat(biases) if biases else None)
 
-    def dense(at: str = "") -> Dense:
-        return Dense(fuse(at + "gate", at + "up") if mlp.gated else fuse(at + "up"), fuse(at + "down"))
+def _mix(parts: dict[str, torch.Tensor], at: str, ops: Ops) -> Mix:
+    return as_mix({name.removeprefix(at): tensor for name, tensor in parts.items() if name.startswith(at)}, ops.pack)
 
-    def mixture(experts: Experts) -> Mixture:
-        each = [dense(f"experts.{number}.") for number in range(experts.count)]
-        return Mixture(
-            router=fuse("router"),
-            up=[one.up for one in each],
-            down=[one.down for one in each],
-            shared=dense("shared.") if experts.shared else None,
-            shared_gate=fuse("shared_gate") if experts.shared_gated else None,
-        )
 
+def _fuse(parts: dict[str, torch.Tensor], ops: Ops, *names: str) -> Weight:
+    """Stack linears that share their input; their rows lie in this order (martlet.model.weights.fused_rows)."""
+    matrix = torch.cat([parts.pop(name) for name in names]) if len(names) > 1 else parts.pop(names[0])
+    biases = [parts.pop(name + ".bias") for name in names if name + ".bias" in parts]
+    return ops.pack(matrix, torch.cat(biases) if biases else None)
+
+
+def _heads(attention: Attention, parts: dict[str, torch.Tensor], ops: Ops) -> Heads:
     norms = None
     if attention.qk_norm:
         q, k = parts["q_norm"].float(), parts["k_norm"].float()
         norms = torch.cat([q.expand(attention.heads, -1), k.expand(attention.kv_heads, -1)])
-    return Block(
-        attn_norm=parts["attn_norm"],
-        qkv=fuse("q", "k", "v"),
-        qk_norms=norms,
-        o=fuse("o"),
-        attn_post_norm=parts.get("attn_post_norm"),
-        mlp_norm=parts["mlp_norm"],
-        mlp=dense() if mlp.experts is None else mixture(mlp.experts),
-        mlp_post_norm=parts.get("mlp_post_norm"),
+    return Heads(_fuse(parts, ops, "q", "k", "v"), norms, _fuse(parts, ops, "o"))
+
+
+def _mlp(mlp: FeedForward, parts: dict[str, torch.Tensor], ops: Ops) -> Dense | Mixture:
+    fuse = partial(_fuse, parts, ops)
+
+    def dense(at: str = "") -> Dense:
+        return Dense(fuse(at + "gate", at + "up") if mlp.gated else fuse(at + "up"), fuse(at + "down"))
+
+    experts: Experts | None = mlp.experts
+    if experts is None:
+        return dense()
+    each = [dense(f"experts.{number}.") for number in range(experts.count)]
+    return Mixture(
+        router=fuse("router"),
+        up=[one.up for one in each],
+        down=[one.down for one in each],
+        shared=dense("shared.") if experts.shared else None,
+        shared_gate=fuse("shared_gate") if experts.shared_gated else None,
     )

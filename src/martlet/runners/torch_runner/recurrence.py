@@ -1,0 +1,160 @@
+"""RWKV's time mix and channel mix in terms of the operation table, and the memory of their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from martlet.kernels.ops import Ops, Plan, Weight
+from martlet.model.spec import ChannelMix, DecoderSpec, Recurrence
+
+EXACT = ("decay", "bonus", "norm", "norm.bias")
+"""Parts of a time mix that stay in float32 whatever the model's dtype: decays are raised to the length of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A time mix or a channel mix. linears: by their name; parts: the vectors and low-rank maps, by theirs."""
+
+    linears: dict[str, Weight]
+    parts: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """A layer's part of the state memory, float32: inputs of the last token [slots, W], and S [slots, H, D, D]."""
+
+    time: torch.Tensor
+    heads: torch.Tensor
+    channel: torch.Tensor
+
+
+class States:
+    """The states of a model: one slot a row, and behind them one a block for snapshots.
+
+    A step reads and writes the slots of its rows. A row whose step begins elsewhere than its last one ended takes its
+    state from the block that ends there (the first, all zeros, from nowhere): so it is with a row that was entered, and
+    with one that has to compute tokens again.
+    """
+
+    def __init__(self, spec: DecoderSpec, rows: int, blocks: int, device: str):
+        shape = (rows + blocks, spec.state_size)
+        # On CPU from the allocator's untouched pages, so that memory is taken only as it is written.
+        plain = device == "cpu"
+        self.all = torch.from_numpy(np.zeros(shape, np.float32)) if plain else torch.zeros(shape, device=device)
+        self.rows, self.device = rows, device
+        self.seen = np.full(rows, -1, np.int64)  # tokens that a row's state has seen; -1: not to be continued
+        self.layers: list[LayerState] = []
+        at, width = 0, spec.width
+        for mixer in (layer.mixer for layer in spec.layers):
+            assert isinstance(mixer, Recurrence)
+            heads = self.all[:, at + width : at + mixer.state_size]
+            self.layers.append(
+                LayerState(
+                    self.all[:, at : at + width],
+                    heads.unflatten(1, (mixer.heads, mixer.head_dim, mixer.head_dim)),
+                    self.all[:, at + mixer.state_size : at + mixer.state_size + width],
+                )
+            )
+            at += mixer.state_size + width
+
+    def enter(self, rows: list[int]) -> None:
+        self.seen[rows] = -1
+
+    def begin(self, rows: np.ndarray, start: np.ndarray, blocks: np.ndarray, block_size: int) -> None:
+        """A step of `rows` from `start` on is about to run; until `end` none of their states may be continued.
+
+        blocks: int32 [rows, blocks a row], the block tables.
+        """
+        moved = self.seen[rows] != start
+        self.seen[rows] = -1
+        if moved.any():
+            rows, start = rows[moved], start[moved]
+            assert (start % block_size == 0).all(), "a state is asked for that nobody kept"
+            found = self.rows + blocks[rows, np.maximum(start // block_size - 1, 0)]
+            targets, sources = (torch.from_numpy(a.astype(np.int64)).to(self.device) for a in (rows, found))
+            first = torch.from_numpy(start == 0).to(self.device)
+            self.all[targets] = self.all[sources].masked_fill_(first.unsqueeze(1), 0.0)
+
+    def end(self, rows: np.ndarray, position: np.ndarray) -> None:
+        self.seen[rows] = position
+
+
+def as_mix(parts: dict[str, torch.Tensor], pack: Callable[[torch.Tensor], Weight]) -> Mix:
+    linears = {name: pack(parts.pop(name)) for name in ("r", "k", "v", "g", "o") if name in parts}
+    if "log_bonus" in parts:
+        parts["bonus"] = parts.pop("log_bonus").exp()
+    return Mix(linears, parts)
+
+
+def time_mix(x: torch.Tensor, mixer: Recurrence, mix: Mix, state: LayerState, plan: Plan, ops: Ops) -> torch.Tensor:
+    """x [N, W], normed -> [N, W]."""
+    parts, shape = mix.parts, (len(x), mixer.heads, mixer.head_dim)
+    difference = ops.token_shift(x, state.time, plan) - x
+    shares = {part: parts[f"mix_{part}"] for part in "rkvgwa" if f"mix_{part}" in parts}
+    if mixer.generation == 6:
+        low = F.linear(x + difference * parts["mix_x"], parts["mix_down"]).tanh()
+        shift = torch.bmm(low.unflatten(1, (5, -1)).transpose(0, 1).contiguous(), parts["mix_up"])
+        shares = {part: shares[part] + more for part, more in zip("wkvrg", shift, strict=True)}
+    taken = {part: x + difference * share for part, share in shares.items()}
+    linears = {part: ops.linear(taken[part], weight) for part, weight in mix.linears.items() if part != "o"}
+    if mixer.generation == 7:
+        y = _delta(mixer, parts, taken, linears, state, plan, ops)
+    else:
+        r, k, v = (linears[part].float().view(shape) for part in "rkv")
+        decay = parts["decay"]
+        if mixer.generation == 6:
+            decay = decay + F.linear(_low(taken["w"], parts, "decay").tanh(), parts["decay_up"]).float()
+        decay = decay.view(shape) if mixer.generation == 6 else decay.expand(shape[1:])
+        y = ops.wkv(r, k, v, -decay.exp(), parts["bonus"].expand(shape[1:]), state.heads, plan)
+        y = ops.head_norm(y, parts["norm"], parts["norm.bias"], mixer.eps, x.dtype)
+        if "g" in linears:
+            y = y * F.silu(linears["g"])
+    return ops.linear(y, mix.linears["o"])
+
+
+def _delta(
+    mixer: Recurrence,
+    parts: dict[str, torch.Tensor],
+    taken: dict[str, torch.Tensor],
+    linears: dict[str, torch.Tensor],
+    state: LayerState,
+    plan: Plan,
+    ops: Ops,
+) -> torch.Tensor:
+    x, heads = taken["r"], (mixer.heads, mixer.head_dim)
+    r, k, v = (linears[part] for part in "rkv")
+    decay = F.linear(_low(taken["w"], parts, "decay").tanh(), parts["decay_up"])
+    log_decay = -(torch.sigmoid(parts["decay"] + decay.float()) * float(np.exp(-0.5)))
+    rate = torch.sigmoid(parts["rate"] + F.linear(_low(taken["a"], parts, "rate"), parts["rate_up"]))
+    gate = F.linear(_low(taken["g"], parts, "gate").sigmoid(), parts["gate_up"])
+    removed = F.normalize((k * parts["removal"]).unflatten(1, heads).float(), dim=-1)
+    k = k * (1 + (rate - 1) * parts["renewal"])
+    if mixer.first:
+        plan.first_values = v
+    else:
+        mixed = torch.sigmoid(parts["value"] + F.linear(_low(taken["v"], parts, "value"), parts["value_up"]))
+        v = v + (plan.first_values - v) * mixed
+    r, k, v, log_decay, rate = (part.float().unflatten(1, heads) for part in (r, k, v, log_decay, rate))
+    y = ops.delta_rule(r, k, v, log_decay, removed, rate, state.heads, plan)
+    y = ops.head_norm(y, parts["norm"], parts["norm.bias"], mixer.eps, x.dtype)
+    own = (r * k * parts["bonus"]).sum(-1, keepdim=True) * v
+    return (y + own.flatten(1).to(x.dtype)) * gate
+
+
+def _low(x: torch.Tensor, parts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return F.linear(x, parts[f"{name}_down"])
+
+
+def channel_mix(x: torch.Tensor, mlp: ChannelMix, mix: Mix, state: LayerState, plan: Plan, ops: Ops) -> torch.Tensor:
+    """x [N, W], normed -> [N, W]."""
+    difference = ops.token_shift(x, state.channel, plan) - x
+    hidden = ops.linear(x + difference * mix.parts["mix_k"], mix.linears["k"]).relu().square()
+    y = ops.linear(hidden, mix.linears["v"])
+    if mlp.gated:
+        y = y * ops.linear(x + difference * mix.parts["mix_r"], mix.linears["r"]).sigmoid()
+    return y
