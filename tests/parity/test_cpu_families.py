@@ -7,6 +7,7 @@ from tiny_models import LLAMA3_ROPE, Driver, dense, random_checkpoint
 
 from martlet.hub.card import ModelCard
 from martlet.model import families
+from martlet.runners.coverage import runners_for
 from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.torch_runner import TorchRunner
 
@@ -20,6 +21,7 @@ MORE = {
     "llama": {"rope_scaling": LLAMA3_ROPE},
     "qwen2": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
 }
+COVERED = [n for n in families.names() if "c++" in runners_for(families.get(n).read(families.example(n)))]
 SMALL = {"max_num_seqs": 2, "max_model_len": 96, "block_size": 16, "kv_cache_tokens": 256}
 TOKENS = np.random.default_rng(0).integers(0, 128, 60)
 
@@ -36,7 +38,7 @@ def logprobs(runner: type, card: ModelCard, chunks: list[int]) -> np.ndarray:
     return np.stack([dense(entry) for entry in found])
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", COVERED)
 def test_the_cpp_runner_gives_the_logits_of_the_reference(family, tmp_path):
     card = random_checkpoint(family, tmp_path, MORE.get(family, {}))
     want = logprobs(TorchRunner, card, [60])

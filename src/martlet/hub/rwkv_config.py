@@ -1,4 +1,4 @@
-"""A config for RWKV checkpoints in their authors' names, which come without one: all of it can be read off the shapes."""
+"""A config for RWKV checkpoints in their authors' names, which come without one: the shapes tell it all."""
 
 from __future__ import annotations
 

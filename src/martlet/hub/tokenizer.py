@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
 """Tokens that end an answer when the chat template writes them, whatever the configs forget to say."""
 
+WORLD_SIZE = 65536
+WORLD_VOCABULARY = ("rwkv-world-vocabulary", "rwkv==0.8.32", "rwkv/rwkv_vocab_v20230424.txt")
+"""Where the vocabulary of RWKV's World models travels: name in our cache, package, file in it."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -67,7 +71,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without bos. special=False: text that spells a control token stays text."""
         core = self._core if special else self._literal
-        return core.encode(_encodable(text), add_special_tokens=False).ids
+        return core.encode(encodable(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a raw prompt as the model expects it: control tokens are read, bos added if the model wants one.
@@ -123,8 +127,30 @@ class Tokenizer:
 
 
 def load_tokenizer(card: ModelCard) -> Tokenizer:
-    """The tokenizer that came with a model. CheckpointError when there is none; prompts of ids work without one."""
-    return _from_gguf(card) if card.path.suffix == ".gguf" else _from_folder(card)
+    """The tokenizer that came with a model. CheckpointError when there is none; prompts of ids work without one.
+
+    RWKV's World models share one vocabulary, so it is fetched for those that did not bring it.
+    """
+    if card.path.suffix == ".gguf":
+        return _from_gguf(card)
+    if card.family.startswith("rwkv") and not (card.path / "tokenizer.json").is_file():
+        return _world(card)
+    return _from_folder(card)
+
+
+def _world(card: ModelCard) -> Tokenizer:
+    from martlet.hub import pypi
+    from martlet.hub.world_tokenizer import WorldTokenizer, find_vocabulary, read_vocabulary
+
+    file = find_vocabulary(card.path)
+    if file is None and card.config.get("vocab_size") != WORLD_SIZE:
+        raise CheckpointError(
+            f"{card.path} has no tokenizer.json and no rwkv_vocab*.txt, so text cannot be read, and its "
+            f"{card.config.get('vocab_size')} tokens are not the {WORLD_SIZE} of the World vocabulary. Prompts of ids "
+            "still work"
+        )
+    tokens = read_vocabulary(file or pypi.fetch_file(*WORLD_VOCABULARY))
+    return WorldTokenizer(tokens, chat_template=folder_chat_template(card.path))
 
 
 def _from_gguf(card: ModelCard) -> Tokenizer:
@@ -280,7 +306,7 @@ def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedT
     return twin
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """`text` with halves of surrogate pairs joined where they meet and replaced where they are alone."""
     try:
         text.encode()

@@ -43,8 +43,8 @@ class Layout:
 
 
 Snapshots = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""Where states of a step's sequences are to be kept: sequence numbers, positions (how many tokens the state has seen, more
-than start and at most start + count), and slots of the state memory."""
+"""Where states of a step's sequences are to be kept: sequence numbers, positions (how many tokens the state has seen,
+more than start and at most start + count), and slots of the state memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ A recurrence, in place of q ... o, has R numbers in each of its low-rank maps; w
     layers.N.time.mix_r|k|v|g|w|a     [width]            share of the token before in what each linear takes
     layers.N.time.r|k|v|g|o           [width, width]
     layers.N.time.decay               [heads, 1 or head_dim], or [width] after generation 5
-    layers.N.time.bonus               [heads, 1 or head_dim]                        log_bonus where its logarithm is kept
+    layers.N.time.bonus               [heads, 1 or head_dim]                        log_bonus: its logarithm
     layers.N.time.norm                [width]            (+ .bias) of each head
     layers.N.time.decay_down|decay_up [R, width] | [width, R]                       likewise value, rate and gate
     layers.N.time.mix_x               [width]                                       only in generation 6, with

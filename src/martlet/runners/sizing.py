@@ -105,7 +105,7 @@ def plan_memory(
 def _plan_states(
     spec: DecoderSpec, options: LoadOptions, rows: int, longest: int, budget: int, weights: int
 ) -> MemoryPlan:
-    """States of `rows` sequences and snapshots of them within `budget` bytes; kv_cache_tokens counts what these cover."""
+    """States of `rows` sequences and snapshots within `budget` bytes; kv_cache_tokens counts what these cover."""
     state, block = 4 * spec.state_size, options.block_size * SNAPSHOT_BLOCKS
     fit = budget // state - rows
     blocks = min(rows * SNAPSHOTS_A_ROW, fit) if options.kv_cache_tokens is None else options.kv_cache_tokens // block
@@ -117,8 +117,8 @@ def _plan_states(
         )
     if blocks > fit:
         raise OutOfMemory(
-            f"kv_cache_tokens {options.kv_cache_tokens} needs {size(blocks * state)} for snapshots of states, one every "
-            f"{block} tokens; --kv_cache_tokens {fit * block} fits",
+            f"kv_cache_tokens {options.kv_cache_tokens} needs {size(blocks * state)} for snapshots of states, one "
+            f"every {block} tokens; --kv_cache_tokens {fit * block} fits",
             param="kv_cache_tokens",
         )
     log.info(

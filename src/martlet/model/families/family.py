@@ -104,8 +104,8 @@ class Source:
 
     rows: its rows in our order, where the tensor has them in another or holds other parameters as well; tall: how many
     rows the tensor has then. item: which of `items` matrices, where the tensor stacks one an expert. add: added to
-    every number (norms stored as w - 1). unit_rows: every row is divided by its Euclidean length. transposed: the tensor
-    is the parameter's transpose; complement: it holds 1 minus the parameter.
+    every number (norms stored as w - 1). unit_rows: every row is divided by its Euclidean length. transposed: the
+    tensor is the parameter's transpose; complement: it holds 1 minus the parameter.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""RWKV 5.0, 5.1 and 5.2 (Eagle), in transformers' names and in those of the authors' files; `decoder` serves 6 and 7 too.
+"""RWKV 5.0, 5.1 and 5.2 (Eagle), in the names of transformers and of the authors; `decoder` serves 6 and 7 too.
 
 The versions differ in shapes alone: 5.0 has no gate, 5.0 and 5.1 one decay a head, 5.2 one a channel.
 """
@@ -68,18 +68,18 @@ def read(config: Config) -> DecoderSpec:
     return decoder("rwkv5", config, [mixer] * need(config, "num_hidden_layers"), ChannelMix(hidden_of(config)))
 
 
-def frame(layer: str, embed: str, first_norm: str, last_norm: str, time: str, channel: str, ffn_norms: str) -> Names:
-    """Names that generations 5 and 6 share. first_norm: of the embedding; ffn_norms: ln1 and ln2, {i} for the number."""
+def frame(layer: str, embed: str, first_norm: str, last_norm: str, time: str, channel: str, norms: str) -> Names:
+    """Names that generations 5 and 6 share. first_norm: of the embedding; norms: ln1 and ln2, {i} for the number."""
     return {
         "embed": embed,
         "embed_norm": first_norm,
-        "layers.attn_norm": layer + ffn_norms.format(i=1),
+        "layers.attn_norm": layer + norms.format(i=1),
         **{f"layers.time.{part}": f"{layer}{time}.{name}" for part, name in LINEARS.items()},
         "layers.time.decay": Stored(f"{layer}{time}.time_decay"),
         "layers.time.bonus": Stored(f"{layer}{time}.time_faaaa"),
         "layers.time.log_bonus": Stored(f"{layer}{time}.time_first"),
         "layers.time.norm": f"{layer}{time}.ln_x",
-        "layers.mlp_norm": layer + ffn_norms.format(i=2),
+        "layers.mlp_norm": layer + norms.format(i=2),
         "layers.channel.k": f"{layer}{channel}.key",
         "layers.channel.r": f"{layer}{channel}.receptance",
         "layers.channel.v": f"{layer}{channel}.value",

@@ -1,4 +1,4 @@
-"""RWKV 7 (Goose): a delta rule in place of plain decay, a channel mix without a gate; files of fla and of the authors."""
+"""RWKV 7 (Goose): a delta rule in place of decay, a channel mix without a gate; names of fla and of the authors."""
 
 from __future__ import annotations
 
