@@ -37,14 +37,14 @@ def passages(card: ModelCard, tokens: int, text: str | None = None) -> list[list
 
 def measure(card: ModelCard, quants: Sequence[str], texts: Sequence[Sequence[int]], command: str) -> Iterator[Quality]:
     """A measurement for each of `quants`."""
-    exact, _ = _logprobs(card, "float32", texts)
+    exact, _ = logprobs(card, "float32", texts)
     for quant in quants:
-        scores, isa = _logprobs(card, quant, texts)
+        scores, isa = logprobs(card, quant, texts)
         change, loss = float(np.abs(scores - exact).mean()), float((exact - scores).mean())
         yield Quality(card.name, card.format, quant, isa, len(scores), round(change, 4), round(loss, 4), command)
 
 
-def _logprobs(card: ModelCard, quant: str, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, str]:
+def logprobs(card: ModelCard, quant: str | None, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, str]:
     """Log-probability of every token that has one before it, float64 [n]; and the kernels' instruction set."""
     longest = max(map(len, texts)) + 1
     runner = runners.load(card, LoadOptions(device="cpu", quant=quant, max_model_len=longest, max_num_seqs=1))

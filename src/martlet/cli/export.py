@@ -14,9 +14,11 @@ def run(options: ExportArguments) -> int:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailable(f"export needs {', '.join(missing)}: pip install 'martlet[transformers]'")
+    from martlet.cli.progress import layer_bar
     from martlet.export.run import export
 
-    print(export(options))
+    with layer_bar("quantising") as progress:
+        print(export(options, progress))
     return 0
 
 

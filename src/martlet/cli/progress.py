@@ -39,6 +39,26 @@ def _downloads() -> Progress:
 
 
 @contextmanager
+def layer_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (layers done, layers in all) that draws a bar from its first call on."""
+    with ExitStack() as shown:
+        bar = task = None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal bar, task
+            if bar is None:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                console = Console(stderr=True)
+                bar = shown.enter_context(Progress(console=console, disable=not console.is_terminal, transient=True))
+                task = bar.add_task(what, total=total)
+            bar.update(task, completed=done)
+
+        yield advance
+
+
+@contextmanager
 def row_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of new tokens whenever a row is finished."""
     from rich.console import Console

@@ -47,7 +47,6 @@ vera_d_initial vera_dropout vera_modules_to_save vera_projection_prng_key vera_r
 SFT = frozenset(_SFT.split())
 
 _EXPORT = """
-dataset gguf_file hf_output_dir megatron_output_dir ollama_output_dir pp quant_batch_size quant_bits quant_device_map
-quant_method quant_n_samples quant_output_dir quant_seqlen to_hf to_megatron to_ollama tp
+gguf_file hf_output_dir megatron_output_dir ollama_output_dir pp quant_batch_size to_hf to_megatron to_ollama tp
 """
 EXPORT = frozenset(_EXPORT.split()) | INFER

@@ -36,6 +36,20 @@ class ExportArguments(SourceArguments):
     to_peft_format: bool = flag("write an adapter in SWIFT's default/ layout as plain PEFT, to CKPT-peft", False)
     to: str | None = flag("another format of file", None, choices=("gguf",))
     gguf_type: str = flag("number type of its matrices", "q8_0", choices=GGUF_TYPES)
+    quant_bits: int = flag("round the layers' weights to 4 or 8 bits (0: do not)", 0)
+    quant_method: str = flag(
+        "how: to the nearest, or so that the layers' outputs on --dataset stay", "awq", choices=("rtn", "gptq", "awq")
+    )
+    quant_group_size: int | None = flag(
+        "inputs that share a scale, -1 for all of a row (default: 128; rtn to 8 bits: all)", None, metavar="N"
+    )
+    quant_act_order: bool = flag("gptq: round the inputs that matter most first", False)
+    quant_n_samples: int = flag("calibration sequences", 128, metavar="N")
+    quant_seqlen: int = flag("their tokens", 512, metavar="N")
+    quant_device_map: str = flag("device that calibrates", "cpu", metavar="DEVICE")
+    quant_output_dir: str | None = flag("SWIFT's name for --output", None, metavar="PATH")
+    dataset: tuple[str, ...] = flag("texts to calibrate on: names, files, `name#500`", (), metavar="NAME")
+    dataset_seed: int = flag("order in which #N takes rows", 42)
     output: str | None = flag("where the result goes (default: beside the source)", None, metavar="PATH")
     verify: bool = flag("compare logits before and after, and print what was lost", False)
     push_to_hub: bool = flag("upload the result, or the checkpoint where nothing else is asked", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from martlet.errors import UsageError
@@ -9,19 +10,31 @@ from martlet.export import merge as merging
 from martlet.export.arguments import ExportArguments
 from martlet.export.source import Source, find
 
+Progress = Callable[[int, int], None]
 
-def export(arguments: ExportArguments) -> Path:
-    """Do what is asked and return where the last result lies. Raises UsageError when nothing is."""
-    if not (arguments.to_peft_format or arguments.to or arguments.merge_lora or arguments.push_to_hub):
-        raise UsageError("nothing to do: --merge_lora, --to_peft_format, --to gguf or --push_to_hub")
+
+def export(arguments: ExportArguments, progress: Progress | None = None) -> Path:
+    """Do what is asked and return where the last result lies. Raises UsageError when nothing is.
+
+    progress(done, total) counts the layers that are quantised.
+    """
+    result = arguments.to_peft_format or arguments.to or arguments.merge_lora or arguments.quant_bits
+    if not (result or arguments.push_to_hub):
+        raise UsageError("nothing to do: --merge_lora, --quant_bits 4, --to_peft_format, --to gguf or --push_to_hub")
+    if arguments.quant_bits and (arguments.to or arguments.to_peft_format):
+        raise UsageError("--quant_bits goes with neither --to nor --to_peft_format", param="quant_bits")
+    if arguments.quant_output_dir and not arguments.quant_bits:
+        raise UsageError("--quant_output_dir goes with --quant_bits", param="quant_output_dir")
     if sum((arguments.to_peft_format, arguments.to is not None or arguments.merge_lora)) > 1:
         raise UsageError("--to_peft_format goes with no other result; ask for one at a time", param="to_peft_format")
-    if arguments.verify and not (arguments.merge_lora or arguments.to):
-        raise UsageError("--verify compares what --merge_lora or --to writes; ask for one", param="verify")
+    if arguments.verify and not (arguments.merge_lora or arguments.to or arguments.quant_bits):
+        raise UsageError(
+            "--verify compares what --merge_lora, --quant_bits or --to writes; ask for one", param="verify"
+        )
     if arguments.push_to_hub and not arguments.hub_model_id:
         raise UsageError("--push_to_hub needs --hub_model_id NAMESPACE/NAME", param="hub_model_id")
     source = find(arguments)
-    result = _write(source, arguments)
+    result = _write(source, arguments, progress)
     if arguments.push_to_hub:
         from martlet.export.push import push
 
@@ -29,9 +42,9 @@ def export(arguments: ExportArguments) -> Path:
     return result
 
 
-def _write(source: Source, arguments: ExportArguments) -> Path:
+def _write(source: Source, arguments: ExportArguments, progress: Progress | None) -> Path:
     replace, output = arguments.replace_if_exists, arguments.output and Path(arguments.output).expanduser()
-    converts = arguments.to is not None
+    converts = arguments.to is not None or arguments.quant_bits > 0
     if arguments.to_peft_format:
         return merging.to_peft(source, output or _named(source, "peft"), replace=replace)
     if arguments.merge_lora:
@@ -48,6 +61,12 @@ def _write(source: Source, arguments: ExportArguments) -> Path:
 
         target = output or source.place.with_name(f"{source.place.name}-{arguments.gguf_type}.gguf")
         result = write(source, target, arguments.gguf_type, replace=replace)
+    elif arguments.quant_bits:
+        from martlet.export.quantise.model import write as quantise
+
+        name = f"{arguments.quant_method}-int{arguments.quant_bits}"
+        given = output or (arguments.quant_output_dir and Path(arguments.quant_output_dir).expanduser())
+        result = quantise(source, given or _named(source, name), arguments, progress)
     else:
         return source.adapter or source.card.path
     if arguments.verify:

@@ -1,4 +1,4 @@
-"""What a conversion lost: logits before and after, in float32, by transformers."""
+"""What a conversion lost: logits before and after, in float32, by transformers; of quantised models by us."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 from martlet import hub
 from martlet.backends.transformers_model import load_model
 from martlet.errors import MartletError
-from martlet.export.source import Source
+from martlet.export.quantise.layerwise import LayerWise
+from martlet.export.source import Source, merged_in_float32
+from martlet.hub.card import ModelCard
+from martlet.hub.checkpoint import Checkpoint
 from martlet.runners.base import LoadOptions
 from martlet.train import console
 
@@ -31,22 +34,24 @@ TEXTS = (
 @dataclass(frozen=True, slots=True)
 class Difference:
     """largest: of any logit. logprob: mean change of the log-probability of the text's own tokens, absolute.
-    divergence: mean KL divergence from before to after, in nats."""
+    divergence: mean KL divergence from before to after, in nats. perplexities: of the texts, before and after."""
 
     largest: float
     logprob: float
     divergence: float
+    perplexities: tuple[float, float]
 
     def __str__(self) -> str:
         return (
             f"logits differ by at most {self.largest:.3g}; log-probabilities of the text by {self.logprob:.3g} on "
-            f"average; KL divergence {self.divergence:.3g} nats a token"
+            f"average; KL divergence {self.divergence:.3g} nats a token; perplexity {self.perplexities[0]:.4g} before, "
+            f"{self.perplexities[1]:.4g} after"
         )
 
 
 def difference(before: Callable, after: Callable, texts: list[list[int]]) -> Difference:
     """before, after: ids [1, length] -> logits [1, length, vocab]. Texts of a single token say nothing of tokens."""
-    largest, changes, divergences = 0.0, [], []
+    largest, divergences, told = 0.0, [], []
     with torch.no_grad():
         for ids in texts:
             batch = torch.tensor([ids])
@@ -55,15 +60,21 @@ def difference(before: Callable, after: Callable, texts: list[list[int]]) -> Dif
             p, q = old.log_softmax(-1), new.log_softmax(-1)
             divergences.append((p.exp() * (p - q)).sum(-1))
             nexts = batch[0, 1:, None]
-            changes.append((p[:-1].gather(1, nexts) - q[:-1].gather(1, nexts)).abs()[:, 0])
-    return Difference(largest, torch.cat(changes).mean().item(), torch.cat(divergences).mean().item())
+            told.append(torch.cat([p[:-1].gather(1, nexts), q[:-1].gather(1, nexts)], 1))
+    before_after = torch.cat(told)
+    changes = (before_after[:, 0] - before_after[:, 1]).abs()
+    perplexities = tuple((-before_after).mean(0).exp().tolist())
+    return Difference(largest, changes.mean().item(), torch.cat(divergences).mean().item(), perplexities)
 
 
 def compare(source: Source, result: Path) -> Difference:
     """Log and return what the file or folder at `result` lost against its source, both computed in float32."""
     console.quiet()
-    ids = _texts(source)
-    found = difference(_unmerged(source), _logits(hub.resolve(str(result))), ids)
+    ids, card = _texts(source), hub.resolve(str(result))
+    if card.config.get("quantization_config"):
+        found = difference(_by_us(*merged_in_float32(source), ids), _by_us(card, hub.open_checkpoint(card), ids), ids)
+    else:
+        found = difference(_unmerged(source), _logits(card), ids)
     log.info("%s: %s", result.name, found)
     return found
 
@@ -88,6 +99,15 @@ def _texts(source: Source) -> list[list[int]]:
 def _logits(card) -> Callable:
     model = load_model(card, LoadOptions(device="cpu", dtype="float32"))
     return lambda ids: model(ids).logits
+
+
+def _by_us(card: ModelCard, checkpoint: Checkpoint, texts: list[list[int]]) -> Callable:
+    """By our own decoder: transformers reads quantised layouts through a library for each."""
+    try:
+        known = LayerWise(card, checkpoint).run_all(texts)
+    finally:
+        checkpoint.close()
+    return lambda ids: known[texts.index(ids[0].tolist())][None]
 
 
 def _unmerged(source: Source) -> Callable:
