@@ -141,7 +141,8 @@ def test_verify_fails_for_a_merge_that_is_none(checkpoint, base):
         (["--merge_lora", "true"], "--ckpt_dir DIR, or --model"),
         (["--merge_lora", "--ckpt_dir", "nowhere"], "there is no folder"),
         (["--push_to_hub", "--ckpt_dir", "."], "--hub_model_id"),
-        (["--quant_bits", "4"], "not supported yet"),
+        (["--quant_bits", "4", "--to", "gguf"], "neither --to nor"),
+        (["--to_ollama", "true"], "not supported yet"),
     ],
 )
 def test_bad_words_are_named(words, said, capsys):
