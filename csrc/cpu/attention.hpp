@@ -4,7 +4,7 @@
 // in order. A query's result is therefore the same bits alone, in a prefill, in any batch and on any number of threads.
 #pragma once
 
-#include "attention_plan.hpp"
+#include "attention_tiles.hpp"
 #include "program.hpp"
 #include "simd.hpp"
 
@@ -252,14 +252,16 @@ INLINE void wide_values_of(const float* weights, int rows, const uint8_t* const*
 template <Kv kKind>
 void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
   using C = Cache<kKind>;
+  constexpr bool kInTiles = kTiles && kKind == Kv::kPairs;
   const int group = op.heads / op.kv_heads, rows = task.tokens * group, begin = chunk * kChunk;
+  const int64_t room_rows = scratch_rows(rows);
   const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
   const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
   const int64_t tile_bytes = cache_tile_bytes(C::kCache, op.dim), per_block = task.block_size / 16;
   const bool wide = kKind != Kv::kPairs && rows >= kWideRows;
   float* scores = scratch;
-  uint8_t* weights = (uint8_t*)(scratch + (int64_t)rows * kChunk);
-  float* room = scratch + 2 * (int64_t)rows * kChunk;
+  uint8_t* weights = (uint8_t*)(scratch + room_rows * kChunk);
+  float* room = scratch + 2 * room_rows * kChunk;
   const uint8_t *k_tiles[kChunk / 16 + 1] = {}, *v_tiles[kChunk / 16] = {};
 
   const int first = most(0, seen_from / 16);
@@ -271,11 +273,15 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     v_tiles[tile] = (const uint8_t*)op.v_cache + index * tile_bytes;
   }
   for (int tile = 0; tile < tiles; ++tile) {
-    if (rows < kTileRows / 2) {  // few queries wait for memory, and blocks lie anywhere in it
+    if (rows < kQueryRows / 2) {  // few queries wait for memory, and blocks lie anywhere in it
       if (k_tiles[tile + 1]) fetch(k_tiles[tile + 1], tile_bytes);
       if (v_tiles[tile]) fetch(v_tiles[tile], tile_bytes);
     }
     if (!k_tiles[tile]) continue;
+    if constexpr (kInTiles) {
+      tile_scores((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
+      continue;
+    }
     if constexpr (kKind != Kv::kPairs)
       if (wide) {
         widen_keys<C>(k_tiles[tile], op.dim, room);
@@ -298,6 +304,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
                    weights + (int64_t)r * kChunk * C::kBytes,
                    part.peak + r, part.total + r);
   }
+  if constexpr (kInTiles) return tile_values(weights, rows, v_tiles, first, tiles, op.dim, part.values);
   if constexpr (kKind != Kv::kPairs)
     if (wide) return wide_values_of<C>((const float*)weights, rows, v_tiles, first, tiles, op.dim, room, part.values);
   values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);

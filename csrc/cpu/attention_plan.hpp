@@ -6,10 +6,10 @@
 namespace martlet {
 
 constexpr int kChunk = 128;     // context tokens of a chunk, a multiple of every vector and of 16
-constexpr int kTileRows = 48;   // query rows (tokens times heads of the group) that a task takes at most
+constexpr int kQueryRows = 48;  // query rows (tokens times heads of the group) that a task takes at most
 
 struct AttentionTask {
-  const void* q;          // [tokens][group][dim], bf16 where pairs are multiplied, else f32
+  const void* q;          // [tokens][group][dim], bf16 where pairs are multiplied, else f32; kSpareRows more are read
   const int32_t* blocks;  // the sequence's block table
   int32_t block_size;
   int32_t kv_head;
@@ -25,7 +25,10 @@ struct Softmax {
 
 constexpr int64_t softmax_floats(int64_t rows, int64_t dim) { return rows * (dim + 2); }
 // Scores and weights of the rows, and a chunk of keys or values as f32.
-constexpr int64_t attention_scratch(int64_t rows, int64_t dim) { return 2 * rows * kChunk + kChunk * dim; }
+constexpr int64_t scratch_rows(int64_t rows) { return (rows + 15) / 16 * 16; }  // kernels may work on whole tiles of them
+constexpr int64_t attention_scratch(int64_t rows, int64_t dim) {
+  return 2 * scratch_rows(rows) * kChunk + kChunk * dim;
+}
 
 inline Softmax softmax_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
 

@@ -39,8 +39,9 @@ enum Format : int32_t {
 };
 
 // What a linear's input is turned into before it meets the weights.
-//   kActBF16     rounded to bf16; as pairs, or as f32 where the processor has no product of pairs (kPairDot)
-//   kActSplit32  groups of 32, value = scale * (128 * high + low); 4 high parts, then 4 low parts, and so on
+//   kActBF16     rounded to bf16; as pairs, or as f32 where the processor has no product of pairs (kPairDot); for
+//                tiles (tiles.hpp) with zeros up to a multiple of 32
+//   kActSplit32  groups of 32, value = scale * (128 * high + low); 32 high parts, then 32 low parts
 //   kActByte64   groups of 64, value = scale * s8
 //   kActWord32, kActWord64   the same integers as whole words, for many rows where that is faster (kWords)
 enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActWord32, kActWord64 };
@@ -49,8 +50,8 @@ enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActWord32,
 struct Group {
   float scale;
   float scaled_sum;       // sum of the group's values, for formats with a minimum
-  int32_t minus_sum;      // -(sum of its integers), undoes the offset of the weights
-  int32_t minus_half[2];  // the same for each half
+  int32_t minus_sum;      // -(sum of its integers), undoes the offset of the weights; times 128 for kActByte64
+  int32_t minus_half[2];  // -(sum of the integers of each half)
 };
 
 struct Layout {
@@ -92,7 +93,8 @@ constexpr int64_t panel_bytes(Format f, int64_t k) {
   return blocks / at.super * at.header + blocks * at.block + at.tail;
 }
 
-// Where a prepared row's groups begin, and bytes of the whole row, a multiple of 64.
+// Where a prepared row's groups begin, and bytes of the whole row: an odd number of cache lines, since 16 rows that
+// are a power of two apart push each other out of the cache.
 constexpr int64_t groups_at(ActKind kind, int64_t k) {
   return kind == kActSplit32 || kind == kActWord32 ? 2 * round_up(k, 32)
          : kind == kActByte64                      ? round_up(k, 64)
@@ -102,13 +104,14 @@ constexpr int64_t groups_at(ActKind kind, int64_t k) {
 constexpr ActKind as_words(ActKind kind) {
   return kind == kActSplit32 ? kActWord32 : kind == kActByte64 ? kActWord64 : kind;
 }
+constexpr int64_t odd_lines(int64_t bytes) { return (bytes + 63) / 64 * 64 | 64; }
 constexpr int64_t act_bytes(ActKind kind, int64_t k) {
   switch (kind) {
     case kActF32:
-    case kActBF16: return round_up(4 * round_up(k, 2), 64);
+    case kActBF16: return odd_lines(4 * round_up(k, 2));
     case kActSplit32:
-    case kActWord32: return round_up(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)), 64);
-    default: return round_up(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)), 64);
+    case kActWord32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
+    default: return odd_lines(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)));
   }
 }
 

@@ -148,7 +148,10 @@ struct Widened : Plain {
   INLINE F scale(int v, int part) const { return load<F>(at + part * kStep + v * 4 * L); }
   INLINE F minimum(int v) const { return kMin ? load<F>(at + kParts * kStep + v * 4 * L) : F{}; }
 
+  // kSigned: without their offset, as s8.
+  template <bool kSigned>
   static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
+    const U offset = splat(kSigned && kOffset ? 0x01010101u << kOffset : 0u);
     for (int b = 0; b < blocks; ++b) {
       const Source from(panel, b);
       fetch(from.at + kAhead, Source::kBytes);
@@ -156,7 +159,7 @@ struct Widened : Plain {
         for (int part = 0; part < kParts; ++part) store(out + part * kStep, from.scale(v, part));
         if (kMin) store(out + kParts * kStep, from.minimum(v));
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store(out + (kScales + j) * kStep, from.quants(j, v));
+        for (int j = 0; j < 8; ++j) store(out + (kScales + j) * kStep, (U)((Quarters)from.quants(j, v) - (Quarters)offset));
       }
       out += kWidened - kStep;
     }
@@ -171,6 +174,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   constexpr int kInts = R::kActs == kActSplit32 ? 2 : 1;  // integers an activation is made of
   constexpr int kBlock = 4 * R::kSteps, kPartSteps = R::kSteps / R::kParts;
   constexpr int kSteps = least(kRun<R::kBits>, kPartSteps), kOffset = R::kBits == 8 ? kByteOffset : R::kOffset;
+  constexpr int kShift = R::kActs == kActByte64 ? 0 : kOffset;  // that the sums of a group still lack
   const uint8_t* groups = acts + groups_at(R::kActs, k);
   F acc[M][kWide] = {};
   for (int b = 0; b * kBlock < k; ++b) {
@@ -184,7 +188,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
       I sum[M][kWide], high[M][kWide] = {};
       for (int m = 0; m < M; ++m)
         for (int w = 0; w < kWide; ++w)
-          sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kOffset : I{};
+          sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kShift : I{};
 #pragma GCC unroll 16
       for (int j0 = part * kPartSteps; j0 < (part + 1) * kPartSteps; j0 += kSteps) {
         Quads run[M][kWide], high_run[M][kWide];
@@ -198,12 +202,12 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
           U q[kWide];
           for (int w = 0; w < kWide; ++w) q[w] = block.quants(j, v0 + w);
           for (int m = 0; m < M; ++m) {
-            const uint8_t* x = a + m * stride + 4 * kInts * j;
+            const uint8_t* x = a + m * stride + 4 * j;
             if (kInts == 2)
               for (int w = 0; w < kWide; ++w)
                 high_run[m][w] = dot4<R::kBits>(high_run[m][w], q[w], splat(scalar<uint32_t>(x)));
             for (int w = 0; w < kWide; ++w)
-              run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 4 * (kInts - 1))));
+              run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 32 * (kInts - 1))));
           }
         }
         for (int m = 0; m < M; ++m)
@@ -394,7 +398,7 @@ void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t strid
   const int padded = (int)padded_inputs(f, k);
   if (kWords && rows >= kWordRows) return words_panel<f>(panel, padded, acts, stride, rows, scratch, nullptr, out);
   if (f != kQ8_0 && rows > 2 * kSplitRows) {
-    Widened<f>::widen(panel, padded / 32, scratch);
+    Widened<f>::template widen<false>(panel, padded / 32, scratch);
     rows_of<kSplitRows>(BlockTile<Widened<f>>{scratch, stride, padded, nullptr}, acts, stride, rows, out);
   } else {
     rows_of<kSplitRows>(BlockTile<Reader<f>>{panel, stride, padded, nullptr}, acts, stride, rows, out);

@@ -5,7 +5,29 @@
 #include <cpuid.h>
 #endif
 
+#if defined(MARTLET_HAS_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace martlet {
+namespace {
+
+// Tiles are 8 KiB of registers, which Linux saves only for processes that asked for them, once.
+bool may_use_tiles(unsigned saved) {
+#if defined(MARTLET_HAS_AMX) && defined(__linux__)
+  constexpr unsigned kTileState = 3u << 17, kAskForState = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if ((saved & kTileState) != kTileState || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1, int8 = d >> 25 & 1;
+  return bf16 && tiles && int8 && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  (void)saved;
+  return false;
+#endif
+}
+
+}  // namespace
 
 Isa widest_isa() {
 #if defined(__x86_64__)
@@ -23,7 +45,8 @@ Isa widest_isa() {
                       (c >> 11 & 1);
   if (!avx512) return kAvx2;
   if (most_leaf < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return kAvx512Vnni;
-  return a >> 5 & 1 ? kAvx512BF16 : kAvx512Vnni;
+  if (!(a >> 5 & 1)) return kAvx512Vnni;
+  return may_use_tiles(mask) ? kAmx : kAvx512BF16;
 #else
   return kGeneric;
 #endif
@@ -46,6 +69,9 @@ const Kernels* kernels_for(Isa isa) {
     case kAvx2: return &kernels_avx2;
     case kAvx512Vnni: return &kernels_avx512_vnni;
     case kAvx512BF16: return &kernels_avx512_bf16;
+#endif
+#if defined(MARTLET_HAS_AMX)
+    case kAmx: return &kernels_amx;
 #endif
     default: return nullptr;
   }

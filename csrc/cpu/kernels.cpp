@@ -2,7 +2,7 @@
 #include "kernels.hpp"
 
 #include "attention.hpp"
-#include "gemm.hpp"
+#include "gemm_tiles.hpp"
 #include "lora.hpp"
 #include "rows.hpp"
 #include "sampler.hpp"
@@ -28,8 +28,9 @@ void describe_with(const float* logits, int n, int token, int k, void* scratch, 
 
 extern const Kernels NAME(MARTLET_SET);
 const Kernels NAME(MARTLET_SET) = {
-    MARTLET_ISA::kPairDot,         MARTLET_ISA::kWordRows,
-    MARTLET_ISA::prepare,          MARTLET_ISA::panel_product,
+    MARTLET_ISA::kPairDot,         MARTLET_ISA::kWordRows,        MARTLET_ISA::kRowUnit,
+    MARTLET_ISA::take_tiles,       MARTLET_ISA::leave_tiles,
+    MARTLET_ISA::prepare,          MARTLET_ISA::product,
     MARTLET_ISA::finish,           MARTLET_ISA::shrink,           MARTLET_ISA::expand,
     MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,

@@ -6,10 +6,16 @@
 
 namespace martlet {
 
+constexpr int kSpareRows = 15;  // kernels may work on whole multiples of 16 rows
+
 struct Kernels {
   bool pair_dot;  // queries of a bf16 cache are bf16 too, else f32
   int word_rows;  // from so many rows on, integer activations are words (as_words)
+  int row_unit;   // rows are best shared out in multiples of this
+  void (*enter)();  // called by a thread before it calls any of what follows, and
+  void (*leave)();  // after the last one
   void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);
+  // acts, out: with room for kSpareRows more than `rows`, which are read and written.
   void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                         uint8_t* scratch, float* out);
   void (*finish)(const LinearOp&, int panel, const float* products, int row0, int rows);
@@ -34,12 +40,15 @@ struct Kernels {
 
 constexpr int64_t sampler_bytes(int64_t n) { return n * (4 + 12); }  // a float and a candidate each
 
-// Sets that the build could not compile are null. Ordered from plain to wide.
-enum Isa : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512BF16, kIsas };
+// Ordered from plain to wide. Compilers that do not know AMX leave it out (MARTLET_HAS_AMX).
+enum Isa : int32_t { kGeneric, kAvx2, kAvx512Vnni, kAvx512BF16, kAmx, kIsas };
 
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512_vnni, kernels_avx512_bf16;
+#endif
+#if defined(MARTLET_HAS_AMX)
+extern const Kernels kernels_amx;
 #endif
 
 Isa widest_isa();  // that this processor and its operating system run

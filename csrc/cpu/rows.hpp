@@ -3,6 +3,7 @@
 
 #include "program.hpp"
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace martlet {
 namespace MARTLET_ISA {
@@ -65,7 +66,8 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
         store(out + g * kGroup + i * L, to_bytes(q));
       } else {
         const I high = (q + 64) >> 7;
-        store_quads(out + 2 * (g * kGroup + i * L), to_bytes(high), to_bytes(q - (high << 7)));
+        store(out + 2 * g * kGroup + i * L, to_bytes(high));
+        store(out + (2 * g + 1) * kGroup + i * L, to_bytes(q - (high << 7)));
       }
     }
     Group group;
@@ -73,6 +75,7 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
     group.scale = largest / kMost;
     group.minus_sum = group.minus_half[0] + group.minus_half[1];
     group.scaled_sum = -group.scale * (float)group.minus_sum;
+    if (kKind == kActByte64) group.minus_sum *= 128;
     std::memcpy(groups + g * sizeof(Group), &group, sizeof group);
   }
 }
@@ -92,6 +95,7 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
         if (kPairDot) put_lanes(out + 2 * i, v, 2 * count);
         else put_lanes(out + 4 * i, from_bf16(v), 4 * count);
       }
+      if (kTiles) std::memset(out + 2 * round_up(k, 2), 0, 2 * size_t(round_up(k, 32) - round_up(k, 2)));
       return;
     case kActF32:
       for (int i = 0; i < k; i += L) {

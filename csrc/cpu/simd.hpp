@@ -36,6 +36,7 @@ typedef float F __attribute__((vector_size(4 * L)));
 typedef int32_t I __attribute__((vector_size(4 * L)));
 typedef uint32_t U __attribute__((vector_size(4 * L)));
 typedef int8_t Bytes __attribute__((vector_size(L)));
+typedef uint8_t Quarters __attribute__((vector_size(4 * L)));  // four bytes in each lane
 typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 
 template <class V>
@@ -190,8 +191,8 @@ INLINE U byte_pair(U bytes, int, int) { return bytes; }
 INLINE F low_bf16(U pairs) { return (F)(pairs << 16); }
 INLINE F high_bf16(U pairs) { return (F)(pairs & 0xffff0000u); }
 
-// Whether bf16 is multiplied in pairs as it is. Where there is no instruction for that, the other factor is kept in
-// f32 and a pair costs two multiply-adds, and two more operations that many rows share.
+// Whether bf16 is multiplied in pairs as it is (and in tiles, where there are any). Where there is no instruction for
+// that, the other factor is kept in f32 and a pair costs two multiply-adds, and two more operations that many rows share.
 #if defined(__AVX512BF16__)
 constexpr bool kPairDot = true;
 INLINE F dot2(F acc, U a, U b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
@@ -267,19 +268,6 @@ INLINE Bytes to_bytes(I v) {
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
 #else
   return __builtin_convertvector(v, Bytes);
-#endif
-}
-
-// Writes 2 L bytes: four of a, four of b, and so on.
-INLINE void store_quads(void* out, Bytes a, Bytes b) {
-#if defined(__AVX512F__)
-  store(out, _mm_unpacklo_epi32((__m128i)a, (__m128i)b));
-  store((char*)out + 16, _mm_unpackhi_epi32((__m128i)a, (__m128i)b));
-#else
-  for (int i = 0; i < L; i += 4) {
-    std::memcpy((char*)out + 2 * i, (const char*)&a + i, 4);
-    std::memcpy((char*)out + 2 * i + 4, (const char*)&b + i, 4);
-  }
 #endif
 }
 

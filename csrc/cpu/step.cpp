@@ -14,7 +14,7 @@ constexpr int kOwnRows = 4;
 constexpr int kHeadRows = 64;  // rows of logits computed together
 // A block of rows goes through all linears up to the next attention on one thread: its activations stay in that
 // thread's cache, and nobody waits in between. Every block reads the weights, so a thread needs enough rows.
-constexpr int kRowBlock = 96, kRowsForBlocks = 64, kRowUnit = 6;
+constexpr int kRowBlock = 96, kRowsForBlocks = 64;
 constexpr int kWarmBytes = 8192;
 
 int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
@@ -27,6 +27,7 @@ int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
 void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
   lay_out(ops, n_ops, batch);
   team_.run([&](Worker& worker) {
+    kernels_.enter();
     for (int i = 0; i < n_ops; ++i) {
       int linears = 0;
       while (row_blocks_ && i + linears < n_ops && ops[i + linears].kind == kLinear) ++linears;
@@ -50,6 +51,7 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
         case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
       }
     }
+    kernels_.leave();
   });
 }
 
@@ -71,11 +73,11 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
   const auto reserve_linear = [&](const Matrix& w) {
     const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
-    acts = std::max(acts, times * rows * row);
+    acts = std::max(acts, (times * rows + kSpareRows) * row);
     for (Own& own : own_) {
-      own.acts.reserve((row_blocks_ ? kRowBlock + kRowUnit : kOwnRows) * row);
+      own.acts.reserve(((row_blocks_ ? kRowBlock + kernels_.row_unit : kOwnRows) + kSpareRows) * row);
       own.panel.reserve(widened_bytes(w.k));
-      own.products.reserve(times * rows * kPanel * 4);
+      own.products.reserve((times * rows + kSpareRows) * kPanel * 4);
     }
   };
   for (int i = 0; i < n_ops; ++i) {
@@ -91,9 +93,9 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       const AttentionOp& op = *(const AttentionOp*)ops[i].op;
       if (!plan_of(op)) plans_.push_back(plan(op));
       const Plan& plan = *plan_of(op);
-      const int64_t group = op.heads / op.kv_heads, tile = std::max<int64_t>(kTileRows, group);
-      queries = std::max(queries, n * op.heads * op.dim * 4);
-      for (Own& own : own_) own.queries.reserve(group * op.dim * 4);
+      const int64_t group = op.heads / op.kv_heads, tile = std::max<int64_t>(kQueryRows, group);
+      queries = std::max(queries, (n * op.heads + kSpareRows) * op.dim * 4);
+      for (Own& own : own_) own.queries.reserve((group + kSpareRows) * op.dim * 4);
       parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
       counters = std::max<int64_t>(counters, plan.counters);
       for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim)));
@@ -216,9 +218,9 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
 }
 
 void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
-  const int n = (int)tokens_.size();
+  const int n = (int)tokens_.size(), unit = kernels_.row_unit;
   const auto row = [&](int64_t block) {  // whole tiles as far as possible
-    return block == row_blocks_ ? n : int(block * n / row_blocks_ / kRowUnit * kRowUnit);
+    return block == row_blocks_ ? n : int(block * n / row_blocks_ / unit * unit);
   };
   Own& own = own_[worker.rank];
   uint8_t *acts = own.acts.reserve(0), *scratch = own.panel.reserve(0);
@@ -251,7 +253,7 @@ const Executor::Plan* Executor::plan_of(const AttentionOp& op) const {
 }
 
 Executor::Plan Executor::plan(const AttentionOp& op) const {
-  const int group = op.heads / op.kv_heads, most = std::max(1, kTileRows / group);
+  const int group = op.heads / op.kv_heads, most = std::max(1, kQueryRows / group);
   Plan plan{group, op.kv_heads, op.window, {}, {}, 0, 0};
   for (int s = 0, token = 0; s < batch_->n_seqs; token += batch_->count[s++])
     for (int i = 0; i < batch_->count[s]; i += most) {

@@ -21,7 +21,13 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
 KERNEL_SETS = {
-    "x86_64": {"generic": [], "avx2": AVX2, "avx512_vnni": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]},
+    "x86_64": {
+        "generic": [],
+        "avx2": AVX2,
+        "avx512_vnni": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    },
     "other": {"generic": []},
 }
 
@@ -74,7 +80,9 @@ def compile_library(target: Path) -> Path:
     """Compile into the folder `target` and return the library. Safe when several processes do it. Raises BuildError."""
     folder, cxx = sources(), compiler()
     machine = platform.machine().lower()
-    sets = KERNEL_SETS["x86_64" if machine in ("x86_64", "amd64") else "other"]
+    sets = dict(KERNEL_SETS["x86_64" if machine in ("x86_64", "amd64") else "other"])
+    if not _knows(cxx, sets.get("amx", ["-mno-such-thing"])):
+        sets.pop("amx", None)  # a compiler from before 2020: the library runs without it
     jobs = [
         ("kernels.cpp", name, [f"-DMARTLET_ISA=isa_{name}", f"-DMARTLET_SET={name}", *f]) for name, f in sets.items()
     ]
@@ -84,7 +92,8 @@ def compile_library(target: Path) -> Path:
         def compile_one(job: tuple[str, str, list[str]]) -> str:
             source, name, flags = job
             output = str(Path(scratch) / f"{name}.o")
-            _run([cxx, *COMMON, *flags, "-c", str(folder / source), "-o", output])
+            has = ["-DMARTLET_HAS_AMX"] if "amx" in sets else []
+            _run([cxx, *COMMON, *has, *flags, "-c", str(folder / source), "-o", output])
             return output
 
         objects = list(pool.map(compile_one, jobs))
@@ -100,6 +109,12 @@ def compile_library(target: Path) -> Path:
         except OSError as error:
             raise BuildError(f"cannot write to {target}: {error}") from error
     return target / library_name(folder)
+
+
+def _knows(cxx: str, flags: list[str]) -> bool:
+    """Whether the compiler takes these flags."""
+    command = [cxx, *flags, "-x", "c++", "-E", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

@@ -12,7 +12,7 @@ from martlet.errors import BackendUnavailable
 from martlet.kernels.cpu import build
 from martlet.kernels.cpu.program import PANEL, Batch, Format, Op, Program
 
-ISAS = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx512_vnni", "avx512_bf16", "amx")
 SPINS = 4000  # polls before a waiting thread sleeps: 50-200 us, more than the gaps within a step
 
 _SIGNATURES = {
