@@ -24,29 +24,98 @@ INLINE void put_rows(const F* acc, int count, const float* channel_scale, float*
     if (m < count) store(out + m * kPanel, channel_scale ? acc[m] * scale : acc[m]);
 }
 
-// A group of 64 inputs fills a tile, so the integers of each group come out as one product.
+// A group of 64 inputs fills a tile, so the integers of each group come out as one product and go into the sums in
+// float by way of memory. A few groups at a time, so that what is on its way stays in the nearest cache.
+constexpr int kGroupsAtOnce = 4;
+struct alignas(64) Products {
+  int32_t of[kGroupsAtOnce][4][kTileRows][kTileOutputs];  // tiles: rows 0 and outputs 0, 0 and 1, 1 and 1, 1 and 0
+};
+
+#define NEXT_PRODUCT(C, i)                                       \
+  if (g > 0) _tile_stored(C, products.of[g - 1][i], 64);         \
+  _tile_zero(C);                                                 \
+  _tile_dpbsud(C, TILE_A, TILE_B);
+
+// Products of `groups` groups, for 16 or (kTwo) 32 rows. Those of a group are stored when the next ones are begun.
+template <bool kTwo>
+INLINE void int8_products(const uint8_t* panel, const uint8_t* acts, int64_t stride, int groups, bool first_rows,
+                          Products& products) {
+  for (int g = 0; g < groups; ++g, acts += kTileBytes, panel += kLayouts[kInt8].block) {
+    if (first_rows) fetch(panel + kAhead, kLayouts[kInt8].block);
+    _tile_loadd(TILE_A, acts, stride);
+    _tile_loadd(TILE_B, panel, kStep);
+    NEXT_PRODUCT(TILE_C0, 0)
+    _tile_loadd(TILE_B, panel + 64, kStep);
+    NEXT_PRODUCT(TILE_C1, 1)
+    if (!kTwo) continue;
+    _tile_loadd(TILE_A, acts + kTileRows * stride, stride);
+    NEXT_PRODUCT(TILE_C2, 2)
+    _tile_loadd(TILE_B, panel, kStep);
+    NEXT_PRODUCT(TILE_C3, 3)
+  }
+  _tile_stored(TILE_C0, products.of[groups - 1][0], 64);
+  _tile_stored(TILE_C1, products.of[groups - 1][1], 64);
+  if (!kTwo) return;
+  _tile_stored(TILE_C2, products.of[groups - 1][2], 64);
+  _tile_stored(TILE_C3, products.of[groups - 1][3], 64);
+}
+
+#undef NEXT_PRODUCT
+
+// out[16][32] (+)= the products of `groups` groups for the first or the second 16 rows, in floats. group: the first of
+// those groups of the first of these rows.
+template <bool kSecond>
+INLINE void add_products(const Products& products, int groups, const uint8_t* group, int64_t stride, bool first,
+                         const float* channel_scale, float* out) {
+  constexpr int kAtOnce = 8;  // rows whose sums fit into registers
+  for (int m0 = 0; m0 < kTileRows; m0 += kAtOnce, group += kAtOnce * stride, out += kAtOnce * kPanel) {
+    F left[kAtOnce] = {}, right[kAtOnce] = {};
+    if (!first)
+#pragma GCC unroll 8
+      for (int m = 0; m < kAtOnce; ++m) {
+        left[m] = load<F>(out + m * kPanel);
+        right[m] = load<F>(out + m * kPanel + L);
+      }
+    for (int g = 0; g < groups; ++g) {
+      const uint8_t* at = group + g * sizeof(Group);
+      const auto& a = products.of[g][kSecond ? 3 : 0];
+      const auto& b = products.of[g][kSecond ? 2 : 1];
+#pragma GCC unroll 8
+      for (int m = 0; m < kAtOnce; ++m, at += stride) {
+        const I offset = splat(scalar<int32_t>(at + offsetof(Group, minus_sum)));
+        const F scale = splat(scalar<float>(at));
+        left[m] = fma(scale, to_float(load<I>(a[m0 + m]) + offset), left[m]);
+        right[m] = fma(scale, to_float(load<I>(b[m0 + m]) + offset), right[m]);
+      }
+    }
+    const F l = channel_scale ? load<F>(channel_scale) : splat(1.0f), r = channel_scale ? load<F>(channel_scale + L) : l;
+#pragma GCC unroll 8
+    for (int m = 0; m < kAtOnce; ++m) {
+      store(out + m * kPanel, channel_scale ? left[m] * l : left[m]);
+      store(out + m * kPanel + L, channel_scale ? right[m] * r : right[m]);
+    }
+  }
+}
+
 inline void int8_tiles(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, float* out) {
   const int groups = k / kTileBytes;
   const float* channel_scale = (const float*)(panel + (int64_t)groups * kLayouts[kInt8].block);
-  alignas(64) int32_t sums[2][kTileRows][kTileOutputs];
-  for (int row = 0; row < rows; row += kTileRows)
-    for (int v = 0; v < kPanel / kTileOutputs; ++v) {
-      const uint8_t *a = acts + row * stride, *b = panel + v * 64, *group = a + groups_at(kActByte64, k);
-      F acc[kTileRows] = {};
-      for (int g = 0; g < groups; ++g, a += kTileBytes, b += kLayouts[kInt8].block, group += sizeof(Group)) {
-        _tile_loadd(TILE_A, a, stride);
-        _tile_loadd(TILE_B, b, kStep);
-        _tile_zero(TILE_C0);
-        _tile_dpbsud(TILE_C0, TILE_A, TILE_B);
-        _tile_stored(TILE_C0, sums[g % 2], 64);
-#pragma GCC unroll 16
-        for (int m = 0; m < kTileRows; ++m) {
-          const I total = load<I>(sums[g % 2][m]) + splat(scalar<int32_t>(group + m * stride + offsetof(Group, minus_sum)));
-          acc[m] = fma(splat(scalar<float>(group + m * stride)), to_float(total), acc[m]);
-        }
-      }
-      put_rows(acc, rows - row, channel_scale + v * kTileOutputs, out + row * kPanel + v * kTileOutputs);
+  Products products;
+  for (int row = 0; row < rows; row += 2 * kTileRows) {
+    const bool two = row + kTileRows < rows;
+    const uint8_t* a = acts + row * stride;
+    for (int g = 0; g < groups; g += kGroupsAtOnce) {
+      const int here = least(kGroupsAtOnce, groups - g);
+      const uint8_t *at = a + g * kTileBytes, *b = panel + g * kLayouts[kInt8].block;
+      if (two) int8_products<true>(b, at, stride, here, row == 0, products);
+      else int8_products<false>(b, at, stride, here, row == 0, products);
+      const float* last = g + here == groups ? channel_scale : nullptr;
+      const uint8_t* group = a + groups_at(kActByte64, k) + g * sizeof(Group);
+      add_products<false>(products, here, group, stride, g == 0, last, out + row * kPanel);
+      if (!two) continue;
+      add_products<true>(products, here, group + kTileRows * stride, stride, g == 0, last, out + (row + kTileRows) * kPanel);
     }
+  }
 }
 
 // Blocks of 32 inputs, widened to bytes of their own sign (Signed), meet the high and the low parts of the activations.
@@ -91,7 +160,6 @@ inline void bf16_tiles(const uint8_t* panel, int k, const uint8_t* acts, int64_t
     written();
   }
   const int tiles = whole + (rest != 0);
-  const bool few = rows <= kFewRows;
   for (int row = 0; row < rows; row += 2 * kTileRows) {
     const bool two = row + kTileRows < rows;
     const uint8_t *a0 = acts + row * stride, *a1 = a0 + kTileRows * stride;
@@ -101,7 +169,7 @@ inline void bf16_tiles(const uint8_t* panel, int k, const uint8_t* acts, int64_t
     _tile_zero(TILE_C3);
     for (int t = 0; t < tiles; ++t) {
       const uint8_t* b = t < whole ? panel + (int64_t)t * sizeof last : last;
-      if (few) fetch(b + kAhead, sizeof last);
+      if (row == 0) fetch(b + kAhead, sizeof last);
       _tile_loadd(TILE_B, b, kStep);
       _tile_loadd(TILE_A, a0 + t * kTileBytes, stride);
       _tile_dpbf16ps(TILE_C0, TILE_A, TILE_B);
