@@ -87,3 +87,15 @@ def test_inputs_in_another_order(isa):
         found = run_linear(run, matrix, x[:rows], 48, norm=norm, eps=1e-5, order=order)
         normed = x[:rows] / np.sqrt((x[:rows] ** 2).mean(1, keepdims=True) + 1e-5) * norm
         close(found, as_prepared(normed[:, order], Format.INT4_64) @ sorted_by_group.dequantise()[:, order].T, scale=3)
+
+
+@pytest.mark.parametrize("form", [Format.INT8, *BLOCK_TYPES], ids=lambda f: f.name)
+def test_instruction_sets_agree_to_the_bit(form):
+    """Sums of integers are exact and what follows is the same, wherever a multiply and an add are one operation."""
+    rng = np.random.default_rng(form)
+    tensor, _ = weights(rng, form, 70, 768)
+    x = rng.normal(0, 1, (45, 768)).astype(np.float32)
+    fused = [isa for isa in HERE if isa != "generic"] or HERE
+    found = [run_linear(executor(isa), Packer(executor(isa)).stack([tensor], form), x, 70) for isa in fused]
+    for isa, y in zip(fused, found, strict=True):
+        np.testing.assert_array_equal(y, found[0], err_msg=f"{isa} differs from {fused[0]}")
