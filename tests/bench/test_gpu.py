@@ -62,6 +62,7 @@ def test_prompts_are_those_of_the_recorded_run():
     [
         (["--engines", "nativ"], "Did you mean native"),
         (["--engines", "vllm:fp8"], "native:fp8_kv"),
+        (["--engines", "native@G9"], "there are start, G1"),
         (["--workloads", "G7"], "there are start, G1"),
         (["--models", "gpt"], "qwen3-0.6b, llama3-8b"),
         (["--clients", "0"], "from 1 on"),

@@ -50,9 +50,9 @@ class GpuOptions:
         "G1-G6 and start", ("start", "G1", "G2", "G3", "G4", "G5", "G6"), commas=True, metavar="NAME"
     )
     engines: tuple[str, ...] = flag(
-        "native, native:fp8_kv (keys and values in FP8), native:fp8 (weights too), vllm, transformers; those that are "
-        "not installed are skipped",
-        ("native", "native:fp8_kv", "vllm", "transformers"),
+        "NAME[@G1+G2] of native, native:fp8_kv (keys and values in FP8), native:fp8 (weights too), vllm, transformers, "
+        "and the workloads it is for; those that are not installed are skipped",
+        ("native", "native:fp8_kv@G1", "vllm", "transformers@start+G2+G4"),
         commas=True,
         metavar="ENGINE",
     )
@@ -159,11 +159,16 @@ def run_gpu(options: GpuOptions) -> int:
         raise UsageError("none of these engines is installed", param="engines")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that servers under test are stopped too
     plan = session.Plan(options.models, options.workloads, options.clients, options.seconds)
-    results = session.measure_all(entries, plan, tell_gpu)
-    lines = report.lines(results, describe())
-    if options.output is not None:
-        with Path(options.output).expanduser().open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+    machine, lines = describe(), []
+
+    def keep(result) -> None:
+        tell_gpu(result)
+        lines.extend(report.lines([result], machine))
+        if options.output is not None:  # at once: what follows may take long, or end badly
+            with Path(options.output).expanduser().open("a", encoding="utf-8") as file:
+                file.write(lines[-1] + "\n")
+
+    results = session.measure_all(entries, plan, keep)
     text = gpu_report.markdown([json.loads(line) for line in lines])
     print(text)
     if options.report is not None:

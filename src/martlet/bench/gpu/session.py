@@ -33,10 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of the native engine
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One word of --engines: NAME[:VARIANT]."""
+    """One word of --engines: NAME[:VARIANT][@G1+G2]. only: the workloads it is for, all when empty."""
 
     name: str
     variant: str
+    only: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -55,6 +56,7 @@ class Plan:
 
 
 def parse(word: str) -> Entry:
+    word, _, only = word.partition("@")
     name, _, variant = word.partition(":")
     if name not in ENGINES:
         known = f"there are {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}"
@@ -62,7 +64,8 @@ def parse(word: str) -> Entry:
     if variant not in (VARIANTS if name == "native" else ("",)):
         said = f"variants are of the native engine: {', '.join(f'native:{v}' for v in VARIANTS if v)}"
         raise UsageError(f"--engines {word!r}: {said}", param="engines")
-    return Entry(name, variant)
+    shapes.check("workload", tuple(only.split("+")) if only else (), shapes.WORKLOADS)
+    return Entry(name, variant, tuple(only.split("+")) if only else ())
 
 
 def installed(entries: Sequence[Entry], tell: Callable[[str], None]) -> list[Entry]:
@@ -91,12 +94,13 @@ def measure_all(entries: Sequence[Entry], plan: Plan, tell: Callable[[Result], N
 def _measure(entry: Entry, model: str, plan: Plan) -> Iterator[Result]:
     config = shapes.SHAPES[model]
     with tempfile.TemporaryDirectory() as folder:
-        names = [name for name in plan.workloads if name not in ("G5", "G6")]
+        names = [name for name in plan.workloads if not entry.only or name in entry.only]
         whole = model_folder(Path(folder) / "whole" / model, config)
-        for group in (names, ["G6"] if "G6" in plan.workloads and not entry.variant else []):
+        adapted = ["G6"] if "G6" in names and model == shapes.ADAPTED and entry.variant != "fp8" else []
+        for group in ([name for name in names if name not in ("G5", "G6")], adapted):
             if group:
                 yield from _offline(entry, model, whole, group, plan)
-        if "G5" in plan.workloads:
+        if "G5" in names:
             served = config | {"vocab_size": shapes.SERVED_VOCABULARY, "max_position_embeddings": 8192}
             yield from _served(entry, model, model_folder(Path(folder) / "served" / model, served), plan)
 

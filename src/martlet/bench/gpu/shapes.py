@@ -31,9 +31,9 @@ WORKLOADS = {
     "G3": "prefill of 8,192 tokens",
     "G4": "64 streams, prompt 128: decode between token 1 and 257",
     "G5": "HTTP, streaming clients, prompt 256, 128 new; vocabulary cut to 49,152",
-    "G6": "G4 with 0, 1, 4, 16 LoRA adapters of rank 16 on every linear, dealt out in turns",
+    "G6": "G4 of llama3-8b with 0, 1, 4, 16 LoRA adapters of rank 16 on every linear, dealt out in turns",
 }
-ADAPTERS, RANK = (0, 1, 4, 16), 16
+ADAPTED, ADAPTERS, RANK = "llama3-8b", (0, 1, 4, 16), 16  # of G6
 CLIENTS = (1, 64, 256)
 MAX_MODEL_LEN, MAX_SEQUENCES = 16384, 256
 
