@@ -247,10 +247,12 @@ class Engine:
         for b in result.prompt_logprobs:
             if live[b]:
                 self._keep_prompt_logprobs(table.sequences[batch.rows[b]], result, plan, b)
-        for b in np.flatnonzero(attention).tolist():
-            row = batch.rows[b]
-            tokens = table.tokens[row, before[b] : arrived[b]].tolist()
-            self._advance(table.sequences[row], tokens, bool(ended[b]), result.logprobs.get(b))
+        which = np.flatnonzero(attention)
+        rows, begin, end = batch.rows[which], before[which], arrived[which]
+        columns = (which, rows, begin, end, table.tokens[rows, begin], ended[which])
+        for b, row, begin_, end_, token, over in zip(*(column.tolist() for column in columns), strict=True):
+            tokens = [token] if end_ - begin_ == 1 else table.tokens[row, begin_:end_].tolist()
+            self._advance(table.sequences[row], tokens, over, result.logprobs.get(b))
 
     def _advance(self, seq: Sequence, tokens: list[int], ended: bool, logprobs: TokenLogprobs | None) -> None:
         """Tokens came for a sequence that somebody watches, or that ends with the last of them."""
@@ -272,7 +274,7 @@ class Engine:
         elif ended:
             self._end(seq, "length")
         elif request.stream:
-            self._report(seq)
+            self._report(seq, tokens=tokens)
 
     def _end(self, seq: Sequence, reason: FinishReason, stop: str | int | None = None, error=None) -> None:
         """The sequence is over: report what is left of it and free what it holds."""
@@ -288,9 +290,19 @@ class Engine:
             self._finished[reason] += 1
         self._report(seq, reason, stop, error, last=not open_sequences)
 
-    def _report(self, seq: Sequence, reason: FinishReason | None = None, stop=None, error=None, last=False) -> None:
+    def _report(
+        self,
+        seq: Sequence,
+        reason: FinishReason | None = None,
+        stop: str | int | None = None,
+        error: BaseException | None = None,
+        last: bool = False,
+        tokens: list[int] | None = None,
+    ) -> None:
+        """tokens: those that were not reported yet, where the caller has them."""
         request, detokenizer = seq.request, seq.detokenizer
-        tokens = self.scheduler.table.output(seq, seq.reported)
+        if tokens is None:
+            tokens = self.scheduler.table.output(seq, seq.reported)
         text = ""
         if detokenizer is not None:
             if not (request.stream or request.params.stop):  # nobody needed the text before now
