@@ -139,3 +139,16 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         held.add(max((len(seq.blocks) for seq in one.scheduler.running), default=0))
     assert tokens == 192 and held == {0}, "blocks are held between steps"
     assert one.runner.states.all is before and before.shape == (2 + 16, one.runner.spec.state_size)
+
+
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_bfloat16_stays_near(version, tmp_path):
+    card, text = checkpoint(version, tmp_path), np.random.default_rng(5).integers(0, VOCAB, 60)
+
+    def run(dtype: str) -> np.ndarray:
+        driver = Driver(card, dtype=dtype)
+        result = driver.step([(0, 60, True)], [driver.enter(0, text)])
+        return np.stack([dense(entry) for entry in [*result.prompt_logprobs[0], result.logprobs[0]]])
+
+    exact = run("float32")
+    assert np.abs(run("bfloat16") - exact).mean() < 0.1 < exact.std() / 10

@@ -15,7 +15,7 @@ from martlet.errors import CheckpointError
 from martlet.hub.tokenizer import Tokenizer, encodable
 
 END = "<|endoftext|>"
-FILES = ("rwkv_vocab*.txt", "vocab.txt")
+FILES = "rwkv_vocab*.txt"
 
 
 class WorldTokenizer(Tokenizer):
@@ -86,7 +86,7 @@ class WorldTokenizer(Tokenizer):
 
 def find_vocabulary(folder: Path) -> Path | None:
     """A World vocabulary in a model's folder."""
-    return next((file for pattern in FILES for file in sorted(folder.glob(pattern))), None)
+    return next(iter(sorted(folder.glob(FILES))), None)
 
 
 def read_vocabulary(file: Path) -> dict[int, bytes]:
