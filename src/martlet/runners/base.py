@@ -32,7 +32,8 @@ class LoadOptions:
     of KV_DTYPES; "auto" is what the runner computes in. seed: of dummy weights. packed_cache: keep
     packed weights in the user's cache, so that the next start is faster.
     max_adapters: LoRA adapters that may be active in a batch, 0 for none; max_lora_rank: the largest rank of one.
-    tensor_parallel_size: processes that share the model, one a GPU (martlet.runners.parallel).
+    tensor_parallel_size: processes that share the model, one a GPU (martlet.runners.parallel). symmetric_memory: they
+    add up through memory they can all read; without, through NCCL alone, to measure what it gives.
     """
 
     device: str = "auto"
@@ -49,6 +50,7 @@ class LoadOptions:
     max_adapters: int = 0
     max_lora_rank: int = 64
     tensor_parallel_size: int = 1
+    symmetric_memory: bool = True
 
 
 @dataclass(frozen=True, slots=True)

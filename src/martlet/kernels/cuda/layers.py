@@ -36,8 +36,8 @@ def _store_fp8(out, scales, t, k, x, mask, WIDTH):
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "changes"], do_not_specialize=["changes_stride"])
 def _embed(
-    tokens, rows, positions, changes, state, table, out, scale, WIDTH, tokens_stride, changes_stride,
-    CHANGES: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens, rows, positions, changes, state, table, out, scale, WIDTH, tokens_stride, changes_stride, FIRST, COUNT,
+    CHANGES: tl.constexpr, SCALED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     row = tl.load(rows + t)
@@ -48,10 +48,14 @@ def _embed(
         if at >= 0:
             tl.store(state + at, tl.load(changes + changes_stride + t))
     token = tl.load(tokens + row.to(tl.int64) * tokens_stride + position, mask=row >= 0, other=0)
-    token = tl.maximum(token, 0).to(tl.int64)
+    token = tl.maximum(token, 0).to(tl.int64) - FIRST
+    here = tl.where((token >= 0) & (token < COUNT), WIDTH, 0)
     for begin in range(0, WIDTH, BLOCK):
         k = begin + tl.arange(0, BLOCK)
-        value = tl.load(table + token * WIDTH + k, mask=k < WIDTH)
+        if PART:
+            value = tl.load(table + token * WIDTH + k, mask=k < here, other=0.0)
+        else:
+            value = tl.load(table + token * WIDTH + k, mask=k < WIDTH)
         if SCALED:
             value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
         tl.store(out + t.to(tl.int64) * WIDTH + k, value, mask=k < WIDTH)
@@ -66,19 +70,23 @@ def embed(
     scale: float = 1.0,
     changes: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
+    first: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Embeddings [T, W] of tokens[rows[t], positions[t]], times scale; rows -1 are padding.
 
     tokens int32 [rows, length]; rows, positions int32 [T]; table [V, W]. changes: int32 [2, T], places in the flat
     int32 `state` and what to write there, place -1 for nothing; the kernels behind this one see them.
+    first: where the table is part of a larger one, the token of its first row; other tokens' embeddings are zeros.
     """
     count, width = len(rows), table.shape[1]
-    out = table.new_empty(count, width)
+    out = table.new_empty(count, width) if out is None else out
     launch.run(
         _embed, (count,),
         tokens, rows, positions, rows if changes is None else changes, rows if state is None else state, table, out,
-        scale, width, tokens.stride(0), 0 if changes is None else changes.stride(0),
-        CHANGES=changes is not None, SCALED=scale != 1.0, BLOCK=min(triton.next_power_of_2(width), 2048),
+        scale, width, tokens.stride(0), 0 if changes is None else changes.stride(0), first or 0, len(table),
+        CHANGES=changes is not None, SCALED=scale != 1.0, PART=first is not None,
+        BLOCK=min(triton.next_power_of_2(width), 2048),
     )  # fmt: skip
     return out
 

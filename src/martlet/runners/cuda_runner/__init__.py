@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
 from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, sampling
 from martlet.model.adapters import Adapter
+from martlet.model.shard import split
 from martlet.model.spec import DecoderSpec
 from martlet.model.weights import read_spec
 from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResult
@@ -30,11 +32,13 @@ from martlet.runners.cuda_runner.adapters import Slots, bytes_for
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
-from martlet.runners.cuda_runner.mixed import HostStep
+from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep
 from martlet.runners.cuda_runner.pieces import LEAST, Joined, pieces
+from martlet.runners.cuda_runner.ranks import Ranks, shared_memory
 from martlet.runners.cuda_runner.weights import allocate, fill
 from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory, size
+from martlet.runners.torch_runner.collectives import Alone, Collectives
 
 __all__ = ["CudaRunner"]
 
@@ -63,8 +67,12 @@ class CudaRunner:
         *,
         graphs: bool = True,
         step_tokens: int = STEP_TOKENS,
+        ranks: Collectives | None = None,
     ):
-        """Load `card`. progress(done, total) counts parameters. Raises any of martlet.errors."""
+        """Load `card`, or the share of one of the `ranks` that run it together.
+
+        progress(done, total) counts parameters. Raises any of martlet.errors.
+        """
         if options.quant not in (None, "fp8"):
             raise UsageError(f"quant {options.quant!r}: the CUDA runner has fp8", param="quant")
         if options.quant and options.max_adapters:
@@ -75,7 +83,8 @@ class CudaRunner:
         self.kv_dtype = _kv_dtype(options, DTYPES[options.dtype])
         self.dtype = DTYPES[options.dtype]
         self.max_step_tokens = self.max_prefill_tokens = step_tokens
-        self.spec = spec = read_spec(card)
+        self.group = ranks or Alone()
+        self.spec = spec = split(read_spec(card), self.group.rank, self.group.size)
         if lacks := cuda_lacks(spec):
             raise BackendUnavailable(f"the CUDA runner has no {lacks}")
         self.vocab_size = spec.vocab_size
@@ -85,12 +94,15 @@ class CudaRunner:
         with torch.inference_mode():
             free = _free_memory(self.device)
             places, loaded = allocate(spec, self.device, self.dtype, fp8=options.quant == "fp8")
+            shared = self._ranks(options)
+            if shared is not None:
+                clock.lap(f"meeting of {self.group.size} ranks", self.device)
             self.memory = self._plan(options, free, loaded.nbytes)
             self.max_adapters = options.max_adapters
             slots = None
             if self.max_adapters:
                 slots = Slots(spec, self.max_adapters, options.max_lora_rank, self.device, self.dtype)
-            self.decoder = Decoder(spec, loaded, self.memory.max_model_len, slots)
+            self.decoder = Decoder(spec, loaded, self.memory.max_model_len, slots, shared)
             self.state = _state(spec, self.memory, self.device, self.kv_dtype)
             self.rows = Rows(self.memory, spec.vocab_size)
             self.mailbox = Mailbox(self.device)
@@ -109,6 +121,16 @@ class CudaRunner:
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def _ranks(self, options: LoadOptions) -> Ranks | None:
+        """How the ranks join their shares; by the same way on all of them."""
+        if self.group.size == 1:
+            return None
+        rows = max(options.max_num_seqs or DEFAULT_ROWS, sampler.LOGIT_ROWS) + MIXED_SEQUENCES
+        memory = None
+        if self._on_gpu and options.symmetric_memory:
+            memory = partial(shared_memory, self.group, device=self.device)
+        return Ranks(self.group, self.spec, self.dtype, self.max_step_tokens, rows, memory)
+
     def _plan(self, options: LoadOptions, free: int, weight_bytes: int) -> MemoryPlan:
         spec, element = self.spec, self.dtype.itemsize
         longest = options.max_model_len or min(spec.max_positions, DEFAULT_LENGTH)
@@ -119,6 +141,7 @@ class CudaRunner:
         activations = self.max_step_tokens * (widest + 4 * spec.width) * element
         adapters = bytes_for(spec, options.max_adapters, options.max_lora_rank, element)
         left = (_free_memory(self.device) if self._on_gpu else free) - state - activations - adapters
+        left = self.group.least(left)
         return plan_memory(
             spec,
             options,
@@ -145,6 +168,11 @@ class CudaRunner:
             return self._launch(batch, changes)
         except torch.cuda.OutOfMemoryError as error:
             failure = error
+        if self.group.size > 1:  # the others may have got through: pieces are for one rank that knows what was done
+            raise OutOfMemory(
+                f"a step of {most} tokens did not fit: {size(_free_memory(self.device))} are free; a lower "
+                "--memory_utilization leaves more"
+            ) from failure
         self._apply(changes)
         while most > LEAST:
             torch.cuda.empty_cache()
@@ -341,12 +369,21 @@ class CudaRunner:
             return tokens, []
         return tokens, [sampler.report(raw, tokens[index], chosen[asked], self.rows.logprobs[host_rows[asked]])]
 
+    @torch.inference_mode()
+    def let_go(self) -> None:
+        """Stop waiting for other ranks, one of which is lost: what is under way ends, and means nothing."""
+        memory = None if self.decoder.ranks is None else self.decoder.ranks.memory
+        if memory is not None:
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                memory.let_go()
+
     def close(self) -> None:
         """Free weights, KV and graphs. The runner cannot be used afterwards."""
         if self._on_gpu:
             torch.cuda.synchronize()
         self.graphs = None
         del self.decoder, self.state
+        self.group.close()
         if self._on_gpu:
             torch.cuda.empty_cache()
 

@@ -21,6 +21,7 @@ from martlet.kernels.cuda.lora import Groups
 from martlet.model.rope import rotation_table
 from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
 from martlet.runners.cuda_runner.adapters import Slots
+from martlet.runners.cuda_runner.ranks import EMBED, MIXER, MLP, Ranks, Share
 from martlet.runners.cuda_runner.weights import Block, Weights
 
 FEW = 4  # picked tokens are few where there are that many tokens for each of them
@@ -69,10 +70,21 @@ class State:
 
 
 class Decoder:
-    """A DecoderSpec with its weights on the GPU. Stateless but for them. slots: adapters, None where there are none."""
+    """A DecoderSpec with its weights on the GPU. Stateless but for them. slots: adapters, None where there are none.
 
-    def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int, slots: Slots | None = None):
-        self.spec, self.weights, self.slots = spec, weights, slots
+    ranks: those that share the model, None where it is whole. What a rank makes of o and down is a share then, to be
+    added up before anything but adapters is done with it.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        max_model_len: int,
+        slots: Slots | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self.spec, self.weights, self.slots, self.ranks = spec, weights, slots, ranks
         self.device = weights.embed.device
         self.queries = prefill_attention.queries_for(weights.embed.dtype)  # of a tile
         self.rotations = {
@@ -84,10 +96,7 @@ class Decoder:
 
     def forward(self, step: StepTensors, state: State) -> torch.Tensor:
         """Hidden states ready for the head, [S, W]."""
-        x = layers.embed(
-            state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
-            changes=step.changes, state=state.flat,
-        )  # fmt: skip
+        x = self._embed(step, state)
         delta, groups = None, self._groups(step.rows, step, state)
         last = len(self.spec.layers) - 1
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
@@ -97,7 +106,18 @@ class Decoder:
                 return self._last(x, delta, layer, block, step, state, groups)
             else:
                 delta = self._wide(x, delta, layer, block, number, step, state, groups)
-        return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps, step.picks)
+        return self._add_norm(x, delta, self.weights.norm, step.picks)
+
+    def _embed(self, step: StepTensors, state: State) -> torch.Tensor:
+        """Embeddings, [T, W]."""
+        ranks, first, out = self.ranks, None, None
+        if ranks is not None:
+            first, out = self.spec.vocabulary.start, ranks.place(EMBED, len(step.rows), self.device)
+        x = layers.embed(
+            state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
+            changes=step.changes, state=state.flat, first=first, out=out,
+        )  # fmt: skip
+        return x if ranks is None else ranks.total(x)
 
     def _groups(self, rows: torch.Tensor, step: StepTensors, state: State) -> Groups | None:
         """The tokens of `rows` by adapter; None where there is none."""
@@ -114,6 +134,8 @@ class Decoder:
             y = F.linear(hidden, self.weights.head.matrix)
         else:
             y = torch.mm(hidden, self.weights.head.matrix.T, out_dtype=torch.float32)
+        if self.ranks is not None:
+            y = self.ranks.logits(y, self.spec)
         cap = self.spec.logit_softcap
         return y if cap is None else y.div_(cap).tanh_().mul_(cap)
 
@@ -129,28 +151,33 @@ class Decoder:
         """A layer in place on x [1, W]."""
         eps, mlp = self.spec.eps, layer.mlp
         qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
-        self._add(x, self._attend(qkv, layer.mixer, block, number, step, state), block.o, block.attn_post_norm)
+        y = self._attend(qkv, layer.mixer, block, number, step, state)
+        self._add(x, y, block.o, block.attn_post_norm, MIXER)
         hidden = linear(x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated)
-        self._add(x, hidden, block.down, block.mlp_post_norm)
+        self._add(x, hidden, block.down, block.mlp_post_norm, MLP)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: Linear, post_norm: torch.Tensor | None) -> None:
-        """x [1, W] += the product of y, normed if there is a norm behind it."""
-        if post_norm is None:
-            linear(y, weight, residual=x, out=x)
+    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: Linear, post_norm: torch.Tensor | None, at: int) -> None:
+        """x [1, W] += the product of y, normed if there is a norm behind it. at: MIXER or MLP."""
+        share = None if self.ranks is None else linear(y, weight, out=self.ranks.place(at, 1, self.device))
+        if post_norm is not None:
+            y = linear(y, weight) if share is None else self.ranks.total(share)
+            x += layers.add_rms_norm(y, None, post_norm, self.spec.eps)
+        elif share is not None:
+            self.ranks.add(x, share)
         else:
-            x += layers.add_rms_norm(linear(y, weight), None, post_norm, self.spec.eps)
+            linear(y, weight, residual=x, out=x)
 
     def _wide(
         self,
         x: torch.Tensor,
-        delta: torch.Tensor | None,
+        delta: torch.Tensor | Share | None,
         layer: Layer,
         block: Block,
         number: int,
         step: StepTensors,
         state: State,
         groups: Groups | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Share:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
         qkv = self._project(x, delta, block, number, step, groups)
         return self._behind(x, self._attend(qkv, layer.mixer, block, number, step, state), layer, block, number, groups)
@@ -158,7 +185,7 @@ class Decoder:
     def _last(
         self,
         x: torch.Tensor,
-        delta: torch.Tensor | None,
+        delta: torch.Tensor | Share | None,
         layer: Layer,
         block: Block,
         step: StepTensors,
@@ -181,29 +208,29 @@ class Decoder:
             groups = self._groups(step.rows.index_select(0, picks), step, state)
         x = x.index_select(0, picks)
         delta = self._behind(x, y, layer, block, number, groups)
-        return layers.add_rms_norm(x, delta, self.weights.norm, self.spec.eps)
+        return self._add_norm(x, delta, self.weights.norm)
 
     def _project(
         self,
         x: torch.Tensor,
-        delta: torch.Tensor | None,
+        delta: torch.Tensor | Share | None,
         block: Block,
         number: int,
         step: StepTensors,
         groups: Groups | None,
     ) -> torch.Tensor:
         """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D]."""
-        y = layers.add_rms_norm(x, delta, block.attn_norm, self.spec.eps, fp8=block.qkv.fp8)
+        y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
         return self._adapt(y, _padded(y, block.qkv, len(x), rows, x.dtype), number, "qkv", groups)
 
     def _behind(
         self, x: torch.Tensor, y: torch.Tensor, layer: Layer, block: Block, number: int, groups: Groups | None
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor | Share | None:
         """What follows attention, y [T, H * D]: x [T, W] gets all of the layer but what is returned."""
-        eps, mlp = self.spec.eps, layer.mlp
+        mlp = layer.mlp
         delta = self._onto(x, y, block.o, block.attn_post_norm, number, "o", groups)
-        y = layers.add_rms_norm(x, delta, block.mlp_norm, eps, fp8=block.up.fp8)
+        y = self._add_norm(x, delta, block.mlp_norm, fp8=block.up.fp8)
         up = self._adapt(y, product(y, block.up, x.dtype), number, "up", groups)
         hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
         return self._onto(x, hidden, block.down, block.mlp_post_norm, number, "down", groups)
@@ -217,8 +244,17 @@ class Decoder:
         number: int,
         name: str,
         groups: Groups | None,
-    ) -> torch.Tensor | None:
-        """x += the product of y, in the product itself where that can be; else what is still to be added."""
+    ) -> torch.Tensor | Share | None:
+        """x += the product of y, in the product itself where that can be; else what is still to be added.
+
+        With ranks the product is a share, in the place where they join it.
+        """
+        if self.ranks is not None:
+            share = self.ranks.place(MIXER if name == "o" else MLP, len(x), self.device)
+            share = self._adapt(y, product(y, weight, x.dtype, out=share), number, name, groups)
+            if post_norm is None:
+                return Share(share)
+            return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps)
         if post_norm is None and weight.bias is None and not weight.fp8:
             assert isinstance(y, torch.Tensor)
             self._adapt(y, x.addmm_(y, weight.matrix.T), number, name, groups)
@@ -234,6 +270,20 @@ class Decoder:
             assert self.slots is not None and isinstance(x, torch.Tensor)
             self.slots.add(x, y, number, name, groups)
         return y
+
+    def _add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | Share | None,
+        gain: torch.Tensor,
+        picks: torch.Tensor | None = None,
+        fp8: bool = False,
+    ) -> torch.Tensor | Fp8:
+        """`layers.add_rms_norm`, where delta may be a share."""
+        if isinstance(delta, Share):
+            assert self.ranks is not None
+            return self.ranks.add_rms_norm(x, delta.values, gain, self.spec.eps, picks, fp8)
+        return layers.add_rms_norm(x, delta, gain, self.spec.eps, picks, fp8=fp8)
 
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State

@@ -149,7 +149,8 @@ class Graphs:
             began = time.perf_counter()
             self._blank(key)  # compiles what is not compiled
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # "thread_local": NCCL's own thread may ask after its events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = self._step(key)
             found = self.captured[key] = graph, logits
             log.debug("captured a step, %s, in %.3f s", key, time.perf_counter() - began)

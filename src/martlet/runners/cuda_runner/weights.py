@@ -6,6 +6,7 @@ GPU empties one while the other fills. A dummy checkpoint's weights repeat, so o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,10 +81,15 @@ def fill(
     """
     device, dtype = keep.embed.device, keep.embed.dtype
     if card.format == "dummy":
-        dummy = DummyCheckpoint(seed)
+        dummy, part = DummyCheckpoint(seed), spec.part
+        shapes = {p.name: p.shape for p in weights.parameters(spec if part is None else part.whole)}
         for name, place in places.items():
+            period = dummy.random(name, (min(math.prod(shapes[name]), PERIOD),))
             with place.filled(dtype) as values:
-                _repeat(dummy.random(name, (min(values.numel(), PERIOD),)), values)
+                if part is None or values.shape == shapes[name]:
+                    _repeat(part.cut(name, period) if part is not None and name.endswith(".bias") else period, values)
+                else:
+                    _repeat_part(period, values, shapes[name], part.rows(name), part.columns(name))
     else:
         checkpoint = open_checkpoint(card)
         stage = Stage(device)
@@ -181,12 +187,13 @@ def allocate(
             mlp_post_norm=vector(at + "mlp_post_norm", spec.width) if layer.post_norms else None,
         )
 
-    embed = new(spec.vocab_size, spec.width)
+    tokens = spec.vocabulary.stop - spec.vocabulary.start
+    embed = new(tokens, spec.width)
     places["embed"] = Place(embed)
     blocks = [block(number, layer) for number, layer in enumerate(spec.layers)]
     norm = vector("norm", spec.width)
     if not spec.tied:
-        places["head"] = Place(new(spec.vocab_size, spec.width))
+        places["head"] = Place(new(tokens, spec.width))
     return places, Weights(embed, blocks, norm, Linear(places.get("head", places["embed"]).values), total)
 
 
@@ -228,6 +235,20 @@ def _repeat(period: np.ndarray, target: torch.Tensor) -> None:
     whole = len(flat) // len(once)
     flat[: whole * len(once)].view(whole, -1).copy_(once.expand(whole, -1))
     flat[whole * len(once) :].copy_(once[: len(flat) - whole * len(once)])
+
+
+def _repeat_part(
+    period: np.ndarray, target: torch.Tensor, shape: tuple[int, ...], rows: slice | None, columns: slice | None
+) -> None:
+    """Fill `target` with those rows or columns of what `_repeat` makes of a tensor of `shape`."""
+    once = torch.from_numpy(period.astype(np.float32)).to(target.device, target.dtype)
+    rows, columns = rows or slice(0, shape[0]), columns or slice(0, math.prod(shape[1:]))
+    there = target.view(len(target), -1)
+    across = torch.arange(columns.start, columns.stop, device=target.device)
+    for begin in range(0, len(there), 1024):
+        end = min(begin + 1024, len(there))
+        down = torch.arange(rows.start + begin, rows.start + end, device=target.device) * math.prod(shape[1:])
+        there[begin:end] = once[(down[:, None] + across) % len(once)]
 
 
 def _torch_dtype(array: np.ndarray) -> torch.dtype:

@@ -52,6 +52,7 @@ class ParallelRunner:
         own = self._own
         self.memory, self.vocab_size, self.lag = own.memory, own.vocab_size, own.lag
         self.max_drafts, self.max_adapters, self.spec = own.max_drafts, own.max_adapters, own.spec
+        self._ranks.on_failure(self._let_go)
         log.info("%d ranks in %.2f s", options.tensor_parallel_size, time.perf_counter() - began)
 
     def _load(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None) -> Runner:
@@ -84,6 +85,11 @@ class ParallelRunner:
     def watch(self, tell: Callable[[MartletError], None]) -> None:
         """Call `tell` once, on a thread of ours, when no step can run any more; a step under way may not return."""
         self._ranks.on_failure(tell)
+
+    def _let_go(self, error: MartletError) -> None:
+        """Rank 0 may wait for the lost one on its device; nobody waits for this."""
+        if (let_go := getattr(self._own, "let_go", None)) is not None:
+            threading.Thread(target=let_go, name="martlet-let-go", daemon=True).start()
 
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
         number = self._ranks.send(wire.adapter(slot, adapter))

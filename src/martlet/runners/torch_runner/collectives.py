@@ -92,10 +92,11 @@ class Gloo(_Group):
 
 
 class Nccl(_Group):
-    """One rank a GPU, which is the current one. torch keeps one such group a process."""
+    """Rank r on GPU r, which becomes the current one. torch keeps one such group a process."""
 
     def __init__(self, rank: int, size: int, store: str):
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl",
             store=dist.FileStore(store, size),
@@ -105,6 +106,10 @@ class Nccl(_Group):
             device_id=device,
         )
         super().__init__(rank, size, dist.group.WORLD, device)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x)
+        return x
 
     def close(self) -> None:
         dist.destroy_process_group()
