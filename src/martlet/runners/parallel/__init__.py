@@ -47,7 +47,7 @@ class ParallelRunner:
             self._own = self._load(card, options, progress)
             self._ranks.loaded()
         except BaseException:
-            self._ranks.close(loading=True)
+            self._ranks.close()
             raise
         own = self._own
         self.memory, self.vocab_size, self.lag = own.memory, own.vocab_size, own.lag

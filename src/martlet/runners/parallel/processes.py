@@ -46,6 +46,8 @@ class Processes:
         self.size = size
         self.failure: MartletError | None = None
         self._writer = Writer(size)
+        # Never closed: torch opens its path again whenever it destroys what met there, in threads of its own too, and
+        # by then the number could be another file's.
         self._store = shared_file("martlet-store")
         self.store = f"/proc/self/fd/{self._store}"
         self._lock = threading.Lock()
@@ -177,8 +179,8 @@ class Processes:
         for tell in listeners:
             tell(error)
 
-    def close(self, *, loading: bool = False) -> None:
-        """End all ranks, in good order where they can. May be called twice. loading: rank 0 may still be at it."""
+    def close(self) -> None:
+        """End all ranks, in good order where they can. May be called twice."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -195,5 +197,3 @@ class Processes:
             self._watcher.join()
         for fd in self._reports:
             os.close(fd)
-        if self.failure is None and not loading:  # else threads of torch's may look for the others there for a while
-            os.close(self._store)
