@@ -31,7 +31,13 @@ from martlet.hub.card import ModelCard
 from martlet.runners import LoadOptions, load, machine
 from martlet.sampling_params import SamplingParams
 
-EXPORTS = {"rtn-int8": ("rtn", 8), "rtn-int4": ("rtn", 4), "gptq-int4": ("gptq", 4), "awq-int4": ("awq", 4)}
+EXPORTS = {  # name -> method, bits, act-order
+    "rtn-int8": ("rtn", 8, False),
+    "rtn-int4": ("rtn", 4, False),
+    "gptq-int4": ("gptq", 4, False),
+    "gptq-int4-act-order": ("gptq", 4, True),
+    "awq-int4": ("awq", 4, False),
+}
 PASSAGE = 1024  # tokens of held-out text at once
 
 
@@ -43,7 +49,7 @@ def passages(card: ModelCard, text: str, tokens: int) -> list[list[int]]:
 
 def exported(args: argparse.Namespace, folder: Path, rows: Path) -> dict[str, ModelCard]:
     cards = {}
-    for name, (method, bits) in EXPORTS.items():
+    for name, (method, bits, act_order) in EXPORTS.items():
         target = folder / name
         if not target.exists():
             began = time.perf_counter()
@@ -52,6 +58,7 @@ def exported(args: argparse.Namespace, folder: Path, rows: Path) -> dict[str, Mo
                 ExportArguments(
                     model=args.model, quant_bits=bits, quant_method=method, quant_group_size=group, output=str(target),
                     dataset=(str(rows),), quant_n_samples=args.samples, quant_seqlen=args.seqlen,
+                    quant_act_order=act_order,
                 )
             )  # fmt: skip
             print(f"{name}: exported in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)

@@ -4,15 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from test_cpu_families import SMALL, TOKENS
 from tiny_models import Driver, dense, random_checkpoint
 
+from martlet.errors import UsageError
 from martlet.hub.checkpoint import open_checkpoint
 from martlet.kernels.cpu.program import CacheKind
 from martlet.model import families, weights
+from martlet.runners import LoadOptions
 from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
+from martlet.runners.cuda_runner import CudaRunner
+from martlet.runners.cuda_runner import weights as gpu_weights
 from martlet.runners.torch_runner import TorchRunner
 from quantised_models import CASES, quantised
 
@@ -100,3 +105,24 @@ def test_nothing_is_made_of_matrices_that_nobody_asks_for(tmp_path):
     assert lazy.rows(slice(0, 4)).shape == (4, 128) and not made
     assert lazy.rows(slice(0, 4)).data.shape[0] == 4 and made
     checkpoint.close()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_a_model_keeps_its_four_bits(family, tmp_path):
+    card, plain = models(tmp_path, family, "gptq-64-zeros", WIDE)
+    want = logprobs(CudaRunner, plain)
+    np.testing.assert_allclose(logprobs(CudaRunner, card, quant="int4"), want, atol=2e-3)
+    runner = CudaRunner(card, LoadOptions(device="cpu", dtype="float32", quant="int4", **SMALL))
+    assert all(block.up.int4 is not None and block.qkv.int4 is not None for block in runner.decoder.weights.blocks)
+    with pytest.raises(UsageError, match=r"has none.*--quant_bits 4"):
+        CudaRunner(plain, LoadOptions(device="cpu", dtype="float32", quant="int4", **SMALL))
+
+
+def test_fp8_with_a_scale_a_row_is_taken_as_it_is(tmp_path):
+    card, plain = models(tmp_path, "qwen2", "fp8-channel", WIDE)
+    spec = weights.read_spec(card)
+    kept = gpu_weights.load(card, spec, torch.device("cpu"), torch.float32, fp8=True)
+    exact = gpu_weights.load(plain, spec, torch.device("cpu"), torch.float32)
+    for block, other in zip(kept.blocks, exact.blocks, strict=True):
+        assert torch.equal(block.down.matrix.float() * block.down.scales[:, None], other.down.matrix)
+        assert torch.equal(block.qkv.matrix.float() * block.qkv.scales[:, None], other.qkv.matrix)

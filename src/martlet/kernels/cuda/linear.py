@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from martlet.kernels.cuda import launch
+from martlet.kernels.cuda import int4, launch
 from martlet.kernels.cuda.fp8 import PAIR_SCALE, Fp8, unpacked
+from martlet.kernels.cuda.int4 import word_products
 from martlet.kernels.cuda.launch import wait
 from martlet.kernels.cuda.layers import activate, in_fp8
 
@@ -27,11 +28,18 @@ class Linear:
     """matrix [out, in] (gated: [2 * out, in], gate rows then up rows), bias of as many entries or None.
 
     scales: float32, one a row, if the matrix is float8_e4m3fn and to be multiplied by them.
+    int4: if the matrix is int32 [out, in / 8], eight weights a word (martlet.kernels.cuda.int4).
     """
 
     matrix: torch.Tensor
     bias: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    int4: int4.Groups | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the matrix is one that torch multiplies with."""
+        return self.scales is None and self.int4 is None
 
     @property
     def fp8(self) -> bool:
@@ -180,6 +188,38 @@ def _one_row_piped(
             SCALED, NORM, GATED, ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
 
 
+@triton.jit
+def _one_row_int4(
+    x, gain, w, scales, zeros, bias, residual, out, eps, N, K,
+    SIZE: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # As _one_row_piped, but a word is eight inputs, and a group's scale and zero are found beside it.
+    W = K // 8
+    groups = K // SIZE
+    k = tl.arange(0, BLOCK_W)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    row_up = row + N
+    wait(PDL)
+    acc = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    squares = tl.zeros([BLOCK_W], tl.float32)
+    none = tl.zeros([BLOCK_W], tl.float32)
+    for begin in tl.range(0, W, BLOCK_W, num_stages=STAGES):
+        word = begin + k
+        inside = word < W
+        words = tl.load(w + row[:, None] * W + word[None, :], mask=inside[None, :], other=0)
+        acc, squares = word_products(words, x, gain, word, inside, scales, zeros, row, groups, acc, squares, SIZE, NORM)
+        if GATED:
+            words = tl.load(w + row_up[:, None] * W + word[None, :], mask=inside[None, :], other=0)
+            acc_up, _ = word_products(
+                words, x, gain, word, inside, scales, zeros, row_up, groups, acc_up, none, SIZE, NORM
+            )
+    _finish(acc, acc_up, squares, n, scales, bias, residual, out, eps, N, K,
+            False, NORM, GATED, ACTIVATION, BIAS, RESIDUAL)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """block_n outputs and block_k inputs (FP8: pairs of them) at a time.
@@ -223,6 +263,17 @@ def linear(
     k = matrix.shape[1]
     n = weight.matrix.shape[0] // (2 if gated else 1)
     out = x.new_empty(1, n, dtype=dtype or x.dtype) if out is None else out
+    if weight.int4 is not None:
+        groups = weight.int4
+        launch.run(
+            _one_row_int4, (triton.cdiv(n, 8),),
+            x, x if gain is None else gain, matrix, groups.scales, groups.zeros,
+            x if weight.bias is None else weight.bias, x if residual is None else residual, out, eps, n, 8 * k,
+            SIZE=groups.size, NORM=gain is not None, GATED=gated, ACTIVATION=activation, BIAS=weight.bias is not None,
+            RESIDUAL=residual is not None, BLOCK_N=8, BLOCK_W=64, STAGES=4, stages=4,
+            overlap=matrix.nbytes <= OVERLAP_BYTES,
+        )  # fmt: skip
+        return out
     tile = tile or tile_for(n, k)
     blocks = triton.cdiv(n, tile.block_n)
     programs = blocks if tile.programs is None else min(blocks, tile.programs * launch.num_sms())
@@ -245,8 +296,15 @@ def linear(
 def product(x: torch.Tensor | Fp8, weight: Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """x @ matrix.T + bias for many rows -> [T, N] of `dtype`, in `out` if given. FP8 weights turn x into FP8.
 
-    cuBLAS for plain weights; for FP8 ones torch's product of rows with scales, which wants sizes in multiples of 16.
+    cuBLAS for plain weights; for FP8 ones torch's product of rows with scales, which wants sizes in multiples of 16;
+    for int4 a kernel of their own, or cuBLAS with the matrix unpacked where rows are many.
     """
+    if weight.int4 is not None:
+        assert isinstance(x, torch.Tensor)
+        if len(x) <= int4.FEW_ROWS:
+            out = torch.empty(len(x), len(weight.matrix), dtype=dtype, device=x.device) if out is None else out
+            return int4.few_rows(x, weight.matrix, weight.int4, weight.bias, out)
+        weight = Linear(int4.unpacked(weight.matrix, weight.int4, x.dtype), weight.bias)
     if weight.scales is None:
         assert isinstance(x, torch.Tensor)
         if out is None:

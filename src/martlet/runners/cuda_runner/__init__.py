@@ -35,7 +35,7 @@ from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep
 from martlet.runners.cuda_runner.pieces import LEAST, Joined, pieces
 from martlet.runners.cuda_runner.ranks import Ranks, shared_memory
-from martlet.runners.cuda_runner.weights import allocate, fill
+from martlet.runners.cuda_runner.weights import allocate, fill, int4_sizes
 from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory, size
 from martlet.runners.torch_runner.collectives import Alone, Collectives
@@ -73,9 +73,9 @@ class CudaRunner:
 
         progress(done, total) counts parameters. Raises any of martlet.errors.
         """
-        if options.quant not in (None, "fp8"):
-            raise UsageError(f"quant {options.quant!r}: the CUDA runner has fp8", param="quant")
-        if options.quant and options.max_adapters:
+        if options.quant not in (None, "fp8", "int4"):
+            raise UsageError(f"quant {options.quant!r}: the CUDA runner has fp8 and int4", param="quant")
+        if options.quant == "fp8" and options.max_adapters:
             raise UsageError("the CUDA runner has no adapters beside fp8 weights; leave --quant out", param="quant")
         if options.dtype not in DTYPES:
             raise UsageError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
@@ -93,7 +93,8 @@ class CudaRunner:
             torch.backends.cuda.preferred_blas_library("cublaslt")
         with torch.inference_mode():
             free = _free_memory(self.device)
-            places, loaded = allocate(spec, self.device, self.dtype, fp8=options.quant == "fp8")
+            int4 = int4_sizes(card, spec) if options.quant == "int4" else None
+            places, loaded = allocate(spec, self.device, self.dtype, fp8=options.quant == "fp8", int4=int4)
             shared = self._ranks(options)
             if shared is not None:
                 clock.lap(f"meeting of {self.group.size} ranks", self.device)

@@ -255,7 +255,7 @@ class Decoder:
             if post_norm is None:
                 return Share(share)
             return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps)
-        if post_norm is None and weight.bias is None and not weight.fp8:
+        if post_norm is None and weight.bias is None and weight.plain:
             assert isinstance(y, torch.Tensor)
             self._adapt(y, x.addmm_(y, weight.matrix.T), number, name, groups)
             return None

@@ -7,17 +7,20 @@ GPU empties one while the other fills. A dummy checkpoint's weights repeat, so o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from martlet.errors import UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import PackedTensor, open_checkpoint
 from martlet.hub.dummy import _POOL as PERIOD
 from martlet.hub.dummy import DummyCheckpoint
+from martlet.hub.quantised.blocks import HEAD, INTEGERS, split_int4
+from martlet.kernels.cuda.int4 import Groups
 from martlet.kernels.cuda.linear import Linear
 from martlet.model import weights
 from martlet.model.spec import DecoderSpec, Layer
@@ -57,11 +60,12 @@ def load(
     dtype: torch.dtype,
     *,
     fp8: bool = False,
+    int4: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
     """All parameters of `card` on `device`: `allocate` and `fill` in one."""
-    places, keep = allocate(spec, device, dtype, fp8=fp8)
+    places, keep = allocate(spec, device, dtype, fp8=fp8, int4=int4)
     fill(card, spec, places, keep, seed=seed, progress=progress)
     return keep
 
@@ -95,9 +99,10 @@ def fill(
         stage = Stage(device)
         try:
             for done, (name, tensor) in enumerate(weights.load(card, spec, checkpoint), 1):
-                array = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor
-                with places[name].filled(dtype) as values:
-                    stage.copy(np.ascontiguousarray(array), values)
+                if not (isinstance(tensor, PackedTensor) and places[name].take(tensor)):
+                    array = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor
+                    with places[name].filled(dtype) as values:
+                        stage.copy(np.ascontiguousarray(array), values)
                 if progress is not None:
                     progress(done, len(places))
         finally:
@@ -112,13 +117,29 @@ def fill(
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a parameter goes: a view of a fused tensor. scales: float32, one a row, where it is kept in FP8.
-
-    A checkpoint in FP8 with scales a row may copy both; anything else goes through `filled`.
+    """Where a parameter goes: a view of a fused tensor. scales: float32, one a row, where it is kept in FP8. int4: of
+    its groups, where it is kept in four bits. What lies in the file as it is kept goes through `take`, anything else
+    through `filled`.
     """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
+    int4: Groups | None = None
+
+    def take(self, tensor: PackedTensor) -> bool:
+        """Copy what the file has, scales and all; False where it is kept otherwise."""
+        if self.int4 is not None:
+            pairs, scales, zeros = split_int4(tensor.data, self.int4.size)
+            self.values.copy_(torch.from_numpy(pairs.view(np.int32)))
+            self.int4.scales.copy_(torch.from_numpy(scales))
+            self.int4.zeros.copy_(torch.from_numpy(np.ascontiguousarray(zeros)))
+            return True
+        if self.scales is None or tensor.format != "fp8_row":
+            return False
+        data = np.ascontiguousarray(tensor.data)
+        self.scales.copy_(torch.from_numpy(np.ascontiguousarray(data[:, :HEAD]).view(np.float32)[:, 0]))
+        self.values.copy_(torch.from_numpy(np.ascontiguousarray(data[:, HEAD:])).view(torch.float8_e4m3fn))
+        return True
 
     @contextmanager
     def filled(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -133,12 +154,45 @@ class Place:
         self.values.copy_(whole * (FP8_MAX / largest)[:, None])
 
 
+def int4_sizes(card: ModelCard, spec: DecoderSpec) -> dict[str, int]:
+    """Which linears a checkpoint holds in blocks of four bits, and the blocks' size. Reads scales, and no weights.
+
+    Raises UsageError when there are none, or when ranks share the decoder.
+    """
+    if spec.part is not None:
+        raise UsageError("quant int4 is for one GPU; leave --quant out, and ranks unpack their parts", param="quant")
+    sizes: dict[str, int] = {}
+    checkpoint = DummyCheckpoint() if card.format == "dummy" else open_checkpoint(card)
+    try:
+        for parameter in weights.parameters(spec):
+            if parameter.kind != "linear" or parameter.name == "head" or card.format != "safetensors":
+                continue
+            tensor = weights.fetch(card, spec, checkpoint, parameter)
+            if isinstance(tensor, PackedTensor) and tensor.format in INTEGERS and tensor.order is None:
+                sizes[parameter.name] = int(tensor.format.removeprefix("int4_"))
+    finally:
+        checkpoint.close()
+    if not sizes:
+        raise UsageError(
+            f"quant int4: the CUDA runner keeps the four bits of a checkpoint, and {card.name} has none that it can (of "
+            "act-order it unpacks); `martlet export --quant_bits 4` makes one",
+            param="quant",
+        )
+    return sizes
+
+
 def allocate(
-    spec: DecoderSpec, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
+    spec: DecoderSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fp8: bool = False,
+    int4: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Place], Weights]:
     """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them.
 
-    fp8: the layers' matrices are e4m3 with a scale a row; embedding, norms and head stay in `dtype`.
+    fp8: the layers' matrices are e4m3 with a scale a row; embedding, norms and head stay in `dtype`. int4: of
+    `int4_sizes`; matrices whose parts all are of one size stay in four bits.
     """
     places: dict[str, Place] = {}
     total = 0
@@ -155,14 +209,21 @@ def allocate(
 
     def fused(prefix: str, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
         rows = sum(size for _, size in parts)
-        linear = Linear(
-            new(rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype),
-            new(rows) if bias else None,
-            new(rows, dtype=torch.float32) if fp8 else None,
-        )
+        sizes = {(int4 or {}).get(prefix + part) for part, _ in parts}
+        if len(sizes) == 1 and (size := sizes.pop()) is not None:
+            scales, zeros = (new(rows, columns // size, dtype=kind) for kind in (torch.float16, torch.uint8))
+            words = new(rows, columns // 8, dtype=torch.int32)
+            linear = Linear(words, new(rows) if bias else None, int4=Groups(size, scales, zeros))
+        else:
+            linear = Linear(
+                new(rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype),
+                new(rows) if bias else None,
+                new(rows, dtype=torch.float32) if fp8 else None,
+            )
         for part, span in weights.fused_rows(parts).items():
             scales = None if linear.scales is None else linear.scales[span]
-            places[prefix + part] = Place(linear.matrix[span], scales)
+            groups = None if linear.int4 is None else linear.int4[span]
+            places[prefix + part] = Place(linear.matrix[span], scales, groups)
             if linear.bias is not None:
                 places[prefix + part + ".bias"] = Place(linear.bias[span])
         return linear
