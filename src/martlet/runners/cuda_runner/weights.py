@@ -174,8 +174,8 @@ def int4_sizes(card: ModelCard, spec: DecoderSpec) -> dict[str, int]:
         checkpoint.close()
     if not sizes:
         raise UsageError(
-            f"quant int4: the CUDA runner keeps the four bits of a checkpoint, and {card.name} has none that it can (of "
-            "act-order it unpacks); `martlet export --quant_bits 4` makes one",
+            f"quant int4: the CUDA runner keeps the four bits of a checkpoint, and {card.name} has none that it can "
+            "(of act-order it unpacks); `martlet export --quant_bits 4` makes one",
             param="quant",
         )
     return sizes
