@@ -4,7 +4,7 @@
 
 One JSON line a result, on standard output and in FOLDER/parallel.jsonl. Each section runs in a process of its own under
 a limit of time. Where ranks do not give the tokens of one through memory that they share, what follows goes through
-NCCL alone and says so. Workloads as in workloads.py: random ids below 32,000, greedy, EOS ignored, no prefix cache.
+NCCL alone and says so. Workloads are those of `martlet bench gpu`.
 """
 
 from __future__ import annotations
