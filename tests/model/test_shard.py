@@ -96,3 +96,10 @@ def test_what_the_ranks_shares_of_an_adapter_add_is_what_the_adapter_adds():
             found.append(mine @ share.a.T @ share.b.T)
         got = np.concatenate(found, 1) if parts[0].columns(name) is None else sum(found)
         assert np.allclose(got, want, atol=1e-4), name
+
+
+def test_a_recurrence_is_not_shared_out():
+    spec = families.get("rwkv6").read(families.example("rwkv6"))
+    assert split(spec, 0, 1) is spec
+    with pytest.raises(UsageError, match="a recurrence, which is not shared out; 1 would work"):
+        split(spec, 0, 2)

@@ -87,3 +87,30 @@ def test_sizes_for_people():
 def test_this_machine():
     assert usable_cores() >= 1
     assert free_memory() > 1 << 20
+
+
+RWKV = families.get("rwkv5").read(families.example("rwkv5"))
+STATE = 2 * 4 * (2 * 64 + 64 * 16)  # layers, bytes, two last inputs and a matrix a head
+
+
+def plan_states(free: int, **options) -> MemoryPlan:
+    return plan_memory(RWKV, LoadOptions(**options), free=free, weights=12345, element_size=2, default_rows=8)
+
+
+def test_a_recurrence_has_a_state_a_row_and_snapshots(caplog):
+    caplog.set_level(logging.INFO, "martlet")
+    memory = plan_states(1 << 40)
+    assert memory == MemoryPlan(64, 8 * 8, 8, 1 << 18, snapshots=True) and memory.longest == 1 << 18
+    assert f"8 states of {size(STATE)} whatever the length, 64 snapshots for reuse, one every 64 tokens" in caplog.text
+    assert plan_states(1 << 40, max_model_len=20000, kv_cache_tokens=640) == MemoryPlan(
+        64, 10, 8, 20000, snapshots=True
+    )
+    assert plan_states(STATE * 20, memory_utilization=0.5).num_blocks == 2
+    assert plan_states(STATE * 8, memory_utilization=1.0).num_blocks == 0  # snapshots are a convenience
+
+
+def test_states_that_do_not_fit_are_refused_with_what_would():
+    with pytest.raises(OutOfMemory, match=r"states of 8 sequences.*--max_num_seqs 4 fits"):
+        plan_states(STATE * 4, memory_utilization=1.0)
+    with pytest.raises(OutOfMemory, match=r"--kv_cache_tokens 128 fits"):
+        plan_states(STATE * 10, memory_utilization=1.0, kv_cache_tokens=6400)
