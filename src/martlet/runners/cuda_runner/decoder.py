@@ -24,8 +24,6 @@ from martlet.runners.cuda_runner.adapters import Slots
 from martlet.runners.cuda_runner.ranks import EMBED, MIXER, MLP, Ranks, Share
 from martlet.runners.cuda_runner.weights import Block, Weights
 
-FEW = 4  # picked tokens are few where there are that many tokens for each of them
-
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -98,12 +96,9 @@ class Decoder:
         """Hidden states ready for the head, [S, W]."""
         x = self._embed(step, state)
         delta, groups = None, self._groups(step.rows, step, state)
-        last = len(self.spec.layers) - 1
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
             if len(x) == 1 and groups is None:
                 self._narrow(x, layer, block, number, step, state)
-            elif number == last and step.picks is not None and FEW * len(step.picks) <= len(x):
-                return self._last(x, delta, layer, block, step, state, groups)
             else:
                 delta = self._wide(x, delta, layer, block, number, step, state, groups)
         return self._add_norm(x, delta, self.weights.norm, step.picks)
@@ -181,34 +176,6 @@ class Decoder:
         """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
         qkv = self._project(x, delta, block, number, step, groups)
         return self._behind(x, self._attend(qkv, layer.mixer, block, number, step, state), layer, block, number, groups)
-
-    def _last(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor | Share | None,
-        layer: Layer,
-        block: Block,
-        step: StepTensors,
-        state: State,
-        groups: Groups | None,
-    ) -> torch.Tensor:
-        """The last layer and norm of the picked tokens -> [S, W]; of others only keys and values are wanted.
-
-        A picked token sees what is in the cache, so for attention it is a sequence that decodes.
-        """
-        assert step.picks is not None
-        number, picks = len(self.spec.layers) - 1, step.picks
-        qkv = self._project(x, delta, block, number, step, groups)
-        q = self._rotate(qkv, layer.mixer, block, number, step, state)
-        y = decode_attention.decode_attention(
-            q, state.caches[number], state.blocks, step.rows, step.positions, layer.mixer, state.room,
-            scales=state.scales[number], picks=picks,
-        )  # fmt: skip
-        if groups is not None:
-            groups = self._groups(step.rows.index_select(0, picks), step, state)
-        x = x.index_select(0, picks)
-        delta = self._behind(x, y, layer, block, number, groups)
-        return self._add_norm(x, delta, self.weights.norm)
 
     def _project(
         self,
