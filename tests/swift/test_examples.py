@@ -116,6 +116,7 @@ def test_every_example_is_tested_and_listed():
         "client_swift_completions.py",
         "inference.py",
         "inference_stream.py",
+        "self_cognition.py",
     ]
     assert all(f"`{name}`" in listed for name in names)
 
