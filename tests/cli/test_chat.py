@@ -122,7 +122,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, tmp_path):
     t.until("> ")
     t.type("short\n")
     t.until("\nshort\n> ")
-    t.type("half a line\x03")
+    t.type("half a line")
+    t.until("half a line")
+    time.sleep(0.2)  # input() sleeps on until the next key where the signal comes just before it waits for one
+    t.type("\x03")
     t.until("(Ctrl-D or /exit leaves)\n> ")
     t.type("\x04")
     assert t.exit_code() == 0
