@@ -7,6 +7,7 @@ test_adapters.py.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 
@@ -30,9 +31,15 @@ def web(url):
         yield client
 
 
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
 @pytest.fixture(autouse=True)
 def still_answers(web):
+    before = environment()
     yield
+    assert environment() == before, "a request has written to the environment"
     assert chat(web, "hi").json()["choices"][0]["message"]["content"] == "hi"
 
 

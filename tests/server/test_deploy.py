@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +66,33 @@ def test_sigterm_lets_running_requests_finish():
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert process.wait(10) == 0
+
+
+def test_sigterm_under_load_lets_all_that_were_taken_finish():
+    """Twenty streams, more than fit in a batch: those that wait for a row count as taken too."""
+    ends, body = [], {**ENDLESS, "stream": True, "max_tokens": 80}
+
+    def listen(client):
+        with client.stream("POST", CHAT, json=body) as response:
+            lines = [line for line in response.iter_lines() if line]
+        reasons = [json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] for line in lines[:-1]]
+        ends.append((response.status_code, reasons[-1], lines[-1]))
+
+    with server_process(delay=0.03, drain=30) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        threads = [threading.Thread(target=listen, args=(client,)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        until(lambda: waiting(url) == 4)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert process.wait(10) == 0
+    assert ends == [(200, "length", "data: [DONE]")] * 20
+
+
+def waiting(url) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith("martlet:num_requests_waiting"))
 
 
 def test_what_does_not_finish_in_time_is_aborted_and_told_so():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 import threading
 
+import httpx
 import openai
+import psutil
 import pytest
 from live_server import live, until
 
 from martlet import backends, chat
 from martlet.runners.base import LoadOptions
 from martlet.server import create_app
+from martlet.server.sockets import bind
 
 PROMPTS = ["Say hello.", "Repeat exactly: 🦆🎉👩‍👩‍👧", "请用中文说你好。", "Count: 1, 2, 3"]
 MODEL = "smollm2-135m-instruct"
@@ -106,3 +112,29 @@ def test_a_client_that_leaves_frees_the_memory_within_a_step(client, backend, st
     until(lambda: backend.stats().kv_blocks_used == 0)
     assert backend.stats().running == 0
     assert backend.stats().steps <= steps + 3  # the one under way, and one or two before the closed socket is noticed
+
+
+def test_a_killed_server_takes_its_grammar_workers_along():
+    with bind("127.0.0.1", 0) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    words = ["--port", url.rpartition(":")[2], "--device", "cpu", "--max_model_len", "512", "--kv_cache_tokens", "2048"]
+    process = subprocess.Popen([sys.executable, "-m", "martlet", "deploy", *words], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: process.poll() is not None or is_up(url), 60)
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "boolean"}}}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=ask("Yes?", response_format=schema), timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"] in ("true", "false")
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert any("martlet.grammar.worker" in each.cmdline() for each in family)
+        process.kill()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_up(url) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False

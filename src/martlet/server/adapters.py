@@ -43,7 +43,10 @@ async def load_adapter(body: LoadAdapterBody, http: HttpRequest) -> Response:
     if name in service.names or (name in service.backend.adapters() and not body.load_inplace):
         raise InvalidRequest(f"the name {name} is taken", param="lora_name")
     path = await asyncio.to_thread(_inside, root, body.lora_path)
-    await asyncio.to_thread(service.backend.load_adapter, name, path)
+    try:
+        await asyncio.to_thread(service.backend.load_adapter, name, path)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="lora_path") from error  # not the flag's name
     return _json({"status": "loaded", "model": name})
 
 
