@@ -1,5 +1,6 @@
 import ctypes.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent / "sim"))  # the fake runner serves
 # Where there is no GPU, Triton kernels run under its interpreter, which must be on before anybody imports triton.
 if ctypes.util.find_library("cuda") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What a shell starts in the background ignores Ctrl-C and so would every program that tests start to send it one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = ("parity/test_greedy.py", "train/test_train.py", "cpu/test_cpu_runner.py", "sim/test_simulator.py")
 

@@ -51,22 +51,21 @@ def _join(partial, sums, out, start, working, GROUP: tl.constexpr, GROUP_UP: tl.
     tl.store(out + g[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "picks"], do_not_specialize=["PARTS"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"], do_not_specialize=["PARTS"])
 def _attend(
-    q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, picks, out, partial, sums, counters,
+    q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, out, partial, sums, counters,
     scale, q_stride, block_stride, cache_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr,
-    PICK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(0)
     b = tl.program_id(1)
     part = tl.program_id(2)
-    token_at = tl.load(picks + b) if PICK else b  # of q, rows and positions
-    row = tl.load(rows + token_at)
-    length = tl.where(row >= 0, tl.load(positions + token_at) + 1, 0)
+    row = tl.load(rows + b)
+    length = tl.where(row >= 0, tl.load(positions + b) + 1, 0)
     begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     share = tl.cdiv(tl.cdiv(length - begin, PARTS), TILE) * TILE
     low = begin + part * share
@@ -77,7 +76,7 @@ def _attend(
         d = tl.arange(0, BLOCK_D)
         here = (g < GROUP)[:, None] & (d < DIM)[None, :]
         place = (head * GROUP + g)[:, None] * DIM + d[None, :]
-        query = tl.load(q + token_at.to(tl.int64) * q_stride + place, mask=here, other=0.0)
+        query = tl.load(q + b.to(tl.int64) * q_stride + place, mask=here, other=0.0)
         if SCALED:
             # Two neighbours of a head are one number of 16 bits, so memory moves as it does for bfloat16: `e` counts
             # these, and whatever has heads in it comes in two halves, even and odd elements.
@@ -212,7 +211,6 @@ def decode_attention(
     room: Scratch,
     *,
     scales: torch.Tensor | None = None,
-    picks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -220,13 +218,10 @@ def decode_attention(
 
     The heads of a token lie together in q; tokens may lie apart.
     cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B]. scales: as in
-    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight. With picks int32 [S] only
-    those of the B tokens attend -> [S, H * D]. No kernel of the same step may write rows, positions or picks.
+    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight. No
+    kernel of the same step may write rows or positions.
     """
-    batch, block_d = (
-        len(q if picks is None else picks),
-        max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim)),
-    )
+    batch, block_d = len(q), max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim))
     kept = cache if scales is None else cache.view(torch.int16)
     tile = tile or tile_for(batch, spec, fp8=scales is not None)
     # float32 is for comparing with the reference; without tensor cores large tiles only spill
@@ -241,12 +236,12 @@ def decode_attention(
     launch.run(
         _attend, (spec.kv_heads, batch, tile.parts),
         q, *kept, *(cache if scales is None else scales), block_table, rows, positions,
-        rows if picks is None else picks, out, room.partial, room.sums, room.counters,
+        out, room.partial, room.sums, room.counters,
         factor, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
         SCALED=scales is not None, SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
-        CAP=cap, PICK=picks is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        CAP=cap, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         warps=tile.warps, stages=stages,
     )  # fmt: skip
     return out
