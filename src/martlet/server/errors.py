@@ -88,7 +88,7 @@ def describe(error: BaseException, request_id: str) -> Problem:
     if isinstance(error, ApiError):
         found = problem(error.http_status, error.message, error.param, error.code)
         return Problem(found.status, found.body, error.headers)
-    if isinstance(error, MartletError) and error.http_status < 500:
+    if isinstance(error, MartletError) and (error.http_status < 500 or error.http_status == 503):
         headers = {"retry-after": "1"} if error.http_status == 429 else {}
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         found = problem(error.http_status, error.message, error.param, code)

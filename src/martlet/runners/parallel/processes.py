@@ -34,7 +34,7 @@ LEAVE = 5.0  # seconds that ranks have to leave
 
 
 class RankFailure(MartletError):
-    """A rank died or hangs; nothing runs any more."""
+    """A rank died or hangs; nothing runs any more. Clients are told."""
 
     http_status = 503
 
@@ -165,7 +165,8 @@ class Processes:
         known = getattr(errors, kind, None)
         if isinstance(known, type) and issubclass(known, MartletError):
             return known(message, param=param)
-        return RankFailure(f"rank {i + 1} of {self.size}: {kind}: {message}")
+        log.error("rank %d: %s: %s", i + 1, kind, message)
+        return RankFailure(f"rank {i + 1} of {self.size} failed with {kind}; see the log")
 
     def _fail(self, error: MartletError) -> None:
         with self._lock:
