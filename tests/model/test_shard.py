@@ -98,8 +98,24 @@ def test_what_the_ranks_shares_of_an_adapter_add_is_what_the_adapter_adds():
         assert np.allclose(got, want, atol=1e-4), name
 
 
-def test_a_recurrence_is_not_shared_out():
-    spec = families.get("rwkv6").read(families.example("rwkv6"))
-    assert split(spec, 0, 1) is spec
-    with pytest.raises(UsageError, match="a recurrence, which is not shared out; 1 would work"):
-        split(spec, 0, 2)
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_parts_of_a_recurrence_are_whole_heads(family):
+    card = card_of(family)
+    spec = read_spec(card)
+    whole = dict(weights.load(card, spec, DummyCheckpoint()))
+    assert len(fitting(spec)) > 1
+    parts = [split(spec, rank, 2) for rank in range(2)]
+    assert [part.layers[0].mixer.heads for part in parts] == [spec.layers[0].mixer.heads // 2] * 2
+    loaded = [dict(weights.load(card, part, DummyCheckpoint())) for part in parts]
+    for part, tensors in zip(parts, loaded, strict=True):
+        assert {p.name: p.shape for p in parameters(part)} == {n: t.shape for n, t in tensors.items()}
+    both = set()
+    for name, tensor in whole.items():
+        shares = [tensors[name] for tensors in loaded]
+        if shares[0].shape == tensor.shape:
+            both.add(name.rpartition(".")[2])
+            assert all(np.array_equal(share, tensor) for share in shares)
+        else:
+            axis = 1 if parts[0].part.columns(name) is not None else 0
+            assert np.array_equal(np.concatenate(shares, axis), tensor), name
+    assert all(part.endswith(("norm", "bias", "_down")) or part.startswith("mix_") or part == "r" for part in both)

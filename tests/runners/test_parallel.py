@@ -88,6 +88,16 @@ def test_a_mixture_of_experts_is_shared_too():
     assert found[0] == found[1] and len(set(map(tuple, found[0].values()))) == 3
 
 
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_a_recurrence_is_shared_by_heads(family):
+    whole = ModelCard(family, Path("-"), "dummy", family, config=families.example(family) | {"vocab_size": 300})
+    settings = {"block_size": 16, "kv_cache_tokens": 2048}
+    runner = load(whole, options("cpu", tensor_parallel_size=2, **settings))
+    want = answers(TorchRunner(whole, options("cpu", **settings)))
+    check(answers(runner, max_num_batched_tokens=7), want)
+    runner.close()
+
+
 def test_adapters_and_grammars_reach_all_ranks(two):
     rng = np.random.default_rng(1)
     loras = {}

@@ -5,6 +5,10 @@ heads and some of the hidden units), o and down by columns (each rank has a shar
 Embedding and head are cut by tokens. What is small and read by all (norms, routers) is whole on every rank. Where there
 are fewer key heads than ranks, neighbouring ranks hold the same one. (Megatron-LM, Shoeybi et al. 2019.)
 
+RWKV goes the same way: whatever belongs to a head of the time mix is with the head, its output and the channel mix's v
+are summed. What the token shift and the first halves of low-rank maps read is the whole input, so these are whole, and
+so is the channel mix's r, whose gate comes after the sum.
+
 A rank's DecoderSpec tells of its own heads and hidden units, so a runner allocates and computes as ever; its `part`
 says which they are, and `martlet.model.weights` cuts tensors accordingly while they are still views of the file.
 """
@@ -19,11 +23,15 @@ import numpy as np
 from martlet.errors import UsageError
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.model.families.family import split_name
+from martlet.model.spec import Attention, Recurrence
 
 if TYPE_CHECKING:
-    from martlet.model.spec import Attention, DecoderSpec, Layer
+    from martlet.model.spec import DecoderSpec, Layer
 
 MOST = 64  # ranks that are tried for what would work
+HEADWISE = frozenset(
+    "r k v g decay decay_up bonus log_bonus removal renewal rate rate_up gate_up value value_up norm".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,17 @@ class Part:
         part, number, _, _ = split_name(name)
         if part in ("embed", "head"):
             return self.vocabulary
-        layer = self.whole.layers[number] if name.startswith("layers.") else None
-        match part.removeprefix("layers.").rpartition(".")[2]:
+        if not part.startswith("layers."):
+            return None
+        layer = self.whole.layers[number]
+        match part.split(".")[1:]:
+            case ["time", one]:
+                return self._head_rows(one, layer.mixer)
+            case ["channel", "k"]:
+                return self._share(layer.mlp.hidden)
+            case ["channel", _]:
+                return None
+        match part.rpartition(".")[2]:
             case "q":
                 return self._share(layer.mixer.q_size)
             case "k" | "v":
@@ -66,7 +83,12 @@ class Part:
         if suffix == ".bias" or not name.startswith("layers."):
             return None
         layer = self.whole.layers[number]
-        match part.removeprefix("layers.").rpartition(".")[2]:
+        match part.split(".")[1:]:
+            case ["time", "o"]:
+                return self._share(layer.mixer.width)
+            case ["channel", "v"]:
+                return self._share(layer.mlp.hidden)
+        match part.rpartition(".")[2]:
             case "o":
                 return self._share(layer.mixer.q_size)
             case "down":
@@ -92,6 +114,13 @@ class Part:
         each = total // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def _head_rows(self, part: str, mixer: Recurrence) -> slice | None:
+        """Of a part of a time mix whose rows belong to heads, or to their channels."""
+        if part not in HEADWISE:
+            return None
+        by_head = part in ("bonus", "log_bonus") or (part == "decay" and mixer.generation == 5)
+        return self._share(mixer.heads if by_head else mixer.width)
+
     def _key_rows(self, attention: Attention) -> slice:
         if attention.kv_heads % self.size == 0:
             return self._share(attention.kv_size)
@@ -113,6 +142,9 @@ def split(spec: DecoderSpec, rank: int, size: int) -> DecoderSpec:
 
     def layer(whole: Layer) -> Layer:
         mixer, mlp = whole.mixer, whole.mlp
+        if isinstance(mixer, Recurrence):
+            mixer, mlp = replace(mixer, heads=mixer.heads // size), replace(mlp, hidden=mlp.hidden // size)
+            return replace(whole, mixer=mixer, mlp=mlp)
         experts = mlp.experts
         if experts is not None:
             experts = replace(experts, shared=experts.shared // size)
@@ -132,14 +164,12 @@ def fitting(spec: DecoderSpec) -> list[int]:
 
 def misfit(spec: DecoderSpec, size: int) -> str | None:
     """What of a decoder cannot be shared evenly by `size` ranks, in words; None: all can."""
-    if spec.recurrent:
-        return None if size == 1 else "a recurrence, which is not shared out"
     for layer in spec.layers:
-        heads, keys, experts = layer.mixer.heads, layer.mixer.kv_heads, layer.mlp.experts
-        if heads % size:
-            return f"{heads} attention heads"
-        if keys % size and size % keys:
-            return f"{keys} key heads"
+        mixer, experts = layer.mixer, None if layer.recurrent else layer.mlp.experts
+        if mixer.heads % size:
+            return f"{mixer.heads} {'' if layer.recurrent else 'attention '}heads"
+        if isinstance(mixer, Attention) and mixer.kv_heads % size and size % mixer.kv_heads:
+            return f"{mixer.kv_heads} key heads"
         if layer.mlp.hidden % size:
             return f"feed-forwards of {layer.mlp.hidden} units"
         if experts is not None and experts.shared % size:

@@ -159,8 +159,8 @@ class Recurrence:
 
     @property
     def state_size(self) -> int:
-        """Numbers (float32) that a sequence keeps for this mixer: S of every head, and the last token's input."""
-        return self.width * (self.head_dim + 1)
+        """Numbers (float32) of S in every head."""
+        return self.width * self.head_dim
 
 
 Mixer = Attention | Recurrence
@@ -254,6 +254,7 @@ class DecoderSpec:
 
     @property
     def state_size(self) -> int:
-        """Numbers (float32) that a sequence keeps over all layers, however long it is."""
+        """Numbers (float32) that a sequence keeps over all layers, however long it is: S, and the last token's inputs
+        of time mix and channel mix."""
         mixers = (layer.mixer for layer in self.layers)
-        return sum(mixer.state_size + self.width for mixer in mixers if isinstance(mixer, Recurrence))
+        return sum(mixer.state_size + 2 * self.width for mixer in mixers if isinstance(mixer, Recurrence))

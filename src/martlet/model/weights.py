@@ -92,13 +92,13 @@ def _time_mix(at: str, mixer: Recurrence, spec: DecoderSpec) -> Iterator[Paramet
         yield from low_rank("decay", mixer.decay_rank)
     yield mix("log_bonus" if mixer.log_bonus else "bonus", *heads)
     if mixer.generation == 7:
-        yield mix("removal", width)
-        yield mix("renewal", width)
-        yield mix("rate", width)
+        yield mix("removal", mixer.width)
+        yield mix("renewal", mixer.width)
+        yield mix("rate", mixer.width)
         yield from low_rank("rate", mixer.rate_rank)
         yield from low_rank("gate", mixer.gate_rank)
         if not mixer.first:
-            yield mix("value", width)
+            yield mix("value", mixer.width)
             yield from low_rank("value", mixer.value_rank)
     yield ParameterSpec(at + "norm", (mixer.width,), "norm")
     yield ParameterSpec(at + "norm.bias", (mixer.width,), "bias")

@@ -129,14 +129,14 @@ class Decoder:
             else:
                 x, residual = self._added(x, residual, block.attn_norm)
             if isinstance(block.mixer, Mix):
-                x = time_mix(x, layer.mixer, block.mixer, kept, plan, self.ops)
+                x = self.ranks.all_reduce(time_mix(x, layer.mixer, block.mixer, kept, plan, self.ops))
             else:
                 x = self.ranks.all_reduce(self._attend(x, block.mixer, kept, plan, linear))
             if block.attn_post_norm is not None:
                 x = self._normed(x, block.attn_post_norm)
             x, residual = self._added(x, residual, block.mlp_norm)
             if isinstance(block.mlp, Mix):
-                x = channel_mix(x, layer.mlp, block.mlp, kept, plan, self.ops)
+                x = channel_mix(x, layer.mlp, block.mlp, kept, plan, self.ops, self.ranks)
             else:
                 x = self.ranks.all_reduce(self._feed_forward(x, layer.mlp, block.mlp, linear))
             if block.mlp_post_norm is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from martlet.kernels.ops import Ops, Plan, Weight
 from martlet.model.spec import ChannelMix, DecoderSpec, Recurrence
+from martlet.runners.torch_runner.collectives import Collectives
 
 EXACT = ("decay", "bonus", "norm", "norm.bias")
 """Parts of a time mix that stay in float32 whatever the model's dtype: decays are raised to the length of a text."""
@@ -48,19 +49,13 @@ class States:
         self.all = torch.from_numpy(np.zeros(shape, np.float32)) if plain else torch.zeros(shape, device=device)
         self.rows, self.device = rows, device
         self.seen = np.full(rows, -1, np.int64)  # tokens that a row's state has seen; -1: not to be continued
-        self.layers: list[LayerState] = []
-        at, width = 0, spec.width
-        for mixer in (layer.mixer for layer in spec.layers):
-            assert isinstance(mixer, Recurrence)
-            heads = self.all[:, at + width : at + mixer.state_size]
-            self.layers.append(
-                LayerState(
-                    self.all[:, at : at + width],
-                    heads.unflatten(1, (mixer.heads, mixer.head_dim, mixer.head_dim)),
-                    self.all[:, at + mixer.state_size : at + mixer.state_size + width],
-                )
-            )
-            at += mixer.state_size + width
+        mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Recurrence)]
+        sizes = [size for mixer in mixers for size in (spec.width, mixer.state_size, spec.width)]
+        parts = self.all.split(sizes, 1)
+        self.layers = [
+            LayerState(time, heads.unflatten(1, (mixer.heads, mixer.head_dim, mixer.head_dim)), channel)
+            for mixer, time, heads, channel in zip(mixers, parts[::3], parts[1::3], parts[2::3], strict=True)
+        ]
 
     def enter(self, rows: list[int]) -> None:
         self.seen[rows] = -1
@@ -92,7 +87,7 @@ def as_mix(parts: dict[str, torch.Tensor], pack: Callable[[torch.Tensor], Weight
 
 
 def time_mix(x: torch.Tensor, mixer: Recurrence, mix: Mix, state: LayerState, plan: Plan, ops: Ops) -> torch.Tensor:
-    """x [N, W], normed -> [N, W]."""
+    """x [N, W], normed -> [N, W], a rank's share of it."""
     parts, shape = mix.parts, (len(x), mixer.heads, mixer.head_dim)
     difference = ops.token_shift(x, state.time, plan) - x
     shares = {part: parts[f"mix_{part}"] for part in "rkvgwa" if f"mix_{part}" in parts}
@@ -150,11 +145,13 @@ def _low(x: torch.Tensor, parts: dict[str, torch.Tensor], name: str) -> torch.Te
     return F.linear(x, parts[f"{name}_down"])
 
 
-def channel_mix(x: torch.Tensor, mlp: ChannelMix, mix: Mix, state: LayerState, plan: Plan, ops: Ops) -> torch.Tensor:
-    """x [N, W], normed -> [N, W]."""
+def channel_mix(
+    x: torch.Tensor, mlp: ChannelMix, mix: Mix, state: LayerState, plan: Plan, ops: Ops, ranks: Collectives
+) -> torch.Tensor:
+    """x [N, W], normed -> [N, W], summed over the ranks: the gate is of the sum."""
     difference = ops.token_shift(x, state.channel, plan) - x
     hidden = ops.linear(x + difference * mix.parts["mix_k"], mix.linears["k"]).relu().square()
-    y = ops.linear(hidden, mix.linears["v"])
+    y = ranks.all_reduce(ops.linear(hidden, mix.linears["v"]))
     if mlp.gated:
         y = y * ops.linear(x + difference * mix.parts["mix_r"], mix.linears["r"]).sigmoid()
     return y
