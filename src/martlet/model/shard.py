@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from martlet.model.spec import DecoderSpec, Layer
 
 MOST = 64  # ranks that are tried for what would work
-HEADWISE = frozenset(
-    "r k v g decay decay_up bonus log_bonus removal renewal rate rate_up gate_up value value_up norm".split()
-)
+HEADWISE = {  # parts of a time mix that have rows for heads
+    *("r", "k", "v", "g", "decay", "decay_up", "bonus", "log_bonus", "norm"),
+    *("removal", "renewal", "rate", "rate_up", "gate_up", "value", "value_up"),
+}
 
 
 @dataclass(frozen=True, slots=True)
