@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from lora_models import greedy, tune
 from martlet import hub
-from martlet.errors import UsageError
+from martlet.errors import MartletError, UsageError
 from martlet.export.arguments import ExportArguments
 from martlet.export.run import export
 from martlet.hub.checkpoint import PackedTensor
@@ -94,3 +96,16 @@ def test_merged_to_gguf_answers_in_our_engine_as_peft_does(tmp_path):
     assert ours == greedy(tuned.model, [prompt], 12)[0] != greedy(model, [prompt], 12)[0]
     with pytest.raises(UsageError, match="exists"):
         export(arguments)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for a full disk: numpy writes part of a tensor and complains in its words."""
+    make(tmp_path / "tiny")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 << 20, before[1]))
+    try:
+        with pytest.raises(MartletError, match="is full"):
+            export(ExportArguments(model=str(tmp_path / "tiny"), to="gguf", gguf_type="f32"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

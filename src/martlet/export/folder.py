@@ -40,7 +40,7 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except Exception as error:  # safetensors raises its own error for a full disk
         if layout.disk_is_full(error):
             free = shutil.disk_usage(target.parent).free
-            raise MartletError(f"the disk of {target.parent} is full ({free / 1e9:.2f} GB free)") from error
+            raise MartletError(f"the disk of {target.parent} is full ({free / 1e6:.0f} MB free)") from error
         raise
     finally:
         _remove(beside)

@@ -13,7 +13,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,14 +158,13 @@ def load(
             try:
                 if isinstance(record, RowError):
                     raise record
-                part.rows.append(parse(record, renames))
+                part.rows.append(replace(parse(record, renames), origin=f"{file}:{line}"))
             except RowError as error:
                 part.problems.append(Problem(file, line, str(error)))
         if not part.rows:
-            why = f"; first: {part.problems[0]}" if part.problems else ""
-            raise UsageError(
-                f"dataset {word!r} holds no row to train on ({len(part.problems)} were left out{why})", param="dataset"
-            )
+            left_out = part.problems
+            why = f"{len(left_out)} were left out; first: {left_out[0]}" if left_out else "it is empty"
+            raise UsageError(f"dataset {word!r} holds no row to train on ({why})", param="dataset")
         found.rows += part.rows if spec.sample is None else sample(part.rows, spec.sample, seed)
         found.problems += part.problems
     return found

@@ -20,6 +20,7 @@ from martlet.errors import UsageError
 
 ARGS = ("args.json", "sft_args.json")
 SECRET = ("hub_token",)
+FULL_DISK = re.compile(r"No space left|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written")
 WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # whole, or in the shards of FSDP or DeepSpeed
 
 
@@ -85,11 +86,11 @@ def remove_incomplete(run: Path) -> list[str]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it came of, is about a full disk; safetensors and torch raise their own."""
+    """Whether an exception, or one that it came of, is about a full disk; the libraries that write raise their own."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed", "file write failed")):
+        if FULL_DISK.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from martlet.chat.messages import Message, history_to_messages, normalise
@@ -56,7 +56,7 @@ class Row:
 
     messages: normalised, tool calls as OpenAI writes them, the last one an assistant's; empty when `text` is set.
     learn: for each message, whether its words are learned; only assistants' are. rejected: the words of a worse last
-    message. label: whether the last message is desirable.
+    message. label: whether the last message is desirable. origin: FILE:LINE, for whoever reports it.
     """
 
     messages: tuple[Message, ...] = ()
@@ -65,6 +65,7 @@ class Row:
     rejected: str | None = None
     label: bool | None = None
     text: str | None = None
+    origin: str = field(default="", compare=False)
 
     @property
     def prompt(self) -> tuple[Message, ...]:

@@ -115,11 +115,12 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     except Exception as error:
+        free = shutil.disk_usage(run).free
         removed = layout.remove_incomplete(run) if main else []
         if layout.disk_is_full(error):
             whole = layout.checkpoints(run)
             raise MartletError(
-                f"the disk of {run} is full ({shutil.disk_usage(run).free / 1e6:.0f} MB free); "
+                f"the disk of {run} is full ({free / 1e6:.0f} MB free); "
                 + (f"{', '.join(removed)} could not be written and is removed, " if removed else "")
                 + (f"the last complete one is {whole[-1]}" if whole else "no checkpoint is complete"),
                 param="output_dir",

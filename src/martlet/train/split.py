@@ -108,6 +108,5 @@ def _all(encoder: Callable[[Row], Any], rows: Sequence[Row]) -> tuple[list[Pair]
         try:
             done.append((row, encoder(row)))
         except RowError as error:
-            begin = (row.text or str(row.messages[-1]["content"])).replace("\n", " ")
-            left_out.append(f"{error}: {begin[:60]!r}")
+            left_out.append(f"{row.origin}: {error}")
     return done, left_out

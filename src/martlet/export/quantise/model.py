@@ -29,6 +29,7 @@ log = logging.getLogger("martlet")
 
 METHODS = ("rtn", "gptq", "awq")
 BITS = {"rtn": (4, 8), "gptq": (4, 8), "awq": (4,)}
+TINY = 1e-12  # a token's mean square that counts as nothing
 TOGETHER = 8  # calibration sequences that run at once
 FED = {"qkv": ("q", "k", "v"), "o": ("o",), "up": ("gate", "up"), "down": ("down",)}  # what shares an input
 
@@ -196,18 +197,24 @@ def _layer(
             if how.method == "gptq":
                 rounded[name] = rounding.gptq(parts[name], grams[fed], grid, act_order=how.act_order)
             else:  # scores are sensitive to the largest weights of q and k, so those are not clipped
-                clip = 1.0 if name in ("q", "k") else rounding.awq_clip(parts[name], grams[fed], grid)
-                rounded[name] = rounding.rtn(parts[name], grid, clip)
+                part = 1.0 if name in ("q", "k") else rounding.best_clip(parts[name], grams[fed], grid)
+                rounded[name] = rounding.rtn(parts[name], grid, part)
     return rounded
 
 
 def _grams(model: LayerWise, number: int, parts: dict[str, torch.Tensor], batches: list) -> dict[str, torch.Tensor]:
-    """X^T X / rows of the input of each linear."""
+    """X^T X / rows of the input of each linear, every token brought to a mean square of 1.
+
+    Behind `down` a text's first token may be hundreds of times as large as the others (massive activations, Sun et al.,
+    arXiv 2402.17762). Such a token is as large in the residual stream, and the norm behind divides by that: what counts
+    of an error is its size beside the token's own. By their squares a few tokens would outweigh all others.
+    """
     grams: dict[str, torch.Tensor] = {}
     rows = sum(len(batch.hidden) for batch in batches)
 
     def watch(name: str, x: torch.Tensor) -> None:
         gram = grams.setdefault(name, torch.zeros(x.shape[1], x.shape[1], device=x.device))
+        x = x * x.square().mean(-1, keepdim=True).clamp(min=TINY).rsqrt()
         gram.addmm_(x.T, x, alpha=1 / rows)
 
     model.run(number, parts, batches, watch, keep=False)

@@ -12,7 +12,7 @@ import torch
 
 DAMP = 0.01  # of the mean of G's diagonal, added to it so that it can be inverted
 STRENGTHS = 20  # exponents that awq tries between 0 and 1
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # parts of a group's range that awq tries
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # parts of a group's range that are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ def rtn(w: torch.Tensor, grid: Grid, clip: torch.Tensor | float = 1.0) -> Rounde
 def gptq(w: torch.Tensor, gram: torch.Tensor, grid: Grid, *, act_order: bool = False) -> Rounded:
     """Column by column, what a column loses is made up for by those behind it (Frantar et al., arXiv 2210.17323).
 
-    act_order: columns that matter most come first. Groups are those of the matrix as it lies, fitted before, so that
-    a group's columns stay together.
+    Each group's grid is fitted to what its columns have become when their turn comes, over the part of their range that
+    loses least. act_order: columns that matter most come first. Groups are those of the matrix as it lies, fitted
+    before, so that a group's columns stay together.
     """
     w, gram = w.clone(), gram.clone()
     dead = gram.diagonal() == 0
@@ -77,7 +78,7 @@ def gptq(w: torch.Tensor, gram: torch.Tensor, grid: Grid, *, act_order: bool = F
     columns = w.shape[1]
     group_of = torch.arange(columns, device=w.device) // grid.group
     order = torch.argsort(gram.diagonal(), descending=True) if act_order else torch.arange(columns, device=w.device)
-    fitted = grid.fit(_grouped(w, grid)) if act_order else None
+    fitted = grid.fit(_grouped(w, grid), best_clip(w, gram, grid)) if act_order else None
     w, gram = w[:, order], gram[order][:, order]
     gram.diagonal().add_(DAMP * gram.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
@@ -90,7 +91,8 @@ def gptq(w: torch.Tensor, gram: torch.Tensor, grid: Grid, *, act_order: bool = F
         block, errors = slice(begin, begin + grid.group), w.new_empty(len(w), grid.group)
         part, share = w[:, block], inverse[block, block]
         if fitted is None:
-            scales[:, begin // grid.group], zeros[:, begin // grid.group] = grid.fit(part)
+            best = best_clip(part, gram[block, block], grid)[:, 0]
+            scales[:, begin // grid.group], zeros[:, begin // grid.group] = grid.fit(part, best)
         for i in range(grid.group):
             group = group_of[order[begin + i]]
             scale, zero = scales[:, group], zeros[:, group]
@@ -121,18 +123,18 @@ def awq_scale(matrices: list[torch.Tensor], gram: torch.Tensor, grid: Grid) -> t
     return best
 
 
-def awq_clip(w: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Which part of its range each group of w is to be rounded over, float32 [out, groups]."""
+def best_clip(w: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Which part of its range each group of w is to be rounded over so that least is lost, float32 [out, groups]."""
     groups = _grouped(w, grid)
     count = groups.shape[1]
     here = torch.arange(count, device=w.device)
     own = gram.view(count, grid.group, count, grid.group)[here, :, here]  # [groups, group, group]
     best = torch.ones(groups.shape[:2], device=w.device)
     least = torch.full_like(best, torch.inf)
-    for clip in CLIPS:
-        error = (rtn(w, grid, clip).values() - w).view_as(groups)
+    for part in CLIPS:
+        error = (rtn(w, grid, part).values() - w).view_as(groups)
         lost = (torch.einsum("ogi,gij->ogj", error, own) * error).sum(-1)
-        best = torch.where(lost < least, clip, best)
+        best = torch.where(lost < least, part, best)
         least = torch.minimum(lost, least)
     return best
 
