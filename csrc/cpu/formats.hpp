@@ -22,7 +22,7 @@ constexpr int kPanel = 32;
 enum Format : int32_t {
   kF32 = 0,
   kBF16 = 1,
-  kInt8 = 2,  // one scale an output, activations in groups of 64
+  kInt8 = 2,  // one scale an output
   kQ4_0 = 3,
   kQ4_1 = 4,
   kQ5_0 = 5,
@@ -43,14 +43,16 @@ enum Format : int32_t {
 //                tiles (tiles.hpp) with zeros up to a multiple of 32
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 32 high parts, then 32 low parts
 //   kActByte64   groups of 64, value = scale * s8
+//   kActSplit1024  groups of 1024, value = scale * (128 * high + low); of every 64 inputs the high parts, then the low
+//                parts. Instead of kActByte64 where there are tiles: see gemm_tiles.hpp
 //   kActWord32, kActWord64   the same integers as whole words, for many rows where that is faster (kWords)
-enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActWord32, kActWord64 };
+enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActSplit1024, kActWord32, kActWord64 };
 
 // Behind the integers of a row: one of these for each group.
 struct Group {
   float scale;
   float scaled_sum;       // sum of the group's values, for formats with a minimum
-  int32_t minus_sum;      // -(sum of its integers), undoes the offset of the weights; times 128 for kActByte64
+  int32_t minus_sum;      // -(sum of its integers), undoes the offset of the weights; times 128 for int8's
   int32_t minus_half[2];  // -(sum of the integers of each half)
 };
 
@@ -98,7 +100,7 @@ constexpr int64_t panel_bytes(Format f, int64_t k) {
 constexpr int64_t groups_at(ActKind kind, int64_t k) {
   return kind == kActSplit32 || kind == kActWord32 ? 2 * round_up(k, 32)
          : kind == kActByte64                      ? round_up(k, 64)
-         : kind == kActWord64                      ? 2 * round_up(k, 64)
+         : kind == kActWord64 || kind == kActSplit1024 ? 2 * round_up(k, 64)
                                                    : 0;
 }
 constexpr ActKind as_words(ActKind kind) {
@@ -111,6 +113,7 @@ constexpr int64_t act_bytes(ActKind kind, int64_t k) {
     case kActBF16: return odd_lines(4 * round_up(k, 2));
     case kActSplit32:
     case kActWord32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
+    case kActSplit1024: return odd_lines(groups_at(kind, k) + round_up(k, 1024) / 1024 * int64_t(sizeof(Group)));
     default: return odd_lines(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)));
   }
 }

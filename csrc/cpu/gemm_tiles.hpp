@@ -13,8 +13,7 @@ namespace MARTLET_ISA {
 
 #if defined(TILE_A)
 
-constexpr int kByteTileRows = 8;  // from so many rows on tiles are faster than VNNI: int8
-constexpr int kBlockTileRows = 12;  // and formats whose blocks have to be widened first
+constexpr int kBlockTileRows = 12;  // from so many rows on tiles are faster than VNNI: formats that have to be widened
 
 // Rows of a tile beyond those asked for are not stored.
 INLINE void put_rows(const F* acc, int count, const float* channel_scale, float* out) {
@@ -24,96 +23,99 @@ INLINE void put_rows(const F* acc, int count, const float* channel_scale, float*
     if (m < count) store(out + m * kPanel, channel_scale ? acc[m] * scale : acc[m]);
 }
 
-// A group of 64 inputs fills a tile, so the integers of each group come out as one product and go into the sums in
-// float by way of memory. A few groups at a time, so that what is on its way stays in the nearest cache.
-constexpr int kGroupsAtOnce = 4;
+// int8: an activation of 15 bits with one scale for 1024 inputs costs two products, of its high and of its low parts,
+// but their sums stay in the tiles to the end of the group. One of 8 bits needs a scale for every 64 inputs to be worth
+// as much, and then each product leaves its tile through memory to be scaled: 90 cycles instead of 32. No sum of a group
+// exceeds 1024 * 128 * 16256 < 2^31.
+constexpr int kLongBlocks = 1024 / kTileBytes;
+
 struct alignas(64) Products {
-  int32_t of[kGroupsAtOnce][4][kTileRows][kTileOutputs];  // tiles: rows 0 and outputs 0, 0 and 1, 1 and 1, 1 and 0
+  int32_t of[4][kTileRows][kTileOutputs];  // outputs 0-15 of high parts, of low parts; outputs 16-31 of high, of low
 };
 
-#define NEXT_PRODUCT(C, i)                                       \
-  if (g > 0) _tile_stored(C, products.of[g - 1][i], 64);         \
-  _tile_zero(C);                                                 \
-  _tile_dpbsud(C, TILE_A, TILE_B);
-
-// Products of `groups` groups, for 16 or (kTwo) 32 rows. Those of a group are stored when the next ones are begun.
-template <bool kTwo>
-INLINE void int8_products(const uint8_t* panel, const uint8_t* acts, int64_t stride, int groups, bool first_rows,
+INLINE void long_products(const uint8_t* panel, int blocks, const uint8_t* acts, int64_t stride, bool first_rows,
                           Products& products) {
-  for (int g = 0; g < groups; ++g, acts += kTileBytes, panel += kLayouts[kInt8].block) {
+  _tile_zero(TILE_C0);
+  _tile_zero(TILE_C1);
+  _tile_zero(TILE_C2);
+  _tile_zero(TILE_C3);
+  for (int b = 0; b < blocks; ++b, acts += 2 * kTileBytes, panel += kLayouts[kInt8].block) {
     if (first_rows) fetch(panel + kAhead, kLayouts[kInt8].block);
     _tile_loadd(TILE_A, acts, stride);
     _tile_loadd(TILE_B, panel, kStep);
-    NEXT_PRODUCT(TILE_C0, 0)
+    _tile_dpbsud(TILE_C0, TILE_A, TILE_B);
+    _tile_loadd(TILE_A, acts + kTileBytes, stride);
+    _tile_dpbsud(TILE_C1, TILE_A, TILE_B);
     _tile_loadd(TILE_B, panel + 64, kStep);
-    NEXT_PRODUCT(TILE_C1, 1)
-    if (!kTwo) continue;
-    _tile_loadd(TILE_A, acts + kTileRows * stride, stride);
-    NEXT_PRODUCT(TILE_C2, 2)
-    _tile_loadd(TILE_B, panel, kStep);
-    NEXT_PRODUCT(TILE_C3, 3)
+    _tile_dpbsud(TILE_C3, TILE_A, TILE_B);
+    _tile_loadd(TILE_A, acts, stride);
+    _tile_dpbsud(TILE_C2, TILE_A, TILE_B);
   }
-  _tile_stored(TILE_C0, products.of[groups - 1][0], 64);
-  _tile_stored(TILE_C1, products.of[groups - 1][1], 64);
-  if (!kTwo) return;
-  _tile_stored(TILE_C2, products.of[groups - 1][2], 64);
-  _tile_stored(TILE_C3, products.of[groups - 1][3], 64);
+  _tile_stored(TILE_C0, products.of[0], 64);
+  _tile_stored(TILE_C1, products.of[1], 64);
+  _tile_stored(TILE_C2, products.of[2], 64);
+  _tile_stored(TILE_C3, products.of[3], 64);
 }
 
-#undef NEXT_PRODUCT
+// Few rows: the same integers, without tiles.
+template <int M>
+INLINE void long_rows(const uint8_t* panel, int blocks, const uint8_t* acts, int64_t stride, Products& products) {
+  constexpr int kChains = M == 1 ? 2 : 1;  // of each sum, since a single one would wait for itself
+  I sum[4][M][kChains] = {};
+  for (int b = 0; b < blocks; ++b, acts += 2 * kTileBytes, panel += kLayouts[kInt8].block) {
+    fetch(panel + kAhead, kLayouts[kInt8].block);
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+      const U left = load<U>(panel + j * kStep), right = load<U>(panel + j * kStep + 64);
+      for (int m = 0; m < M; ++m) {
+        const U high = splat(scalar<uint32_t>(acts + m * stride + 4 * j));
+        const U low = splat(scalar<uint32_t>(acts + m * stride + kTileBytes + 4 * j));
+        const int c = j % kChains;
+        sum[0][m][c] = dot4<8>(sum[0][m][c], left, high);
+        sum[1][m][c] = dot4<8>(sum[1][m][c], left, low);
+        sum[2][m][c] = dot4<8>(sum[2][m][c], right, high);
+        sum[3][m][c] = dot4<8>(sum[3][m][c], right, low);
+      }
+    }
+  }
+  for (int i = 0; i < 4; ++i)
+    for (int m = 0; m < M; ++m) store(products.of[i][m], sum[i][m][0] + (kChains == 2 ? sum[i][m][kChains - 1] : I{}));
+}
 
-// out[16][32] (+)= the products of `groups` groups for the first or the second 16 rows, in floats. group: the first of
-// those groups of the first of these rows.
-template <bool kSecond>
-INLINE void add_products(const Products& products, int groups, const uint8_t* group, int64_t stride, bool first,
+// out[count][32] (+)= the products of one group in floats. group: of the first of these rows.
+INLINE void add_products(const Products& products, int count, const uint8_t* group, int64_t stride, bool first,
                          const float* channel_scale, float* out) {
-  constexpr int kAtOnce = 8;  // rows whose sums fit into registers
-  for (int m0 = 0; m0 < kTileRows; m0 += kAtOnce, group += kAtOnce * stride, out += kAtOnce * kPanel) {
-    F left[kAtOnce] = {}, right[kAtOnce] = {};
-    if (!first)
-#pragma GCC unroll 8
-      for (int m = 0; m < kAtOnce; ++m) {
-        left[m] = load<F>(out + m * kPanel);
-        right[m] = load<F>(out + m * kPanel + L);
-      }
-    for (int g = 0; g < groups; ++g) {
-      const uint8_t* at = group + g * sizeof(Group);
-      const auto& a = products.of[g][kSecond ? 3 : 0];
-      const auto& b = products.of[g][kSecond ? 2 : 1];
-#pragma GCC unroll 8
-      for (int m = 0; m < kAtOnce; ++m, at += stride) {
-        const I offset = splat(scalar<int32_t>(at + offsetof(Group, minus_sum)));
-        const F scale = splat(scalar<float>(at));
-        left[m] = fma(scale, to_float(load<I>(a[m0 + m]) + offset), left[m]);
-        right[m] = fma(scale, to_float(load<I>(b[m0 + m]) + offset), right[m]);
-      }
-    }
-    const F l = channel_scale ? load<F>(channel_scale) : splat(1.0f), r = channel_scale ? load<F>(channel_scale + L) : l;
-#pragma GCC unroll 8
-    for (int m = 0; m < kAtOnce; ++m) {
-      store(out + m * kPanel, channel_scale ? left[m] * l : left[m]);
-      store(out + m * kPanel + L, channel_scale ? right[m] * r : right[m]);
+  const F l = channel_scale ? load<F>(channel_scale) : splat(1.0f), r = channel_scale ? load<F>(channel_scale + L) : l;
+  for (int m = 0; m < count; ++m, group += stride, out += kPanel) {
+    const I offset = splat(scalar<int32_t>(group + offsetof(Group, minus_sum)));
+    const F scale = splat(scalar<float>(group));
+    for (int v = 0; v < 2; ++v) {
+      const I total = (load<I>(products.of[2 * v][m]) << 7) + load<I>(products.of[2 * v + 1][m]) + offset;
+      const F sum = fma(scale, to_float(total), first ? F{} : load<F>(out + v * L));
+      store(out + v * L, channel_scale ? sum * (v ? r : l) : sum);
     }
   }
 }
 
-inline void int8_tiles(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, float* out) {
-  const int groups = k / kTileBytes;
-  const float* channel_scale = (const float*)(panel + (int64_t)groups * kLayouts[kInt8].block);
+inline void int8_product(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, float* out) {
+  const int blocks = k / kTileBytes;
+  const float* channel_scale = (const float*)(panel + (int64_t)blocks * kLayouts[kInt8].block);
+  const uint8_t* groups = acts + groups_at(kActSplit1024, k);
   Products products;
-  for (int row = 0; row < rows; row += 2 * kTileRows) {
-    const bool two = row + kTileRows < rows;
-    const uint8_t* a = acts + row * stride;
-    for (int g = 0; g < groups; g += kGroupsAtOnce) {
-      const int here = least(kGroupsAtOnce, groups - g);
-      const uint8_t *at = a + g * kTileBytes, *b = panel + g * kLayouts[kInt8].block;
-      if (two) int8_products<true>(b, at, stride, here, row == 0, products);
-      else int8_products<false>(b, at, stride, here, row == 0, products);
-      const float* last = g + here == groups ? channel_scale : nullptr;
-      const uint8_t* group = a + groups_at(kActByte64, k) + g * sizeof(Group);
-      add_products<false>(products, here, group, stride, g == 0, last, out + row * kPanel);
-      if (!two) continue;
-      add_products<true>(products, here, group + kTileRows * stride, stride, g == 0, last, out + (row + kTileRows) * kPanel);
+  for (int b = 0; b < blocks; b += kLongBlocks, groups += sizeof(Group)) {
+    const int here = least(kLongBlocks, blocks - b);
+    const uint8_t *at = panel + b * kLayouts[kInt8].block, *a = acts + 2 * b * kTileBytes;
+    for (int row = 0; row < rows; row += kTileRows, a += kTileRows * stride) {
+      const int count = least(kTileRows, rows - row);
+      switch (rows) {
+        case 1: long_rows<1>(at, here, a, stride, products); break;
+        case 2: long_rows<2>(at, here, a, stride, products); break;
+        case 3: long_rows<3>(at, here, a, stride, products); break;
+        case 4: long_rows<4>(at, here, a, stride, products); break;
+        default: long_products(at, here, a, stride, row == 0, products);
+      }
+      add_products(products, count, groups + row * stride, stride, b == 0, b + here == blocks ? channel_scale : nullptr,
+                   out + row * kPanel);
     }
   }
 }
@@ -207,8 +209,7 @@ INLINE bool block_tiles_of(const uint8_t* panel, int k, const uint8_t* acts, int
 INLINE bool tile_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                          uint8_t* scratch, float* out) {
   if (f == kBF16) return bf16_tiles(panel, k, acts, stride, rows, out), true;
-  if (f == kInt8 && rows >= kByteTileRows)
-    return int8_tiles(panel, (int)padded_inputs(f, k), acts, stride, rows, out), true;
+  if (f == kInt8) return int8_product(panel, (int)padded_inputs(f, k), acts, stride, rows, out), true;
   if (rows < kBlockTileRows) return false;
   switch (f) {
     case kQ4_0: return block_tiles_of<kQ4_0>(panel, k, acts, stride, rows, scratch, out);
@@ -227,6 +228,11 @@ INLINE bool tile_product(Format f, const uint8_t* panel, int k, const uint8_t* a
 INLINE bool tile_product(Format, const uint8_t*, int, const uint8_t*, int64_t, int, uint8_t*, float*) { return false; }
 
 #endif
+
+ActKind act_kind(Format f, int rows) {
+  const ActKind plain = kTiles && f == kInt8 ? kActSplit1024 : kLayouts[f].act;
+  return rows < kWordRows ? plain : as_words(plain);
+}
 
 constexpr int kRowUnit = kTiles ? kTileRows : 6;  // 6: the rows of a tile of bytes in registers, and half of most others
 

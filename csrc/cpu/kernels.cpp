@@ -28,7 +28,7 @@ void describe_with(const float* logits, int n, int token, int k, void* scratch, 
 
 extern const Kernels NAME(MARTLET_SET);
 const Kernels NAME(MARTLET_SET) = {
-    MARTLET_ISA::kPairDot,         MARTLET_ISA::kWordRows,        MARTLET_ISA::kRowUnit,
+    MARTLET_ISA::kPairDot,         MARTLET_ISA::kRowUnit,         MARTLET_ISA::act_kind,
     MARTLET_ISA::take_tiles,       MARTLET_ISA::leave_tiles,
     MARTLET_ISA::prepare,          MARTLET_ISA::product,
     MARTLET_ISA::finish,           MARTLET_ISA::shrink,           MARTLET_ISA::expand,

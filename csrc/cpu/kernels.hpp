@@ -10,8 +10,8 @@ constexpr int kSpareRows = 15;  // kernels may work on whole multiples of 16 row
 
 struct Kernels {
   bool pair_dot;  // queries of a bf16 cache are bf16 too, else f32
-  int word_rows;  // from so many rows on, integer activations are words (as_words)
   int row_unit;   // rows are best shared out in multiples of this
+  ActKind (*act_kind)(Format, int rows);  // what so many rows are prepared as; none takes more than `as_words` of it
   void (*enter)();  // called by a thread before it calls any of what follows, and
   void (*leave)();  // after the last one
   void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);

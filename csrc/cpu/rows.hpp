@@ -80,12 +80,37 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
   }
 }
 
+// Groups of 1024: the largest is looked for in a first pass over each.
+INLINE void quantise_long(const float* x, const float* norm, float factor, int k, uint8_t* out) {
+  constexpr int kGroup = 1024, kBlock = 64;
+  constexpr float kMost = 16256.0f;
+  uint8_t* groups = out + groups_at(kActSplit1024, k);
+  for (int begin = 0; begin < k; begin += kGroup, groups += sizeof(Group)) {
+    const int end = least(k, begin + kGroup);
+    F peak = {};
+    for (int at = begin; at < end; at += L) peak = max(peak, abs(normed(x, norm, factor, at, least(L, end - at))));
+    const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
+    I total = {};
+    for (int block = begin; block < end; block += kBlock)
+      for (int i = 0; i < kBlock; i += L) {
+        const int at = block + i;
+        const I q = round_to_int(normed(x, norm, factor, at, most(0, least(L, end - at))) * inverse), high = (q + 64) >> 7;
+        total += q;
+        store(out + 2 * block + i, to_bytes(high));
+        store(out + 2 * block + kBlock + i, to_bytes(q - (high << 7)));
+      }
+    const Group group = {largest / kMost, 0.0f, -128 * sum(total), {}};
+    std::memcpy(groups, &group, sizeof group);
+  }
+}
+
 // One row x[k], normed when `norm` is given, as activations of a kind.
 void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, uint8_t* out) {
   const float factor = norm ? rms_factor(x, k, eps) : 1.0f;
   switch (kind) {
     case kActSplit32: return quantise<kActSplit32>(x, norm, factor, k, out);
     case kActByte64: return quantise<kActByte64>(x, norm, factor, k, out);
+    case kActSplit1024: return quantise_long(x, norm, factor, k, out);
     case kActWord32: return quantise<kActWord32>(x, norm, factor, k, out);
     case kActWord64: return quantise<kActWord64>(x, norm, factor, k, out);
     case kActBF16:

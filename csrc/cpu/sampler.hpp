@@ -243,6 +243,7 @@ void describe(const float* logits, int n, int token, int k, Candidate* c, Answer
 
 // Takes columns first ... first + columns - 1 of a row of logits into the running argmax.
 void take_best(const float* row, int first, int columns, float* best, int32_t* token) {
+  if (columns == 2 * L && !any(max(load<F>(row), load<F>(row + L)) >= *best)) return;  // nearly always
   const int i = argmax(row, columns);
   if (row[i] > *best || (row[i] == *best && first + i < *token)) {
     *best = row[i];

@@ -139,11 +139,6 @@ void Executor::warm(const Worker& worker, const Matrix& w) const {
   for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(w.panels + at, 0, 2);
 }
 
-ActKind Executor::act_kind(const Matrix& w, int rows) const {
-  const ActKind plain = kLayouts[w.format].act;
-  return rows < kernels_.word_rows ? plain : as_words(plain);
-}
-
 // One row, its elements taken in `order` if there is one. A sum of squares does not mind.
 void Executor::prepare_row(Worker& worker, ActKind kind, const float* x, const float* norm, float eps, int k,
                            const int32_t* order, uint8_t* out) {
@@ -161,7 +156,7 @@ void Executor::prepare_row(Worker& worker, ActKind kind, const float* x, const f
 // The loop that reads the rows must come next: a thread that finds it over leaves its own copy as it is.
 Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
                                  float eps, const int32_t* index, int rows, const int32_t* order) {
-  const ActKind kind = act_kind(w, rows);
+  const ActKind kind = kernels_.act_kind(Format(w.format), rows);
   const int64_t bytes = act_bytes(kind, w.k);
   uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
   const auto work = [&](int begin, int end) {
@@ -231,7 +226,7 @@ void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
         const LinearOp& op = *(const LinearOp*)ops[i].op;
         const int begin = row(block), rows = row(block + 1) - begin;
         const Format format = Format(op.w.format);
-        const ActKind plain = kLayouts[format].act, kind = rows < kernels_.word_rows ? plain : as_words(plain);
+        const ActKind kind = kernels_.act_kind(format, rows);
         const int64_t stride = act_bytes(kind, op.w.k), bytes = panel_bytes(format, op.w.k);
         for (int r = 0; r < rows; ++r)
           prepare_row(worker, kind, op.x + (begin + r) * op.x_stride, op.norm, op.eps, op.w.k, op.order,

@@ -105,7 +105,6 @@ class Executor {
                const int32_t* index, int rows, const int32_t* order);
   void prepare_row(Worker&, ActKind, const float* x, const float* norm, float eps, int k, const int32_t* order,
                    uint8_t* out);
-  ActKind act_kind(const Matrix&, int rows) const;  // what rows are turned into when so many meet a matrix
   void warm(const Worker&, const Matrix&) const;
   void store_key_value(const AttentionOp&, int token, int kv_head) const;
   const int32_t* table(int seq) const { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; }

@@ -118,10 +118,12 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def as_prepared(x: np.ndarray, form: Format) -> np.ndarray:
-    """Activations as a linear of this format sees them."""
+def as_prepared(x: np.ndarray, form: Format, isa: str) -> np.ndarray:
+    """Activations as a linear of this format sees them on an instruction set."""
     if form == Format.F32:
         return x
     if form == Format.BF16:
         return bf16(x)
-    return quantised(x, 64, 127) if form == Format.INT8 else quantised(x, 32, 16256)
+    if form == Format.INT8:
+        return quantised(x, 1024, 16256) if isa == "amx" else quantised(x, 64, 127)
+    return quantised(x, 32, 16256)
