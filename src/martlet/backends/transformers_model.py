@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from martlet import hub
 from martlet.errors import BackendUnavailable, CheckpointError, OutOfMemory, UsageError
@@ -27,6 +27,11 @@ def load_model(card: ModelCard, options: LoadOptions) -> PreTrainedModel:
     if options.quant is not None:
         raise UsageError(
             f"the transformers backend does not quantise (quant {options.quant!r}); use the native one", param="quant"
+        )
+    if (kind := card.config.get("model_type")) not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{card.name}: transformers knows no model_type {kind!r} here, and code in a model's folder is never run",
+            param="infer_backend",
         )
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
