@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import httpx
 import jsonschema
 import openai
 import pytest
 from live_server import live
 
 from martlet import backends, chat
+from martlet.engine import constraints
 from martlet.runners.base import LoadOptions
 from martlet.server import create_app
 
@@ -141,3 +143,56 @@ def test_what_cannot_be_done_is_refused_by_name(client, fields, param, said):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, extra_body=fields)
     assert caught.value.param == param and said in str(caught.value)
+
+
+# Forty rules, each of which may begin with any of the others: a mask of it takes minutes.
+TANGLE = "start: a0\n" + "\n".join(
+    f"a{i}: " + " | ".join(f"a{j} a{k}" for j in range(1, 40) for k in (1, 7, 13)) + ' | "c"' for i in range(40)
+)
+DOUBLING = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)} | {"d40": {"type": "null"}}
+
+
+def alive(url):
+    return httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_grammar": TANGLE}, "guided_grammar"),
+        ({"response_format": form({"properties": {f"p{i}": {} for i in range(10_000)}})}, "response_format"),
+    ],
+    ids=["a tangle of rules", "ten thousand properties"],
+)
+def test_a_grammar_that_takes_too_long_is_a_400(client, url, monkeypatch, fields, param):
+    monkeypatch.setattr(constraints, "CHECK_SECONDS", 0.5)
+    with pytest.raises(openai.BadRequestError, match=r"more than 0\.5 s") as caught:
+        ask(client, extra_body=fields)
+    assert caught.value.param == param and alive(url)
+    monkeypatch.undo()
+    assert ask(client, extra_body={"guided_choice": ["yes"]})[0].message.content == "yes"
+
+
+@pytest.mark.parametrize(
+    ("fields", "begins"),
+    [
+        ({"guided_regex": "(a+)+$"}, "a+"),
+        ({"guided_regex": "(a|a)*" * 100 + "b"}, "a*b?"),
+        ({"guided_regex": "((a{1,1000}){1,1000}){1,1000}"}, "a+"),
+        ({"response_format": form({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$"})}, '"[a-z].*'),
+        ({"response_format": form({"type": "string", "pattern": "^((a{1,500}){1,500}b){1,500}$"})}, '"a[ab]*"?'),
+        ({"response_format": form({"$defs": DOUBLING, "$ref": "#/$defs/d0"})}, "null"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_makes_other_engines_backtrack_for_ever_is_just_followed(client, url, monkeypatch, fields, begins):
+    monkeypatch.setattr(constraints, "CHECK_SECONDS", 60.0)  # a slow machine may take its time, not for ever
+    (choice,) = ask(client, extra_body=fields, max_tokens=6, temperature=0)
+    assert re.fullmatch(begins, choice.message.content, re.DOTALL) and alive(url)
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:9/schema", "file:///etc/passwd", "nowhere.json"])
+def test_a_schema_is_never_fetched(client, target):
+    with pytest.raises(openai.BadRequestError, match=re.escape(target.removeprefix("file://"))) as caught:
+        ask(client, extra_body={"response_format": form({"$ref": target})})
+    assert caught.value.param == "response_format" and "root:" not in str(caught.value)
