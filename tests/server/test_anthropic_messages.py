@@ -105,6 +105,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://169.254.169.2
         ({"container": "c"}, "container"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema must"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name must"),
         ({"tool_choice": {"type": "any-ish"}}, "tool_choice.type"),
         ({"temperature": -1}, "temperature"),
     ],

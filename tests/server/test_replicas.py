@@ -20,8 +20,8 @@ from martlet.engine.request import Stats
 from martlet.errors import BackendUnavailable, UsageError
 from martlet.server import ServerOptions
 from martlet.server.cores import cpus_each, share
+from martlet.server.front import create_front
 from martlet.server.metrics import Metrics
-from martlet.server.replicas import create_front
 
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
 

@@ -104,6 +104,10 @@ def test_logprobs_when_included(client):
         ({"text": {"format": {}}}, "text.format.type"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"properties": 1}}]},
+         "tools[0].parameters.properties"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "input"),
@@ -131,7 +135,10 @@ def test_logprobs_when_included(client):
 def test_refusals_name_the_field(url, more, param, stream):
     answer = httpx.post(f"{url}/v1/responses", json={"input": "a", "stream": stream, **more})
     assert answer.status_code == (404 if param == "model" else 400), answer.text
-    assert answer.json()["error"]["param"] == param, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param, answer.text
+    if param.startswith("tools"):
+        assert error["message"].startswith(param), answer.text
 
 
 def test_nothing_is_stored(client):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
-from typing import Any
 
-import orjson
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
@@ -18,7 +16,7 @@ from starlette.responses import Response
 from martlet.errors import InvalidRequest, ModelNotFound, did_you_mean
 from martlet.server.answers import State, answers
 from martlet.server.errors import ApiError
-from martlet.server.routing import JsonRoute
+from martlet.server.routing import JsonRoute, json_answer
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import LoadAdapterBody, UnloadAdapterBody
 from martlet.server.service import Service
@@ -32,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 async def load_adapter(body: LoadAdapterBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     root = _root(service)
-    extra_fields(body)
+    ignored = extra_fields(body)
     name = body.lora_name
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
@@ -47,20 +45,20 @@ async def load_adapter(body: LoadAdapterBody, http: HttpRequest) -> Response:
         await asyncio.to_thread(service.backend.load_adapter, name, path)
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param="lora_path") from error  # not the flag's name
-    return _json({"status": "loaded", "model": name})
+    return json_answer({"status": "loaded", "model": name}, ignored=ignored)
 
 
 @router.post("/v1/unload_lora_adapter", summary="Serve an adapter no longer", responses=answers(State))
 async def unload_adapter(body: UnloadAdapterBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     _root(service)
-    extra_fields(body)
+    ignored = extra_fields(body)
     names = service.backend.adapters()
     if body.lora_name not in names:
         near = did_you_mean(body.lora_name, names)
         raise ModelNotFound(f"no adapter {body.lora_name[:200]!r} is loaded.{near}", param="lora_name")
     await asyncio.to_thread(service.backend.unload_adapter, body.lora_name)
-    return _json({"status": "unloaded", "model": body.lora_name})
+    return json_answer({"status": "unloaded", "model": body.lora_name}, ignored=ignored)
 
 
 def _root(service: Service) -> Path:
@@ -79,7 +77,3 @@ def _inside(root: Path, asked: str) -> Path:
     if not found:
         raise InvalidRequest("lora_path is no folder below the server's --adapter_dir", param="lora_path")
     return path
-
-
-def _json(answer: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json")

@@ -7,16 +7,14 @@ import base64
 from typing import Any
 
 import numpy as np
-import orjson
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from martlet.errors import InvalidRequest
 from martlet.server.answers import Embeddings, answers
-from martlet.server.generation import header_names
 from martlet.server.prompts import completion_prompts
-from martlet.server.routing import JsonRoute
+from martlet.server.routing import JsonRoute, json_answer
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import EmbeddingBody
 from martlet.server.service import Service
@@ -43,8 +41,7 @@ async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
         "model": model,
         "usage": {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens},
     }
-    headers = {"x-martlet-ignored-fields": header_names(ignored)} if ignored else {}
-    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+    return json_answer(answer, ignored=ignored)
 
 
 def fit(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:

@@ -8,13 +8,11 @@ is left.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +21,7 @@ from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
 from martlet.server.errors import ApiError, Problem, describe
 from martlet.server.record import Record
+from martlet.server.routing import ignored_header, json_answer
 from martlet.server.service import Service
 
 
@@ -232,9 +231,8 @@ class Running:
 async def answer(service: Service, job: Job, record: Record, receive: Receive) -> Response:
     """Run a job and answer it: at once as one JSON object, or as a stream of events."""
     running = Running(service, job, record, receive)
-    headers = {"x-martlet-ignored-fields": header_names(job.ignored)} if job.ignored else {}
     if job.stream:
-        return EventStream(running, record, headers)
+        return EventStream(running, record)
     try:
         async for _ in running:
             pass
@@ -245,15 +243,15 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
         raise
     finally:
         running.close()
-    body = job.shape.body(job, running.choices, running.usage())
-    return Response(orjson.dumps(body), headers=headers, media_type="application/json")
+    return json_answer(job.shape.body(job, running.choices, running.usage()), ignored=job.ignored)
 
 
 class EventStream(Response):
     """Server-sent events: one write a wake-up, an error as an event of its own, the end only after a whole answer."""
 
-    def __init__(self, running: Running, record: Record, headers: dict[str, str]):
-        super().__init__(None, headers={"cache-control": "no-cache"} | headers, media_type="text/event-stream")
+    def __init__(self, running: Running, record: Record):
+        headers = {"cache-control": "no-cache"} | ignored_header(running.job.ignored)
+        super().__init__(None, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._running = running
         self._record = record
@@ -289,9 +287,3 @@ def _too_slow(seconds: float) -> ApiError:
         code="deadline_exceeded",
         headers={"retry-after": "5"},
     )
-
-
-def header_names(names: list[str]) -> str:
-    """Field names come from the client: only plain characters may go into a header."""
-    plain = (re.sub(r"[^A-Za-z0-9._-]", "?", name[:64]) for name in names[:32])
-    return ", ".join(name or "?" for name in plain)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
-import orjson
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import Field
@@ -18,7 +17,8 @@ from martlet.server.chat import chat_prompt
 from martlet.server.errors import unsupported
 from martlet.server.generation import answer
 from martlet.server.message_blocks import MessageShape
-from martlet.server.routing import JsonRoute
+from martlet.server.routing import JsonRoute, json_answer
+from martlet.server.sampling import extra_fields
 from martlet.server.schema import Body, ChatBody, SamplingBody, Strings
 from martlet.server.service import Service
 from martlet.server.translation import member, shared_fields, text_parts, told_as, translated_job
@@ -67,7 +67,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (),
     "max_completion_tokens": (),
 }
-_NAMES = {"stop": "stop_sequences", "chat_template_kwargs": "thinking", "max_completion_tokens": "max_tokens"}
+_NAMES = {
+    "stop": "stop_sequences",
+    "chat_template_kwargs": "thinking",
+    "max_completion_tokens": "max_tokens",
+    "tools.parameters": "input_schema",
+}
 
 
 @router.post(
@@ -90,8 +95,10 @@ async def messages(body: MessagesBody, http: HttpRequest) -> Response:
 async def count_tokens(body: CountBody, http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     with told_as(_NAMES):
-        ids = await chat_prompt(service, ChatBody.model_validate(_chat(service, body)))
-    return Response(orjson.dumps({"input_tokens": len(ids)}), media_type="application/json")
+        chat = ChatBody.model_validate(_chat(service, body))
+        ignored = extra_fields(chat)
+        ids = await chat_prompt(service, chat)
+    return json_answer({"input_tokens": len(ids)}, ignored=ignored)
 
 
 def _chat(service: Service, body: CountBody) -> dict[str, Any]:

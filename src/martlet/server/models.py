@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from martlet.server.answers import ModelCard, ModelList, answers
+from martlet.server.routing import json_answer
 from martlet.server.service import Service
 
 router = APIRouter()
@@ -18,13 +18,13 @@ router = APIRouter()
 async def list_models(http: Request) -> Response:
     service: Service = http.app.state.service
     names = (*service.names, *service.backend.adapters())
-    return _json({"object": "list", "data": [_card(service, name) for name in names]})
+    return json_answer({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}", summary="One of them", responses=answers(ModelCard))
 async def get_model(name: str, http: Request) -> Response:
     service: Service = http.app.state.service
-    return _json(_card(service, service.model_name(name)))
+    return json_answer(_card(service, service.model_name(name)))
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
@@ -39,7 +39,3 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "parent": service.names[0] if adapter else None,
         "max_model_len": service.backend.max_model_len,
     }
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json")

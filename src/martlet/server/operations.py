@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -10,6 +9,7 @@ from martlet._version import __version__
 from martlet.engine.request import Stats
 from martlet.server.answers import State, Version, answers
 from martlet.server.metrics import TEXT
+from martlet.server.routing import json_answer
 from martlet.server.service import Service
 
 router = APIRouter()
@@ -22,9 +22,7 @@ STUCK_SECONDS = 60.0  # no step takes this long on any machine that can serve
 @router.get("/health", summary="200 when requests will be answered, else 503 with the reason", responses=_STATES)
 async def health(http: Request) -> Response:
     service: Service = http.app.state.service
-    state, detail = condition(service.backend.stats(), service.draining)
-    body = {"status": state} | ({"detail": detail} if detail else {})
-    return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+    return _state(*condition(service.backend.stats(), service.draining))
 
 
 @router.get("/ready", summary="200 when a new request would be taken now, else 503 with the reason", responses=_STATES)
@@ -34,13 +32,16 @@ async def ready(http: Request) -> Response:
     state, detail = condition(stats, service.draining)
     if state == "ok" and most is not None and stats.waiting >= most:
         state, detail = "busy", f"{stats.waiting} requests wait, and at most {most} may"
-    body = {"status": state} | ({"detail": detail} if detail else {})
-    return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
+    return _state(state, detail)
+
+
+def _state(state: str, detail: str) -> Response:
+    return json_answer({"status": state} | ({"detail": detail} if detail else {}), 200 if state == "ok" else 503)
 
 
 @router.get("/version", summary="The server's version", responses=answers(Version))
 async def version() -> Response:
-    return Response(orjson.dumps({"version": __version__}), media_type="application/json")
+    return json_answer({"version": __version__})
 
 
 def condition(stats: Stats, draining: bool) -> tuple[str, str]:

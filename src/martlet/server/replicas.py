@@ -1,7 +1,6 @@
 """Several engines behind one address, under Ray Serve: each replica holds the whole application, the front is ours.
 
-The front takes connections, keys, limits and signals, and passes a request on as one value; a replica answers with
-ASGI messages, which the front sends as they come. Ray places replicas, looks after their health and replaces them.
+Ray places replicas, looks after their health and replaces them. What clients meet is the front (front.py).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import threading
@@ -16,45 +16,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Mount
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message
 
 from martlet.errors import BackendUnavailable, MartletError
-from martlet.server.affinity import beginnings
-from martlet.server.app import cors
 from martlet.server.cores import cpus_each, keep_to, share
 from martlet.server.deploy import open_app, serve
-from martlet.server.errors import Problem, anthropic_body, describe, problem
-from martlet.server.gate import Gate
+from martlet.server.front import Call, create_front
 from martlet.server.logs import set_up
-from martlet.server.metrics import TEXT, Rejections, merged
 from martlet.server.operations import condition
-from martlet.server.options import Limits, ServerOptions
-from martlet.server.service import Traffic
+from martlet.server.options import ServerOptions
 from martlet.server.sockets import bind, bind_unix, check_tls
 
 log = logging.getLogger("martlet.server")
 
 _APP = "martlet"
-_ATTEMPTS = 5  # at requests that died with a replica before it took them
-_METRICS_SECONDS = 5.0
-_PRIVATE = (b"authorization", b"x-api-key")  # the front has read them
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Call:
-    """One HTTP request on its way to a replica. digests: of the beginnings of its prompt, for the router."""
-
-    id: str
-    scope: dict[str, Any]
-    body: bytes
-    digests: tuple[bytes, ...]
 
 
 class Replica:
@@ -161,8 +136,9 @@ def run(options: ServerOptions) -> int:
                 log.exception("the replicas could not all be restarted")
 
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=restart, daemon=True).start())
+        answer = handle.options(method_name="answer", stream=True)
         return serve(
-            create_front(handle.options(method_name="answer", stream=True), options, _states(ray_serve)),
+            create_front(answer, options, functools.partial(_running, ray_serve)),
             listener,
             drain_seconds=options.drain_seconds,
             ssl_certfile=options.ssl_certfile,
@@ -202,160 +178,7 @@ def _deployment(options: ServerOptions, ray_serve: Any) -> Any:
     return deployment.bind(own)
 
 
-def _states(ray_serve: Any):
-    def states() -> int:
-        """Replicas that run."""
-        application = ray_serve.status().applications.get(_APP)
-        return application.deployments["Replica"].replica_states.get("RUNNING", 0) if application else 0
-
-    return states
-
-
-class _Counts:
-    """What the front's gate counts; the replicas measure the rest."""
-
-    def __init__(self, model_name: str):
-        self.rejections = Rejections(model_name)
-
-
-class FrontService(Traffic):
-    def __init__(self, limits: Limits, model_name: str):
-        super().__init__(limits)
-        self.metrics = _Counts(model_name)
-        self.stopping = asyncio.Event()
-
-    def abort_all(self) -> None:
-        self.stopping.set()
-
-
-def create_front(handle: Any, options: ServerOptions, running: Any) -> Starlette:
-    """The application that listens. handle.remote(Call) gives the replica's messages, handle.broadcast what a method of
-    all says; running() counts replicas."""
-    name = options.model if isinstance(options.model, str) else options.model.name
-    service = FrontService(options.limits, (*options.served_model_names, name)[0])
-    middleware = [Middleware(CORSMiddleware, **cors(options.cors_origins))] if options.cors_origins else []
-    middleware.append(Middleware(Gate, service=service, api_keys=options.api_keys))
-
-    async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("raw_path") or b""
-        if path in (b"/health", b"/ready"):
-            await _health(await asyncio.to_thread(running), options.replicas, service)(scope, receive, send)
-        elif path == b"/metrics":
-            await (await _metrics(handle, service))(scope, receive, send)
-        else:
-            await _forward(handle, service, scope, receive, send)
-
-    app = Starlette(routes=[Mount("", app=front)], middleware=middleware)
-    app.state.service = service
-    return app
-
-
-def _health(count: int, wanted: int, service: FrontService) -> Response:
-    state = "draining" if service.draining else "ok" if count else "error"
-    body = {"status": state, "detail": f"{count} of {wanted} replicas run"}
-    return Response(orjson.dumps(body), 200 if state == "ok" else 503, media_type="application/json")
-
-
-async def _metrics(handle: Any, service: FrontService) -> Response:
-    """Every replica's, told apart by the label engine; one that is just dying or starting is left out."""
-    asked = handle.broadcast("metrics")
-    found = await asked.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
-    texts = dict(sorted(each for each in found if not isinstance(each, BaseException)))
-    return Response(merged(texts) + service.metrics.rejections.text(), media_type=TEXT)
-
-
-async def _forward(handle: Any, service: FrontService, scope: Scope, receive: Receive, send: Send) -> None:
-    record = scope["martlet.record"]
-    started = streaming = False
-    try:
-        body = await Request(scope, receive).body()
-    except ClientDisconnect:
-        return
-    except Exception as error:
-        await describe(error, record.id).response(scope)(scope, receive, send)
-        return
-    plain = {
-        name: scope.get(name)
-        for name in ("type", "asgi", "http_version", "method", "scheme", "raw_path", "query_string", "client", "server")
-    }
-    plain |= {"path": scope["path"], "root_path": ""}
-    plain["headers"] = [(name, value) for name, value in scope["headers"] if name not in _PRIVATE]
-    call = Call(record.id, plain, body, beginnings(body))
-
-    async def attempt() -> bool:
-        """Whether the replica took the request: what it never took may be asked of another."""
-        nonlocal started, streaming
-        taken = False
-        answer = handle.remote(call)
-        try:
-            async for messages in answer:
-                taken = True
-                for message in messages:
-                    if message["type"] == "http.response.start":
-                        started = True
-                        headers = [(bytes(k), bytes(v)) for k, v in message["headers"] if bytes(k) != b"x-request-id"]
-                        streaming = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
-                        message = {**message, "headers": headers}
-                    await send(message)
-        except asyncio.CancelledError:
-            answer.cancel()
-            raise
-        except Exception as error:
-            log.warning("request %s lost its replica: %s", record.id, type(error).__name__)
-            return taken
-        return True
-
-    async def ask() -> None:
-        for _ in range(_ATTEMPTS):
-            if await attempt():
-                break
-            await asyncio.sleep(0.2)
-
-    ended = False
-    real_send = send
-
-    async def watched(message: Message) -> None:
-        nonlocal ended
-        ended = message["type"] == "http.response.body" and not message.get("more_body")
-        await real_send(message)
-
-    send = watched
-    tasks = [
-        asyncio.ensure_future(work) for work in (ask(), _disconnected(receive), service.stopping.wait())
-    ]  # the first to end decides
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    if ended or (tasks[1].done() and not tasks[1].cancelled()):
-        return
-    record.finish = "error"
-    if service.stopping.is_set():
-        lost = problem(503, "The server is shutting down.", code="shutting_down", retry_after="5")
-    else:
-        lost = problem(
-            503, "The replica that answered this request died; ask again.", code="replica_died", retry_after="1"
-        )
-    if not started:
-        await lost.response(scope)(scope, receive, real_send)
-    elif streaming:
-        await real_send({"type": "http.response.body", "body": _event(lost, scope), "more_body": False})
-    # else: an answer cut short, which the closed connection tells
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(lost: Problem, scope: Scope) -> bytes:
-    """The error inside a stream that has begun, as the called API has it."""
-    if (scope.get("raw_path") or b"").startswith(b"/v1/messages"):
-        return b"event: error\ndata: " + orjson.dumps(anthropic_body(lost, scope["martlet.record"].id)) + b"\n\n"
-    if scope.get("raw_path") == b"/v1/responses":
-        error = lost.body["error"]
-        body = {"type": "error", "sequence_number": 0, **{k: error[k] for k in ("code", "message", "param")}}
-        return b"event: error\ndata: " + orjson.dumps(body) + b"\n\n"
-    return b"data: " + orjson.dumps(lost.body) + b"\n\n"
+def _running(ray_serve: Any) -> int:
+    """Replicas that run."""
+    application = ray_serve.status().applications.get(_APP)
+    return application.deployments["Replica"].replica_states.get("RUNNING", 0) if application else 0

@@ -1,10 +1,12 @@
-"""Routes whose JSON bodies have a bottom: no recursion (ours, a template's, a library's) is at a client's mercy."""
+"""JSON in and out. A body has a bottom: no recursion (ours, a template's, a library's) is at a client's mercy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import re
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -44,3 +46,14 @@ def _deeper(value: Any, most: int) -> bool:
         if not level:
             return False
     return True
+
+
+def json_answer(body: Any, status: int = 200, ignored: Sequence[str] = ()) -> Response:
+    return Response(orjson.dumps(body), status, ignored_header(ignored), media_type="application/json")
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Tells the client which of its fields had no effect. They are its own words: only plain characters may go into a
+    header."""
+    plain = [re.sub(r"[^A-Za-z0-9._-]", "?", name[:64]) or "?" for name in names[:32]]
+    return {"x-martlet-ignored-fields": ", ".join(plain)} if plain else {}

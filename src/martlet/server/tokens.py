@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import orjson
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
@@ -10,10 +9,9 @@ from starlette.responses import Response
 from martlet.errors import InvalidRequest
 from martlet.server.answers import Text, Tokens, answers
 from martlet.server.errors import ApiError
-from martlet.server.generation import header_names
 from martlet.server.logprobs import token_name
 from martlet.server.prompts import chat_messages, check_ids, check_text, off_loop, prompt_style, text_size
-from martlet.server.routing import JsonRoute
+from martlet.server.routing import JsonRoute, json_answer
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import DetokenizeBody, TokenizeBody
 from martlet.server.service import Service
@@ -35,7 +33,7 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
     tokenizer = service.backend.tokenizer
     names = [token_name(tokenizer.token_bytes(token)) for token in ids] if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": service.backend.max_model_len, "tokens": ids, "token_strs": names}
-    return _json(answer, ignored)
+    return json_answer(answer, ignored=ignored)
 
 
 async def _ids(service: Service, body: TokenizeBody) -> list[int]:
@@ -68,9 +66,4 @@ async def detokenize(body: DetokenizeBody, http: HttpRequest) -> Response:
     check_ids(body.tokens, service.backend.vocab_size, "tokens")
     decode = service.backend.tokenizer.decode
     text = await off_loop(len(body.tokens), lambda: decode(body.tokens, skip_special=False))
-    return _json({"prompt": text}, extra_fields(body))
-
-
-def _json(answer: dict, ignored: list[str]) -> Response:
-    headers = {"x-martlet-ignored-fields": header_names(ignored)} if ignored else {}
-    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+    return json_answer({"prompt": text}, ignored=extra_fields(body))

@@ -40,19 +40,31 @@ def told_as(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ValidationError as error:
         found = describe_validation(error.errors()).body["error"]
-        raise ApiError(400, found["message"], param=_renamed(found["param"], names), code=found["code"]) from None
+        message, param = _retold(found["message"], found["param"], names)
+        raise ApiError(400, message, param=param, code=found["code"]) from None
     except MartletError as error:
-        error.param, said = _renamed(error.param, names), error.param
-        if said and error.param and error.message.startswith(said.split("[")[0]):
-            error.message = error.param + error.message[len(said.split("[")[0]) :]
+        error.message, error.param = _retold(error.message, error.param, names)
         raise
 
 
-def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
+_TOOL = re.compile(r"(tools\[\d+\])\.function\b(?:\.(\w+))?(.*)")
+
+
+def _retold(message: str, param: str | None, names: Mapping[str, str]) -> tuple[str, str | None]:
+    """An error's message and param in the names of the other API. A field of a tool keeps its place: only chats have a
+    tool's fields inside `function`."""
     if param is None:
-        return None
+        return message, None
     head = re.split(r"[.\[]", param, maxsplit=1)[0]
-    return names.get(param) or names.get(head) or param
+    if tool := _TOOL.fullmatch(param):
+        place, field, rest = tool.groups()
+        new = f"{place}.{names.get(f'tools.{field}', field)}{rest}" if field else place
+    else:
+        new = names.get(param) or names.get(head) or param
+    for said in (param, head):
+        if message.startswith(said) and (said == param or head in names):
+            return new + message.removeprefix(said), new
+    return message, new
 
 
 def text_parts(content: Any, where: str, kinds: Mapping[str, str]) -> list[dict[str, str]]:
