@@ -4,6 +4,7 @@
 #include "attention.hpp"
 #include "gemm_tiles.hpp"
 #include "lora.hpp"
+#include "recurrence.hpp"
 #include "rows.hpp"
 #include "sampler.hpp"
 
@@ -35,6 +36,7 @@ const Kernels NAME(MARTLET_SET) = {
     MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,
+    MARTLET_ISA::layer_norm,       MARTLET_ISA::shift,            MARTLET_ISA::recur,
     MARTLET_ISA::take_best,        MARTLET_ISA::take_best_of,     MARTLET_ISA::sample_with,
     MARTLET_ISA::describe_with,
 };

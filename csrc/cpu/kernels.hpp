@@ -29,6 +29,11 @@ struct Kernels {
   void (*finish_attention)(const AttentionOp&, const AttentionTask&, Softmax state);
   void (*norm_add)(const float* x, const float* norm, float eps, int n, float* y);
   void (*soft_cap)(float* x, int n, float cap);
+  void (*layer_norm)(const LayerNormOp&, int64_t t);
+  void (*shift)(const ShiftOp&, int64_t t, const float* before);
+  // Tokens `first` ... `first + count - 1`, of one sequence, through one head. state: the head's. kept: null, or for
+  // each of these tokens the slot that the state after it goes to as well.
+  void (*recur)(const RecurOp&, int head, int64_t first, int count, float* state, const int32_t* kept);
   void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
   void (*take_best_of)(const float* row, int first, uint32_t mask, float* best, int32_t* token);
   // scratch: sampler_bytes(n). seen: n zeros, left as zeros.

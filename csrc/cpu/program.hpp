@@ -18,7 +18,8 @@ struct Matrix {
   int32_t reserved;
 };
 
-enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead, kNormAdd, kRoute, kExperts, kCombine };
+enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead, kNormAdd, kRoute, kExperts, kCombine,
+                        kLayerNorm, kShift, kRecur, kRemember, kGateAdd };
 
 // y[t] = row tokens[t] of the table, times scale.
 struct EmbedOp {
@@ -37,7 +38,7 @@ struct AnglesOp {
   float magnitude;
 };
 
-enum Activation : int32_t { kSilu, kGeluTanh, kGelu };
+enum Activation : int32_t { kSilu, kGeluTanh, kGelu, kTanh, kSigmoid, kSquaredRelu };
 
 // What becomes of a product p. kGated: a panel is 16 gates and 16 ups, and gives 16 outputs.
 enum Epilogue : int32_t {
@@ -149,6 +150,68 @@ struct HeadOp {
   float softcap;  // of the logits; 0: none
 };
 
+// What follows is RWKV's. A sequence's state is a slot of f32, slots standing `state_stride` apart; the `state` of an
+// operation is where its part of slot 0 begins. Slots are numbered by rows, and those of Batch::kept follow.
+
+// y = (x - mean) / sqrt(variance + eps) * norm + bias of [T][n]; x and y may be the same.
+struct LayerNormOp {
+  const float *x, *norm, *bias;
+  float* y;
+  int64_t x_stride, y_stride;
+  int32_t n;
+  float eps;
+};
+
+// Part p of y[t] is x[t] + (x[t - 1] - x[t]) * (shares[p] + moved[t][p]). The state holds the x before a step's first.
+struct ShiftOp {
+  const float *x, *state;
+  const float* shares;  // [parts][n]
+  const float* moved;   // [T][parts][n], null for none
+  float* y;             // [T][parts][n]
+  int64_t x_stride, state_stride, moved_stride, y_stride;
+  int32_t n, parts;
+};
+
+// Rows of f32, `stride` apart; 0: all are the same row.
+struct Rows {
+  const float* x;
+  int64_t stride;
+};
+
+// The time mix behind its linears: Recurrence in martlet/model/spec.py says what is computed. A head's state is
+// [keys][values]. y is the normed outcome times the gate.
+struct RecurOp {
+  Rows r, k, v;
+  Rows decay;  // w = exp(-exp(decay)); of the delta rule: w = exp(-sigmoid(decay) / sqrt(e))
+  Rows gate;   // null: 1
+  Rows rate, value, first;  // of the delta rule; value and first null: v as it is
+  const float *removal, *renewal;  // [heads * dim], of the delta rule
+  const float *bonus, *norm, *bias;  // [heads * dim]
+  float *y, *state;
+  int64_t y_stride, state_stride;
+  int32_t heads, dim;
+  int32_t delta;  // the delta rule, of generation 7
+  float eps;
+};
+
+// The state's x, from now on: that of each sequence's last token, and of those after which a state is kept.
+struct RememberOp {
+  const float* x;
+  float* state;
+  int64_t x_stride, state_stride;
+  int32_t n;
+  int32_t reserved;
+};
+
+// y += x * gate of [T][n].
+struct GateAddOp {
+  const float *x, *gate;
+  float* y;
+  int64_t x_stride, gate_stride, y_stride;
+  int32_t n;
+  int32_t reserved;
+};
+
 struct Op {
   int64_t kind;
   const void* op;
@@ -199,6 +262,7 @@ struct Batch {
   float* top_logprobs;
   void (*before_head)();  // null, or called on the calling thread when only the head and sampling are left
   const int32_t* adapters;  // [n_seqs], slot of each sequence's adapter, 0 for none; null: no sequence has any
+  const int32_t* kept;      // [T], slot that the state after this token is kept in as well, -1: none; null: none is
 };
 
 }  // namespace martlet

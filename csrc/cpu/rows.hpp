@@ -148,7 +148,13 @@ INLINE F activate(int activation, F x) {
   switch (activation) {
     case kSilu: return x * sigmoid(x);
     case kGeluTanh: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // tanh(u) = 2 sigmoid(2u) - 1
-    default: return 0.5f * x * (1.0f + erf(x * 0.70710678f));
+    case kGelu: return 0.5f * x * (1.0f + erf(x * 0.70710678f));
+    case kTanh: return capped(x, 1.0f);
+    case kSigmoid: return sigmoid(x);
+    default: {
+      const F positive = max(x, F{});
+      return positive * positive;
+    }
   }
 }
 

@@ -49,6 +49,11 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
         case kRoute: route(worker, *(const RouteOp*)ops[i].op); break;
         case kExperts: experts(worker, *(const ExpertsOp*)ops[i].op); break;
         case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
+        case kLayerNorm: layer_norm(worker, *(const LayerNormOp*)ops[i].op); break;
+        case kShift: shift(worker, *(const ShiftOp*)ops[i].op); break;
+        case kRecur: recur(worker, *(const RecurOp*)ops[i].op); break;
+        case kRemember: remember(worker, *(const RememberOp*)ops[i].op); break;
+        case kGateAdd: gate_add(worker, *(const GateAddOp*)ops[i].op); break;
       }
     }
     kernels_.leave();
@@ -59,8 +64,11 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
 void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   batch_ = &batch;
   tokens_.clear();
-  for (int s = 0; s < batch.n_seqs; ++s)
+  first_.assign(1, 0);
+  for (int s = 0; s < batch.n_seqs; ++s) {
     for (int i = 0; i < batch.count[s]; ++i) tokens_.push_back({s, batch.start[s] + i});
+    first_.push_back((int32_t)tokens_.size());
+  }
   decode_ = (int)tokens_.size() == batch.n_seqs;
   lay_out_adapters(ops, n_ops);
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
@@ -154,7 +162,7 @@ void Executor::prepare_row(Worker& worker, ActKind kind, const float* x, const f
 }
 
 // The loop that reads the rows must come next: a thread that finds it over leaves its own copy as it is.
-Executor::Rows Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
+Executor::Prepared Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
                                  float eps, const int32_t* index, int rows, const int32_t* order) {
   const ActKind kind = kernels_.act_kind(Format(w.format), rows);
   const int64_t bytes = act_bytes(kind, w.k);
@@ -199,7 +207,7 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const Format format = Format(op.w.format);
   warm(worker, op.w);
   const float* low = groups_.empty() || !op.loras ? nullptr : shrink(worker, op);
-  const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n, op.order);
+  const Prepared rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n, op.order);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
@@ -365,7 +373,7 @@ void Executor::head(Worker& worker, const HeadOp& op) {
   }
   for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
     const int n = std::min(kHeadRows, batch_->n_queries - first);
-    const Rows rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n,
+    const Prepared rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n,
                               nullptr);
     worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
       for (int p = begin; p < end; ++p) {

@@ -64,7 +64,7 @@ class Executor {
   struct Own {
     Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best;
   };
-  struct Rows {
+  struct Prepared {
     const uint8_t* acts;
     int64_t stride;
   };
@@ -101,7 +101,12 @@ class Executor {
   void route(Worker&, const RouteOp&);
   void experts(Worker&, const ExpertsOp&);
   void combine(Worker&, const CombineOp&);
-  Rows prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
+  void layer_norm(Worker&, const LayerNormOp&);
+  void shift(Worker&, const ShiftOp&);
+  void recur(Worker&, const RecurOp&);
+  void remember(Worker&, const RememberOp&);
+  void gate_add(Worker&, const GateAddOp&);
+  Prepared prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
                const int32_t* index, int rows, const int32_t* order);
   void prepare_row(Worker&, ActKind, const float* x, const float* norm, float eps, int k, const int32_t* order,
                    uint8_t* out);
@@ -119,6 +124,7 @@ class Executor {
   // Of the step that runs.
   const Batch* batch_ = nullptr;
   std::vector<Token> tokens_;
+  std::vector<int32_t> first_;  // [n_seqs + 1], where each sequence's tokens begin
   bool decode_ = false;  // one token of each sequence
   int row_blocks_ = 0;   // blocks of rows that linears are shared out by; 0: shared out by panels
   std::vector<Plan> plans_;

@@ -70,16 +70,6 @@ class Rows:
         layout = Layout(start, count, blocks, positions, slots.astype(np.int64), self.block_size)
         return layout, self.tokens[rows, positions].astype(np.int64)
 
-    def snapshots(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The snapshots that a step of a recurrence takes: sequence, position, block, int64 [Q] each."""
-        place = np.full(len(self.tokens), -1)
-        place[batch.rows] = np.arange(len(batch.rows))
-        sequence = place[batch.block_rows]
-        position = (batch.block_slots.astype(np.int64) + 1) * self.block_size
-        end = (batch.start + batch.count)[sequence]
-        due = (sequence >= 0) & (position > batch.start[sequence]) & (position <= end)
-        return sequence[due], position[due], batch.block_ids[due].astype(np.int64)
-
     def sampling(
         self, rows: np.ndarray, position: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None = None
     ) -> Sampling:

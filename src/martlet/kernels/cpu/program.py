@@ -51,7 +51,7 @@ class CacheKind(IntEnum):
         return {CacheKind.F32: 4 * head_dim, CacheKind.BF16: 2 * head_dim, CacheKind.INT8: head_dim + 4}[self]
 
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "tanh": 3, "sigmoid": 4, "squared_relu": 5}
 
 
 class Matrix(ctypes.Structure):
@@ -183,7 +183,84 @@ class CombineOp(ctypes.Structure):
     ]
 
 
-AnyOp = EmbedOp | AnglesOp | LinearOp | AttentionOp | HeadOp | NormAddOp | RouteOp | ExpertsOp | CombineOp
+class LayerNormOp(ctypes.Structure):
+    KIND = 9
+    _fields_ = [
+        ("x", c_void_p),
+        ("norm", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("y_stride", c_int64),
+        ("n", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class ShiftOp(ctypes.Structure):
+    KIND = 10
+    _fields_ = [
+        ("x", c_void_p),
+        ("state", c_void_p),
+        ("shares", c_void_p),
+        ("moved", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("state_stride", c_int64),
+        ("moved_stride", c_int64),
+        ("y_stride", c_int64),
+        ("n", c_int32),
+        ("parts", c_int32),
+    ]
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("x", c_void_p), ("stride", c_int64)]
+
+
+class RecurOp(ctypes.Structure):
+    KIND = 11
+    _fields_ = [
+        *((name, Rows) for name in ("r", "k", "v", "decay", "gate", "rate", "value", "first")),
+        *((name, c_void_p) for name in ("removal", "renewal", "bonus", "norm", "bias", "y", "state")),
+        ("y_stride", c_int64),
+        ("state_stride", c_int64),
+        ("heads", c_int32),
+        ("dim", c_int32),
+        ("delta", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class RememberOp(ctypes.Structure):
+    KIND = 12
+    _fields_ = [
+        ("x", c_void_p),
+        ("state", c_void_p),
+        ("x_stride", c_int64),
+        ("state_stride", c_int64),
+        ("n", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class GateAddOp(ctypes.Structure):
+    KIND = 13
+    _fields_ = [
+        ("x", c_void_p),
+        ("gate", c_void_p),
+        ("y", c_void_p),
+        ("x_stride", c_int64),
+        ("gate_stride", c_int64),
+        ("y_stride", c_int64),
+        ("n", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+AttentionOps = AnglesOp | AttentionOp | NormAddOp | RouteOp | ExpertsOp | CombineOp
+RecurrenceOps = LayerNormOp | ShiftOp | RecurOp | RememberOp | GateAddOp
+AnyOp = EmbedOp | LinearOp | HeadOp | AttentionOps | RecurrenceOps
 
 
 class Op(ctypes.Structure):
@@ -213,6 +290,7 @@ class Batch(ctypes.Structure):
         ("top_logprobs", c_void_p),
         ("before_head", BEFORE_HEAD),
         ("adapters", c_void_p),
+        ("kept", c_void_p),
     ]
 
 

@@ -34,6 +34,7 @@ from martlet.kernels.cpu.program import (
 from martlet.model.adapters import TARGETS
 from martlet.model.rope import inverse_frequencies, magnitude
 from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
+from martlet.runners.cpu_runner import recurrence
 from martlet.runners.cpu_runner.adapters import AdapterTables
 from martlet.runners.cpu_runner.packed_cache import PackedCache
 from martlet.runners.cpu_runner.packing import Packer, Precision, in_order, order_of, source_format
@@ -116,7 +117,8 @@ class Cache:
 def check(spec: DecoderSpec, block_size: int) -> None:
     """Raise BackendUnavailable for a decoder that the kernels cannot run."""
     if spec.recurrent:
-        raise BackendUnavailable("the native CPU kernels have no recurrences")
+        recurrence.check(spec)
+        return
     if block_size % KV_GROUP:
         raise BackendUnavailable(f"the native CPU kernels want KV blocks of a multiple of {KV_GROUP}, not {block_size}")
     if any(layer.mlp.experts and (layer.mlp.bias or not layer.mlp.gated) for layer in spec.layers):
@@ -146,7 +148,7 @@ class Decoder:
         cache: PackedCache | None = None,
     ):
         self.spec, self.precision = spec, precision
-        self.blocks: list[Block] = []
+        self.blocks: list[Block] | list[recurrence.RecurrentBlock] = []
         self._packer = packer = Packer(executor, cache)
         for place, group in groupby(weights, key=lambda item: _place(item[0])):
             tensors = {name.removeprefix(place + "."): tensor for name, tensor in group}
@@ -154,12 +156,21 @@ class Decoder:
                 case "embed":
                     # An embedding that is not also the head is only looked up, so it keeps the precision it has.
                     self.embed = self._table(tensors["embed"], precision if spec.tied else Precision("stored"))
+                case "embed_norm":
+                    self.embed_norm = recurrence.read_norm(tensors["embed_norm"], tensors["bias"])
+                case "norm" if spec.recurrent:
+                    self.last_norm = recurrence.read_norm(tensors["norm"], tensors["bias"])
                 case "norm":
                     self.norm = _floats(tensors["norm"])
                 case "head":
                     self.head = self._table(tensors["head"], precision)
                 case _:
-                    self.blocks.append(self._block(spec.layers[len(self.blocks)], tensors))
+                    layer = spec.layers[len(self.blocks)]
+                    self.blocks.append(
+                        recurrence.read_block(layer, tensors, packer, precision)
+                        if spec.recurrent
+                        else self._block(layer, tensors)
+                    )
         if spec.tied:
             self.head = self.embed
         self.weight_bytes, self.widened = packer.bytes, packer.widened
@@ -253,11 +264,17 @@ class Decoder:
         return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
     def adapter_tables(self, slots: int) -> AdapterTables:
-        return AdapterTables((one for block in self.blocks for one in block.linears), slots)
+        linears = (one for block in self.blocks if isinstance(block, Block) for one in block.linears)
+        return AdapterTables(linears, slots)
 
-    def program(self, tokens: int, caches: list[Cache], longest: int, adapters: AdapterTables) -> Program:
+    def program(
+        self, tokens: int, memory: list[Cache] | recurrence.States, longest: int, adapters: AdapterTables
+    ) -> Program:
         """The whole step, for at most `tokens` tokens of sequences of up to `longest`."""
-        return _Builder(self, tokens, caches, longest, adapters).build()
+        if isinstance(memory, recurrence.States):
+            builder = recurrence.RecurrentProgram(self.spec, tokens, memory)
+            return builder.build(self.embed, self.embed_norm, self.blocks, self.last_norm, self.head)
+        return _Builder(self, tokens, memory, longest, adapters).build()
 
 
 class _Builder:

@@ -28,6 +28,7 @@ from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
 from martlet.runners.cpu_runner.packed_cache import packed_cache
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
+from martlet.runners.cpu_runner.recurrence import States
 from martlet.runners.sizing import kv_dtype, plan_memory
 
 log = logging.getLogger("martlet")
@@ -76,7 +77,8 @@ class CpuRunner:
             default_rows=DEFAULT_ROWS,
         )
         self.vocab_size = spec.vocab_size
-        self.caches = self.decoder.caches(self.memory.num_blocks, self.memory.block_size)
+        self.states = States(spec, self.memory) if spec.recurrent else None
+        self.caches = [] if self.states else self.decoder.caches(self.memory.num_blocks, self.memory.block_size)
         rows, longest = self.memory.max_rows, self.memory.max_model_len
         self.tokens = np.zeros((rows, longest + 1), np.int32)
         self.blocks = np.zeros((rows, -(-longest // self.memory.block_size)), np.int32)
@@ -157,9 +159,9 @@ class CpuRunner:
         ends = np.cumsum(count, dtype=np.int32)
         if ends[-1] > self._capacity:
             self._capacity = int(ends[-1])
-            self.program = self.decoder.program(
-                self._capacity, self.caches, self.memory.max_model_len, self.adapter_tables
-            )
+            memory = self.states or self.caches
+            self.program = self.decoder.program(self._capacity, memory, self.memory.max_model_len, self.adapter_tables)
+        kept = self.states.begin(batch, self.blocks) if self.states else None
         sequences = np.flatnonzero(batch.sample)
         drafted = np.zeros(len(rows), np.int32) if batch.drafts is None else self._put_drafts(batch, rows)
         queries, owners = self._sample_queries(rows, ends, sequences, drafted)
@@ -194,8 +196,11 @@ class CpuRunner:
                 top_logprobs.ctypes.data,
                 self._before_head(batch, rows, failures),
                 slots.ctypes.data if slots.any() else None,
+                kept,
             ),
         )
+        if self.states:
+            self.states.slots.end(batch)
         self.sampling["mask"][rows] = 0
         if failures:
             raise failures[0]
@@ -271,7 +276,7 @@ class CpuRunner:
         """Stop the threads and free weights and cache. The runner cannot be used afterwards."""
         self.executor.close()
         self.caches.clear()
-        self.program = None
+        self.states = self.program = None
 
 
 def _accepted(drafts: np.ndarray, sequences: np.ndarray, drafted: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -316,7 +321,8 @@ def _describe(decoder: Decoder) -> str:
     linears = [one for block in decoder.blocks for one in block.linears]
     formats = dict.fromkeys(c.Format(one.matrix.format).name.lower() for one in linears)
     head = c.Format(decoder.head.format).name.lower()
-    return f"{'/'.join(formats)} weights, {head} head, {decoder.precision.kv.name.lower()} KV"
+    memory = "float32 states" if decoder.spec.recurrent else f"{decoder.precision.kv.name.lower()} KV"
+    return f"{'/'.join(formats)} weights, {head} head, {memory}"
 
 
 def _counted(

@@ -101,7 +101,7 @@ class TorchRunner:
             self.mixers = list(dict.fromkeys(layer.mixer for layer in spec.layers))
             self.states = None
             if spec.recurrent:
-                self.states = States(spec, self.memory.max_rows, self.memory.num_blocks, self.device)
+                self.states = States(spec, self.memory, self.device)
             self.caches = [self._cache(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, Attention)]
             self.rotations = {
                 rope: self.ops.rotation(rope, self.memory.max_model_len, self.device)
@@ -150,7 +150,7 @@ class TorchRunner:
             self.rows.tokens[rows, position] = tokens[sampled]
         prompt = self._prompt_logprobs(hidden[len(sampled) :], scored, batch, layout.positions) if len(scored) else {}
         if self.states:
-            self.states.end(batch.rows, layout.start + layout.count)
+            self.states.slots.end(batch)
         return Done(StepResult(tokens, logprobs, prompt))
 
     def _attention(self, layout: Layout) -> dict[Mixer, Plan]:
@@ -161,14 +161,13 @@ class TorchRunner:
         }
 
     def _recurrence(self, batch: Batch, layout: Layout) -> dict[Mixer, Plan]:
-        """Bring the rows' states to where the step begins; one plan for all layers."""
+        """One plan for all layers; the rows' states are brought to where the step begins."""
         states = self.states
         assert states is not None
-        states.enter([new.row for new in batch.new_rows])
-        states.begin(batch.rows, layout.start, self.rows.blocks, self.memory.block_size)
-        kept = self.rows.snapshots(batch)
+        states.begin(batch, self.rows.blocks)
+        kept = states.slots.snapshots(batch)
         chunk = 1 if any(mixer.generation == 7 for mixer in self.mixers) else STEP_TOKENS
-        plan = self.ops.recurrence_plan(layout, batch.rows, (*kept[:2], kept[2] + states.rows), chunk, self.device)
+        plan = self.ops.recurrence_plan(layout, batch.rows, kept, chunk, self.device)
         return dict.fromkeys(self.mixers, plan)
 
     def _sample(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from martlet.kernels.ops import Ops, Plan, Weight
 from martlet.model.spec import ChannelMix, DecoderSpec, Recurrence
+from martlet.runners.base import Batch, MemoryPlan
+from martlet.runners.states import StateSlots
 from martlet.runners.torch_runner.collectives import Collectives
 
 EXACT = ("decay", "bonus", "norm", "norm.bias")
@@ -35,20 +37,14 @@ class LayerState:
 
 
 class States:
-    """The states of a model: one slot a row, and behind them one a block for snapshots.
+    """The states of a model on its device; `slots` says what is where."""
 
-    A step reads and writes the slots of its rows. A row whose step begins elsewhere than its last one ended takes its
-    state from the block that ends there (the first, all zeros, from nowhere): so it is with a row that was entered, and
-    with one that has to compute tokens again.
-    """
-
-    def __init__(self, spec: DecoderSpec, rows: int, blocks: int, device: str):
-        shape = (rows + blocks, spec.state_size)
+    def __init__(self, spec: DecoderSpec, memory: MemoryPlan, device: str):
+        self.slots, self.device = StateSlots(memory), device
+        shape = (self.slots.count, spec.state_size)
         # On CPU from the allocator's untouched pages, so that memory is taken only as it is written.
         plain = device == "cpu"
         self.all = torch.from_numpy(np.zeros(shape, np.float32)) if plain else torch.zeros(shape, device=device)
-        self.rows, self.device = rows, device
-        self.seen = np.full(rows, -1, np.int64)  # tokens that a row's state has seen; -1: not to be continued
         mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, Recurrence)]
         sizes = [size for mixer in mixers for size in (spec.width, mixer.state_size, spec.width)]
         parts = self.all.split(sizes, 1)
@@ -57,26 +53,13 @@ class States:
             for mixer, time, heads, channel in zip(mixers, parts[::3], parts[1::3], parts[2::3], strict=True)
         ]
 
-    def enter(self, rows: list[int]) -> None:
-        self.seen[rows] = -1
-
-    def begin(self, rows: np.ndarray, start: np.ndarray, blocks: np.ndarray, block_size: int) -> None:
-        """A step of `rows` from `start` on is about to run; until `end` none of their states may be continued.
-
-        blocks: int32 [rows, blocks a row], the block tables.
-        """
-        moved = self.seen[rows] != start
-        self.seen[rows] = -1
-        if moved.any():
-            rows, start = rows[moved], start[moved]
-            assert (start % block_size == 0).all(), "a state is asked for that nobody kept"
-            found = self.rows + blocks[rows, np.maximum(start // block_size - 1, 0)]
-            targets, sources = (torch.from_numpy(a.astype(np.int64)).to(self.device) for a in (rows, found))
-            first = torch.from_numpy(start == 0).to(self.device)
-            self.all[targets] = self.all[sources].masked_fill_(first.unsqueeze(1), 0.0)
-
-    def end(self, rows: np.ndarray, position: np.ndarray) -> None:
-        self.seen[rows] = position
+    def begin(self, batch: Batch, blocks: np.ndarray) -> None:
+        """Bring the rows' states to where the step begins."""
+        if (moves := self.slots.begin(batch, blocks)) is not None:
+            targets, sources, fresh = (
+                torch.from_numpy(array).to(self.device) for array in (moves.targets, moves.sources, moves.fresh)
+            )
+            self.all[targets] = self.all[sources].masked_fill_(fresh.unsqueeze(1), 0.0)
 
 
 def as_mix(parts: dict[str, torch.Tensor], pack: Callable[[torch.Tensor], Weight]) -> Mix:
