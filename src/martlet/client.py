@@ -119,59 +119,55 @@ class Message:
 
 
 @dataclass(slots=True)
-class ChatChoice:
+class _Choice:
     index: int = 0
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class ChatChoice(_Choice):
     message: Message = field(default_factory=Message)
-    finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
-class ChatCompletion:
-    id: str = ""
-    model: str = ""
-    choices: list[ChatChoice] = field(default_factory=list)
-    usage: Usage | None = None
-    object: str = "chat.completion"
-    created: int = 0
-
-
-@dataclass(slots=True)
-class ChunkChoice:
-    index: int = 0
+class ChunkChoice(_Choice):
     delta: Delta = field(default_factory=Delta)
-    finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
-class ChatChunk:
+class TextChoice(_Choice):
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """usage: None where it was not told; of streams, the last chunk tells it when asked to."""
+
     id: str = ""
     model: str = ""
-    choices: list[ChunkChoice] = field(default_factory=list)
-    usage: Usage | None = None
-    object: str = "chat.completion.chunk"
     created: int = 0
+    usage: Usage | None = None
 
 
 @dataclass(slots=True)
-class TextChoice:
-    index: int = 0
-    text: str = ""
-    finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
+class ChatCompletion(_Answer):
+    choices: list[ChatChoice] = field(default_factory=list)
+    object: str = "chat.completion"
 
 
 @dataclass(slots=True)
-class Completion:
+class ChatChunk(_Answer):
+    choices: list[ChunkChoice] = field(default_factory=list)
+    object: str = "chat.completion.chunk"
+
+
+@dataclass(slots=True)
+class Completion(_Answer):
     """An answer of the completions API, or one chunk of its stream."""
 
-    id: str = ""
-    model: str = ""
     choices: list[TextChoice] = field(default_factory=list)
-    usage: Usage | None = None
     object: str = "text_completion"
-    created: int = 0
 
 
 T = TypeVar("T")
