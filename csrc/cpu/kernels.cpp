@@ -32,7 +32,7 @@ const Kernels NAME(MARTLET_SET) = {
     MARTLET_ISA::kPairDot,         MARTLET_ISA::kRowUnit,         MARTLET_ISA::act_kind,
     MARTLET_ISA::take_tiles,       MARTLET_ISA::leave_tiles,
     MARTLET_ISA::prepare,          MARTLET_ISA::product,
-    MARTLET_ISA::finish,           MARTLET_ISA::shrink,           MARTLET_ISA::expand,
+    MARTLET_ISA::finish,           MARTLET_ISA::expand,
     MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,

@@ -19,9 +19,8 @@ struct Kernels {
   void (*panel_product)(Format, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                         uint8_t* scratch, float* out);
   void (*finish)(const LinearOp&, int panel, const float* products, int row0, int rows);
-  void (*shrink)(const Lora&, int row, int rows, int k, const float* x, int tokens, float* t, int64_t stride);
-  void (*expand)(const Lora&, int panel, const float* t, int64_t stride, const int32_t* tokens, int count,
-                 float* products);
+  void (*expand)(Format base, const Lora&, int panel, const uint8_t* t, int64_t stride, const int32_t* tokens,
+                 int count, float* products);
   void (*rotate_queries)(const AttentionOp&, int64_t t, int kv_head, void* q);
   void (*store_key_value)(const AttentionOp&, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile);
   void (*attend_chunk)(const AttentionOp&, const AttentionTask&, int chunk, float* scratch, Softmax part);

@@ -50,15 +50,24 @@ enum Epilogue : int32_t {
 };
 
 // What an adapter adds to a linear before its epilogue: B (A rmsnorm(x)). The matrices fused into the linear (q, k, v;
-// gate, up) each have an A of `rank` rows, padded with zeros; they stand under each other.
+// gate, up) each have an A, padded with zeros to the largest rank; they stand under each other, each beginning at a
+// multiple of 16 rows, or 32 where the rank is above 16.
 struct Lora {
-  const void* a;          // [rows][k padded to 16]
-  const void* b;          // [panels][rank][32]
-  const int32_t* halves;  // [panels * 2], the first row of A for each half of a panel; -1: nothing is added there
-  int32_t rank, rows;     // rows 0: this adapter leaves the linear alone
-  int32_t bf16;           // else f32
-  int32_t reserved;
+  const uint8_t* a;       // panels of `rows` rows, in the format and the order of inputs that suit the linear's weights
+  const uint8_t* b;       // [panels of the linear * 2] sides, see lora.hpp
+  const int32_t* halves;  // [panels of the linear * 2], the first row of A for each half of a panel; -1: nothing to add
+  int32_t rank;           // a multiple of 4
+  int32_t rows;           // 0: this adapter leaves the linear alone
 };
+
+constexpr int kLoraUnit = 32;  // products with A that are made integers together, or 16 of them
+
+// Activations are prepared once for a linear and its adapters: A takes what its weights take. Beside integers B is
+// integer too.
+constexpr Format lora_format(Format base) { return base == kF32 || base == kBF16 || base == kInt8 ? base : kQ8_0; }
+// What products with A take, for each of its rows: a float, or their share of 16 rows' kActByte64.
+constexpr int64_t kLoraRowBytes = act_bytes(kActByte64, kLoraUnit) / 16;
+constexpr int64_t lora_row_bytes(Format base) { return base == kF32 || base == kBF16 ? 4 : kLoraRowBytes; }
 
 // y = epilogue(w * rmsnorm(x) + bias); no norm when `norm` is null, no bias when `bias` is null. Where `order` is given,
 // input i of w is element order[i] of what is left of x: quantisations may sort their inputs.

@@ -163,13 +163,16 @@ void Executor::prepare_row(Worker& worker, ActKind kind, const float* x, const f
 
 // The loop that reads the rows must come next: a thread that finds it over leaves its own copy as it is.
 Executor::Prepared Executor::prepare(Worker& worker, const Matrix& w, const float* x, int64_t stride, const float* norm,
-                                 float eps, const int32_t* index, int rows, const int32_t* order) {
+                                 float eps, const int32_t* index, int rows, const int32_t* order,
+                                 const LinearOp* adapted) {
   const ActKind kind = kernels_.act_kind(Format(w.format), rows);
   const int64_t bytes = act_bytes(kind, w.k);
   uint8_t* acts = rows <= kOwnRows ? own_[worker.rank].acts.reserve(0) : acts_.reserve(0);
   const auto work = [&](int begin, int end) {
-    for (int r = begin; r < end; ++r)
+    for (int r = begin; r < end; ++r) {
       prepare_row(worker, kind, x + (index ? index[r] : r) * stride, norm, eps, w.k, order, acts + r * bytes);
+      if (adapted) gather_adapted(worker, *adapted, r, acts + r * bytes, bytes);
+    }
   };
   if (rows > kOwnRows) worker.each(rows, grain_of(rows, team_.size()), work);
   else if (!worker.behind()) work(0, rows);
@@ -206,15 +209,18 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const int n = (int)tokens_.size(), panels = panels_of(op.w);
   const Format format = Format(op.w.format);
   warm(worker, op.w);
-  const float* low = groups_.empty() || !op.loras ? nullptr : shrink(worker, op);
-  const Prepared rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n, op.order);
+  const int tasks = shrink_tasks(op), shrunk = own_[worker.rank].shrunk += tasks;
+  const Prepared rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, nullptr, n, op.order,
+                            tasks ? &op : nullptr);
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
-  worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
-    for (int p = begin; p < end; ++p) {
+  worker.each(tasks + panels, grain_of(panels, team_.size()), [&](int begin, int end) {
+    for (; begin < std::min(end, tasks); ++begin) shrink(worker, op, begin, rows);
+    for (int p = begin - tasks; p < end - tasks; ++p) {
+      if (tasks) expand_ahead(op, p);
       kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
-      if (low) expand(op, p, low, products);
+      if (tasks) expand(op, p, shrunk, products);
       kernels_.finish(op, p, products, 0, n);
     }
   });

@@ -63,6 +63,7 @@ class Executor {
   // A thread's own memory.
   struct Own {
     Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best;
+    int shrunk = 0;  // tasks with A in this step, up to the linear the thread is at
   };
   struct Prepared {
     const uint8_t* acts;
@@ -92,8 +93,16 @@ class Executor {
   void angles(Worker&, const AnglesOp&);
   void linear(Worker&, const LinearOp&);
   void linears_by_rows(Worker&, const Op* ops, int count);
-  const float* shrink(Worker&, const LinearOp&);
-  void expand(const LinearOp&, int panel, const float* t, float* products) const;
+  int shrink_tasks(const LinearOp&) const;
+  void shrink(Worker&, const LinearOp&, int task, const Prepared&);
+  void expand_ahead(const LinearOp&, int panel) const;
+  void expand(const LinearOp&, int panel, int tasks, float* products);
+  void gather_adapted(Worker&, const LinearOp&, int token, const uint8_t* acts, int64_t bytes);
+  uint8_t* lora_inputs(Worker&);
+  int64_t lora_input_bytes(const Matrix&) const;
+  ActKind lora_act_kind(const Matrix&, const Group&) const;
+  bool suits(const Matrix&, const Group&) const;
+  bool stands_together(const Matrix&, const Group&) const;
   void attention(Worker&, const AttentionOp&);
   void attend(Worker&, const AttentionOp&, const Plan&, const Task&);
   void head(Worker&, const HeadOp&);
@@ -107,7 +116,7 @@ class Executor {
   void remember(Worker&, const RememberOp&);
   void gate_add(Worker&, const GateAddOp&);
   Prepared prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
-               const int32_t* index, int rows, const int32_t* order);
+               const int32_t* index, int rows, const int32_t* order, const LinearOp* adapted = nullptr);
   void prepare_row(Worker&, ActKind, const float* x, const float* norm, float eps, int k, const int32_t* order,
                    uint8_t* out);
   void warm(const Worker&, const Matrix&) const;
@@ -131,8 +140,10 @@ class Executor {
   Routing routing_;
   std::vector<int32_t> adapted_;  // tokens that run with an adapter, by slot
   std::vector<Group> groups_;
-  int32_t lora_rows_ = 0;  // between the products of two tokens with their A
+  std::vector<int32_t> group_of_, place_;  // of each token: its group or -1, and where it stands in adapted_
+  int64_t lora_stride_ = 0;  // bytes between the products of two tokens with their A
   Scratch lora_inputs_, lora_t_;
+  std::atomic<int> shrunk_{0};  // tasks with A that are done in this step
   std::vector<int32_t> query_tokens_, logit_slot_;
   Scratch acts_, queries_, parts_, logits_;
   std::unique_ptr<std::atomic<int>[]> done_;  // finished chunks of each split (tile, kv head)

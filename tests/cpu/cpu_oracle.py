@@ -93,13 +93,19 @@ def plain_rows(tokens: int) -> Rows:
     return Rows(np.zeros((1, tokens + 1), np.int32), blocks, sampling)
 
 
-def run_linear(executor: Executor, matrix: c.Matrix, x: np.ndarray, outputs: int, y=None, **op) -> np.ndarray:
-    """The product of one LinearOp, float32 [M, outputs]."""
+def run_linear(
+    executor: Executor, matrix: c.Matrix, x: np.ndarray, outputs: int, y=None, adapters: np.ndarray | None = None, **op
+) -> np.ndarray:
+    """The product of one LinearOp, float32 [M, outputs]. adapters: int32 [M], the slot of each row's."""
     y = np.zeros((len(x), outputs), np.float32) if y is None else y.copy()
     linear = c.LinearOp(matrix, x.ctypes.data, y=y.ctypes.data, x_stride=x.shape[1], y_stride=outputs, n_out=outputs)
     for name, value in op.items():
         setattr(linear, name, value.ctypes.data if isinstance(value, np.ndarray) else value)
-    batch, *_ = plain_rows(len(x)).batch([0], [0], [len(x)])
+    if adapters is None:
+        batch, *_ = plain_rows(len(x)).batch([0], [0], [len(x)])
+    else:  # which sequences have, of one token each
+        batch, *_ = plain_rows(1).batch([0] * len(x), [0] * len(x), [1] * len(x))
+        batch.adapters = adapters.ctypes.data
     executor.run(c.Program([linear]), batch)
     return y
 

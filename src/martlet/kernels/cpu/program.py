@@ -294,9 +294,7 @@ class Batch(ctypes.Structure):
     ]
 
 
-LORA = np.dtype(
-    [("a", "u8"), ("b", "u8"), ("halves", "u8"), ("rank", "i4"), ("rows", "i4"), ("bf16", "i4"), ("reserved", "i4")]
-)
+LORA = np.dtype([("a", "u8"), ("b", "u8"), ("halves", "u8"), ("rank", "i4"), ("rows", "i4")])
 SAMPLING = np.dtype(
     [
         ("seed", "u8"),

@@ -265,7 +265,7 @@ class Decoder:
 
     def adapter_tables(self, slots: int) -> AdapterTables:
         linears = (one for block in self.blocks if isinstance(block, Block) for one in block.linears)
-        return AdapterTables(linears, slots)
+        return AdapterTables(linears, slots, self._packer.executor)
 
     def program(
         self, tokens: int, memory: list[Cache] | recurrence.States, longest: int, adapters: AdapterTables
