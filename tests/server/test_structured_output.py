@@ -132,7 +132,8 @@ def test_other_settings_hold(client):
         ({"response_format": form({"type": "array", "uniqueItems": True})}, "response_format", "uniqueItems"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "schema"),
-        ({"guided_regex": "(a"}, "guided_regex", "regex"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_grammar": "start: a\n\nb: %"}, "guided_grammar", "line 3: lexer error"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "exclude"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "not supported"),
         ({"guided_json": {}, "ignore_eos": True}, "ignore_eos", "grammar"),
@@ -143,6 +144,7 @@ def test_what_cannot_be_done_is_refused_by_name(client, fields, param, said):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, extra_body=fields)
     assert caught.value.param == param and said in str(caught.value)
+    assert "%llguidance" not in str(caught.value)
 
 
 # Forty rules, each of which may begin with any of the others: a mask of it takes minutes.

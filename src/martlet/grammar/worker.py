@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -36,6 +37,8 @@ WHITESPACE = r" |\n {0,32}"
 # Where one text only can follow, llguidance would allow the first of its usual tokens alone; any spelling is right.
 FREE = '%llguidance {"no_forcing": true}\n'
 KEPT = 64  # compiled grammars
+_PLACE = re.compile(r"(?:at )?(\d+)\(\d+\): ")
+_QUOTED = re.compile(r"\s*(\d+ \| |\^+\s*$)")  # the text again, and marks below it
 PROBES = 8  # masks that a check computes along one path
 LIMITS = LLParserLimits(max_lexer_states=50_000, step_max_items=30_000, verbose_errors=False)
 
@@ -79,7 +82,7 @@ class Compiler:
         if found is None:
             found = LLMatcher(self.tokenizer, self.source(kind, text, trigger), log_level=0, limits=LIMITS)
             if found.is_error():
-                raise ValueError(explained(found.get_error()))
+                raise ValueError(explained(found.get_error(), kind))
             self._kept[key] = found
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -138,9 +141,15 @@ def schema(text: str) -> dict[str, Any]:
     return found | {"x-guidance": settings}
 
 
-def explained(error: str) -> str:
-    """llguidance's error in a line; of keywords it does not know, their names."""
-    line = " ".join(error.split("<non-verbose/>")[0].split())
+def explained(error: str, kind: str = "") -> str:
+    """llguidance's error in a line; of keywords it does not know, their names.
+
+    It speaks of the text it was given: FREE comes first, and only a Lark grammar's lines are the client's own.
+    """
+    lines = error.split("<non-verbose/>")[0].splitlines()
+    line = " ".join(" ".join(line for line in lines if not _QUOTED.match(line)).split())
+    if place := _PLACE.match(line):
+        line = (f"line {int(place[1]) - 1}: " if kind == "lark" else "") + line[place.end() :]
     unknown = "Unimplemented keys: "
     if unknown in line:
         names = line.split(unknown, 1)[1].strip("[] ").replace('"', "")
