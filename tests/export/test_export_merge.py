@@ -134,6 +134,23 @@ def test_verify_fails_for_a_merge_that_is_none(checkpoint, base):
         check_merged(find(ExportArguments(ckpt_dir=str(place))), base[0])
 
 
+def test_verify_decides_in_float64_what_float32_cannot(checkpoint, monkeypatch):
+    from martlet.export import verify
+    from martlet.export.source import find
+
+    place, _ = checkpoint
+    merged = export(ExportArguments(ckpt_dir=str(place), merge_lora=True, replace_if_exists=True))
+    source, compare, asked = find(ExportArguments(ckpt_dir=str(place))), verify.compare, []
+
+    def noisy(source, result, dtype=torch.float32):
+        asked.append(dtype)
+        found = compare(source, result, dtype)
+        return replace(found, largest=1e-3) if dtype == torch.float32 else found
+
+    monkeypatch.setattr(verify, "compare", noisy)
+    assert verify.check_merged(source, merged).largest < 1e-5 and asked == [torch.float32, torch.float64]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

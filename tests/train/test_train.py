@@ -232,4 +232,11 @@ def test_a_row_without_a_rejected_answer_is_no_preference(tiny_model, tmp_path, 
     settings = SHORT | {"dataset": (str(file),), "check": True}
     assert train(RlhfArguments(model=str(tiny_model), **settings)) is None
     said = capsys.readouterr().err
-    assert "1 rows are left out" in said and "dpo needs a rejected answer" in said and "[[b<|im_end|>]]" in said
+    assert f"{file}:1: dpo needs a rejected answer" in said and "1 rows are left out" in said
+    assert "[[b<|im_end|>]]" in said
+
+
+def test_kto_does_not_drop_half_of_a_pair(tiny_model, pairs_file):
+    settings = SHORT | {"dataset": (str(pairs_file),), "check": True}
+    with pytest.raises(UsageError, match="no row is left"):
+        train(RlhfArguments(model=str(tiny_model), rlhf_type="kto", **settings))

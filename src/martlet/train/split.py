@@ -84,7 +84,9 @@ def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Toke
     def pair(row: Row) -> Any:
         prompt, chosen, rejected = prompt_and_endings(row, template, tokenizer, system=system)
         if arguments.rlhf_type == "kto":
-            if row.label is None and rejected is None:
+            if rejected is not None:
+                raise RowError("kto takes one answer a row, with a label; pairs are for dpo, orpo, simpo and cpo")
+            if row.label is None:
                 raise RowError("kto needs a label: true for a desirable answer, false for another")
         elif rejected is None:
             raise RowError(f"{arguments.rlhf_type} needs a rejected answer beside the chosen one")
@@ -96,7 +98,7 @@ def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Toke
             truncation=arguments.truncation_strategy,
         )
         if arguments.rlhf_type == "kto":
-            return prompt, chosen, True if row.label is None else row.label
+            return prompt, chosen, row.label
         return prompt, chosen, rejected
 
     return pair
