@@ -1,17 +1,24 @@
 """RWKV 5.0 to 7 against the authors' package `rwkv`, token by token; and one step against many, in whatever pieces."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rwkv_models import DEPTH, VERSIONS, VOCAB, checkpoint, original
+from rwkv_models import DEPTH, VERSIONS, VOCAB, WIDTH, checkpoint, original
+from safetensors.numpy import save_file
 from tiny_models import Driver, compare, dense
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
+from martlet.errors import InvalidRequest
+from martlet.hub import open_checkpoint, peft
+from martlet.model import adapters
+from martlet.model.weights import read_spec
 from martlet.runners.base import LoadOptions
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
@@ -152,3 +159,23 @@ def test_bfloat16_stays_near(version, tmp_path):
 
     exact = run("float32")
     assert np.abs(run("bfloat16") - exact).mean() < 0.1 < exact.std() / 10
+
+
+def test_adapters_are_served_merged(tmp_path):
+    """A recurrence takes none beside other sequences; refused by tensor, with what works instead."""
+    card, rng = checkpoint("5.2", tmp_path / "base", "hf"), np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((4, WIDTH), (WIDTH, 4)))
+    module, folder = "rwkv.blocks.1.attention.key", tmp_path / "adapter"
+    folder.mkdir()
+    named = {f"base_model.model.{module}.lora_{part}.weight": tensor for part, tensor in (("A", a), ("B", b))}
+    save_file(named, folder / peft.WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["key"]}
+    (folder / peft.CONFIG).write_text(json.dumps(config))
+    refused = rf"{module}.lora_A.weight: LoRA on {module} is served merged only \(--ckpt_dir"
+    with pytest.raises(InvalidRequest, match=refused):
+        adapters.read(folder, card, read_spec(card), 8)
+    plain, merged = open_checkpoint(card), open_checkpoint(replace(card, merge=folder))
+    wanted = plain.tensor(module + ".weight") + 2 * b @ a
+    np.testing.assert_allclose(merged.tensor(module + ".weight"), wanted, atol=1e-5)
+    other = module.replace("key", "value") + ".weight"
+    np.testing.assert_array_equal(merged.tensor(other), plain.tensor(other))
