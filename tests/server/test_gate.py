@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import socket
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -59,6 +61,21 @@ def test_nothing_else_does(url, header):
     response = httpx.get(f"{url}/v1/models", headers=[(b"authorization", header.encode("latin-1"))])
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("key", [*KEYS, "first-kez", "x", "x" * 1000])
+def test_every_key_costs_the_same_comparisons(url, monkeypatch, key):
+    """All known keys are compared in constant time, digests of one length, whichever was right and however much."""
+    seen = []
+
+    def compare(a, b):
+        seen.append((len(a), len(b)))
+        return hmac.compare_digest(a, b)
+
+    monkeypatch.setattr("martlet.server.gate.hmac", SimpleNamespace(compare_digest=compare))
+    status = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+    assert status == (200 if key in KEYS else 401)
+    assert seen == [(32, 32)] * 2 * len(KEYS)  # two headers may bring a key
 
 
 def test_the_client_sees_an_authentication_error(url):
