@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ class AccessFlags:
 
 @dataclass(frozen=True)
 class LimitFlags:
-    """Limits of a request."""
+    """Limits."""
 
-    max_body_mb: float = flag("size of a body, in MiB", 16.0)
+    max_num_queued: int = flag("requests that may wait; more are refused with 429 and Retry-After", 4096)
+    max_body_mb: float = flag("size of a request's body, in MiB", 16.0)
     max_requests_per_key: int | None = flag("requests that one key may have running (default: no limit)", None)
     request_timeout: float | None = flag(
         "seconds an answer may take before it is stopped (default: no limit)", None, metavar="SECONDS"
@@ -128,7 +129,7 @@ def run(options: DeployOptions) -> int:
             model=resolve_model(options, chosen),
             backend=options.infer_backend,
             load=load,
-            engine=engine_options(options, options.seed),
+            engine=replace(engine_options(options, options.seed), max_num_queued=options.max_num_queued),
             template=template_name(options),
             tool_format=options.tool_format,
             reasoning_format=options.reasoning_format,

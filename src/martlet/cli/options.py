@@ -78,7 +78,6 @@ class EngineFlags:
     speculative_tokens: int = flag(
         "guess this many tokens a step from the text so far and verify them together; answers stay the same", 0
     )
-    max_num_queued: int | None = flag("requests that may wait before new ones are refused (default: no limit)", None)
     tensor_parallel_size: int = flag("GPUs that share the model, each with a part of every layer", 1)
 
 
@@ -158,7 +157,6 @@ def engine_options(engine: EngineFlags, seed: int | None = None) -> EngineOption
         max_num_batched_tokens=engine.max_num_batched_tokens,
         enable_prefix_caching=engine.enable_prefix_caching,
         speculative_tokens=engine.speculative_tokens,
-        max_num_queued=engine.max_num_queued,
         seed=seed,
     )
 
