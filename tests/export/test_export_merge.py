@@ -169,6 +169,7 @@ def test_bad_words_are_named(words, said, capsys):
 
 def test_upload_goes_through_the_library(checkpoint, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     calls = []
 
@@ -179,8 +180,11 @@ def test_upload_goes_through_the_library(checkpoint, monkeypatch):
         def create_repo(self, name, **settings):
             calls.append((name, settings["private"]))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
             calls.append((repo_id, folder_path, commit_message))
+            names = ["optimizer.pt", "rng_state_0.pth", "adapter.safetensors"]
+            left = filter_repo_objects(names, ignore_patterns=ignore_patterns)
+            assert list(left) == ["adapter.safetensors"]
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Fake)
     place, _ = checkpoint

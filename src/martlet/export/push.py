@@ -7,9 +7,13 @@ from pathlib import Path
 from martlet.errors import BackendUnavailable, MartletError
 from martlet.export.arguments import ExportArguments
 
+RESUMING = ("optimizer*", "scheduler*", "rng_state*", "training_args.bin", "global_step*", "infer_result/*")
+
 
 def push(path: Path, arguments: ExportArguments) -> None:
     """Upload the folder or file at `path` to --hub_model_id, making the repository when there is none.
+
+    What only resuming a training run needs stays here: it is larger than the weights, and partly pickles.
 
     Raises BackendUnavailable without the library, MartletError for what the hub answers.
     """
@@ -22,13 +26,13 @@ def push(path: Path, arguments: ExportArguments) -> None:
         raise BackendUnavailable(
             f"--push_to_hub needs the hub's library: pip install 'martlet[{arguments.hub}]'", param="push_to_hub"
         ) from error
-    repository, message = arguments.hub_model_id, arguments.commit_message
+    repository, message, without = arguments.hub_model_id, arguments.commit_message, {"ignore_patterns": [*RESUMING]}
     try:
         if arguments.hub == "hf":
             api = Api(token=arguments.hub_token)
             api.create_repo(repository, private=arguments.hub_private_repo, exist_ok=True)
             if path.is_dir():
-                api.upload_folder(repo_id=repository, folder_path=str(path), commit_message=message)
+                api.upload_folder(repo_id=repository, folder_path=str(path), commit_message=message, **without)
             else:
                 api.upload_file(
                     repo_id=repository, path_or_fileobj=str(path), path_in_repo=path.name, commit_message=message
@@ -40,7 +44,7 @@ def push(path: Path, arguments: ExportArguments) -> None:
             visibility = "private" if arguments.hub_private_repo else "public"
             api.create_repo(repository, visibility=visibility, exist_ok=True)
             if path.is_dir():
-                api.upload_folder(repo_id=repository, folder_path=str(path), commit_message=message)
+                api.upload_folder(repo_id=repository, folder_path=str(path), commit_message=message, **without)
             else:
                 api.upload_file(
                     repo_id=repository, path_or_fileobj=str(path), path_in_repo=path.name, commit_message=message
