@@ -10,6 +10,7 @@ from fake_backend import FakeBackend, FakeTemplate
 from martlet import cli
 from martlet.cli import infer
 from martlet.cli.options import Loaded
+from martlet.swift import infer_main
 from martlet.train import layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.run import prepare
@@ -43,6 +44,12 @@ def checkpoint(folder, arguments):
 def results(folder):
     (file,) = folder.glob("*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_swifts_infer_main_returns_the_answers(echo, data, tmp_path):
+    path = checkpoint(tmp_path, SftArguments(dataset=(str(data),), dataset_test_ratio=0.2, max_length=300))
+    found = infer_main(["--ckpt_dir", str(path), "--load_dataset_config", "true"])["result"]
+    assert len(found) == 8 and found == results(path / "infer_result")
 
 
 def test_the_rows_are_those_that_the_run_held_back(echo, data, tmp_path, capsys):

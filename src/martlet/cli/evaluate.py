@@ -63,9 +63,15 @@ def is_asked_for(options: InferOptions) -> bool:
 
 def run(options: InferOptions) -> int:
     """Answer the rows; 1 when some could not be answered."""
+    return 1 if evaluate(options)[1] else 0
+
+
+def evaluate(options: InferOptions) -> tuple[Path, int]:
+    """(the file of answers, how many rows could not be answered)"""
     from martlet.cli import infer
     from martlet.train.split import split_rows
 
+    infer.check_sampling(options)
     arguments = run_arguments(options)
     folder = result_folder(options)
     loaded = infer.load(options, options, options)
@@ -87,7 +93,7 @@ def run(options: InferOptions) -> int:
     print(
         f"{answered} rows answered, {right} of them word for word like the label; results in {result}", file=sys.stderr
     )
-    return 1 if bad else 0
+    return result, bad
 
 
 def run_arguments(options: InferOptions) -> SftArguments:

@@ -62,12 +62,18 @@ def merge_lora_main(args: Words = None) -> str:
 
 
 def infer_main(args: Words = None) -> dict[str, Any]:
-    """Chat, answer a prompt, or answer `val_dataset`, whose rows are then the "result"."""
+    """Chat, answer a prompt, or answer the rows of a dataset, which are then the "result"."""
+    from martlet.cli import evaluate, infer
+
     options = _options("infer", args)
-    importlib.import_module("martlet.cli.infer").run(options)
-    if options.result_path is None:
-        return {"result": []}
-    lines = Path(options.result_path).expanduser().read_text(encoding="utf-8").splitlines()
+    if evaluate.is_asked_for(options) and options.prompt is None and options.result_path is None:
+        answers, _ = evaluate.evaluate(options)
+    else:
+        infer.run(options)
+        if options.result_path is None:
+            return {"result": []}
+        answers = Path(options.result_path).expanduser()
+    lines = answers.read_text(encoding="utf-8").splitlines()
     return {"result": [json.loads(line) for line in lines]}
 
 
