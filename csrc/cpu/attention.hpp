@@ -16,17 +16,17 @@ constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 3 : 1;
 constexpr int kValueRows = L == 16 ? 5 : L == 8 ? 3 : 1;
 
 // What the cache holds, and how it meets queries and weights.
-enum class Kv { kFloats, kPairs, kWidened, kBytes };  // f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32
+// f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32; s8 times 15-bit integers, in tiles only
+enum class Kv { kFloats, kPairs, kWidened, kBytes, kSplit };
 
 template <Kv kKind>
 struct Cache {
   // Elements in a 32-bit lane of the cache.
-  static constexpr int kPack = kKind == Kv::kFloats ? 1 : kKind == Kv::kBytes ? 4 : 2;
+  static constexpr int kPack = kKind == Kv::kFloats ? 1 : kKind == Kv::kBytes || kKind == Kv::kSplit ? 4 : 2;
   static constexpr int kBytes = kKind == Kv::kPairs ? 2 : 4;  // of an element of a query, or of a weight
   static constexpr int kLane = kPack * kBytes;                // bytes of those that meet one lane
-  static constexpr bool kScaled = kKind == Kv::kBytes;        // 16 scales behind each tile
-  static constexpr CacheKind kCache =
-      kKind == Kv::kFloats ? kCacheF32 : kKind == Kv::kBytes ? kCacheInt8 : kCacheBF16;
+  static constexpr bool kScaled = kPack == 4;                 // 16 scales behind each tile
+  static constexpr CacheKind kCache = kKind == Kv::kFloats ? kCacheF32 : kScaled ? kCacheInt8 : kCacheBF16;
   struct Lane {
     F part[kKind == Kv::kPairs ? 1 : kPack];
   };
@@ -252,13 +252,14 @@ INLINE void wide_values_of(const float* weights, int rows, const uint8_t* const*
 template <Kv kKind>
 void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
   using C = Cache<kKind>;
-  constexpr bool kInTiles = kTiles && kKind == Kv::kPairs;
+  constexpr bool kInTiles = kTiles && (kKind == Kv::kPairs || kKind == Kv::kSplit);
   const int group = op.heads / op.kv_heads, rows = task.tokens * group, begin = chunk * kChunk;
   const int64_t room_rows = scratch_rows(rows);
   const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
   const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
   const int64_t tile_bytes = cache_tile_bytes(C::kCache, op.dim), per_block = task.block_size / 16;
-  const bool wide = kKind != Kv::kPairs && rows >= kWideRows;
+  const bool wide = !kInTiles && kKind != Kv::kPairs && rows >= kWideRows;
+  const int padded = kKind == Kv::kSplit ? (int)round_up(tiles, 4) : tiles;  // with weights 0
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + room_rows * kChunk);
   float* room = scratch + 2 * room_rows * kChunk;
@@ -279,7 +280,9 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     }
     if (!k_tiles[tile]) continue;
     if constexpr (kInTiles) {
-      tile_scores((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
+      const uint8_t* q = (const uint8_t*)task.q;
+      if (kKind == Kv::kPairs) tile_scores(q, rows, k_tiles[tile], op.dim, scores + tile * 16);
+      else tile_byte_scores(q, rows, query_row_bytes(op.cache, op.dim), k_tiles[tile], op.dim, scores + tile * 16);
       continue;
     }
     if constexpr (kKind != Kv::kPairs)
@@ -293,17 +296,22 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   }
   float value_scale[kChunk];  // of each token
   if (C::kScaled)
-    for (int tile = 0; tile < tiles; ++tile)
+    for (int tile = 0; tile < padded; ++tile)
       for (int i = 0; i < 16; i += L)
         store(value_scale + tile * 16 + i,
               v_tiles[tile] ? load<F>(v_tiles[tile] + 16 * op.dim + 4 * i) : F{});
   for (int r = 0; r < rows; ++r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
-    softmax<kKind>(scores + r * kChunk, value_scale, lo, most(lo, hi), tiles, op.softcap,
-                   weights + (int64_t)r * kChunk * C::kBytes,
-                   part.peak + r, part.total + r);
+    uint8_t* row = weights + (int64_t)r * kChunk * C::kBytes;
+    softmax<kKind>(scores + r * kChunk, value_scale, lo, most(lo, hi), padded, op.softcap, row, part.peak + r,
+                   part.total + r);
+    if (kKind == Kv::kSplit)  // in place of the row's scores
+      quantise_long((const float*)row, nullptr, 1.0f, padded * 16, (uint8_t*)(scores + r * kChunk));
   }
+  if constexpr (kKind == Kv::kSplit)
+    return tile_byte_values((const uint8_t*)scores, rows, 4 * kChunk, v_tiles, first, tiles, padded, op.dim,
+                            (uint8_t*)room, part.values);
   if constexpr (kInTiles) return tile_values(weights, rows, v_tiles, first, tiles, op.dim, part.values);
   if constexpr (kKind != Kv::kPairs)
     if (wide) return wide_values_of<C>((const float*)weights, rows, v_tiles, first, tiles, op.dim, room, part.values);
@@ -314,7 +322,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
 void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
   switch (op.cache) {
     case kCacheBF16: return chunk_of<kPairDot ? Kv::kPairs : Kv::kWidened>(op, task, chunk, scratch, part);
-    case kCacheInt8: return chunk_of<Kv::kBytes>(op, task, chunk, scratch, part);
+    case kCacheInt8: return chunk_of<kTiles ? Kv::kSplit : Kv::kBytes>(op, task, chunk, scratch, part);
     default: return chunk_of<Kv::kFloats>(op, task, chunk, scratch, part);
   }
 }

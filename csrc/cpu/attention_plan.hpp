@@ -9,7 +9,7 @@ constexpr int kChunk = 128;     // context tokens of a chunk, a multiple of ever
 constexpr int kQueryRows = 48;  // query rows (tokens times heads of the group) that a task takes at most
 
 struct AttentionTask {
-  const void* q;          // [tokens][group][dim], bf16 where pairs are multiplied, else f32; kSpareRows more are read
+  const void* q;          // [tokens][group], query_row_bytes each; kSpareRows more are read
   const int32_t* blocks;  // the sequence's block table
   int32_t block_size;
   int32_t kv_head;

@@ -29,10 +29,10 @@ void describe_with(const float* logits, int n, int token, int k, void* scratch, 
 
 extern const Kernels NAME(MARTLET_SET);
 const Kernels NAME(MARTLET_SET) = {
-    MARTLET_ISA::kPairDot,         MARTLET_ISA::kRowUnit,         MARTLET_ISA::act_kind,
+    MARTLET_ISA::kRowUnit,         MARTLET_ISA::act_kind,
     MARTLET_ISA::take_tiles,       MARTLET_ISA::leave_tiles,
     MARTLET_ISA::prepare,          MARTLET_ISA::product,
-    MARTLET_ISA::finish,           MARTLET_ISA::expand,
+    MARTLET_ISA::finish,           MARTLET_ISA::expand,           MARTLET_ISA::query_row_bytes,
     MARTLET_ISA::rotate_queries,   MARTLET_ISA::store_key_value,
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,

@@ -9,7 +9,6 @@ namespace martlet {
 constexpr int kSpareRows = 15;  // kernels may work on whole multiples of 16 rows
 
 struct Kernels {
-  bool pair_dot;  // queries of a bf16 cache are bf16 too, else f32
   int row_unit;   // rows are best shared out in multiples of this
   ActKind (*act_kind)(Format, int rows);  // what so many rows are prepared as; none takes more than `as_words` of it
   void (*enter)();  // called by a thread before it calls any of what follows, and
@@ -21,6 +20,7 @@ struct Kernels {
   void (*finish)(const LinearOp&, int panel, const float* products, int row0, int rows);
   void (*expand)(Format base, const Lora&, int panel, const uint8_t* t, int64_t stride, const int32_t* tokens,
                  int count, float* products);
+  int64_t (*query_row_bytes)(int32_t cache, int64_t dim);
   void (*rotate_queries)(const AttentionOp&, int64_t t, int kv_head, void* q);
   void (*store_key_value)(const AttentionOp&, int64_t t, int kv_head, int slot, bool last, void* k_tile, void* v_tile);
   void (*attend_chunk)(const AttentionOp&, const AttentionTask&, int chunk, float* scratch, Softmax part);

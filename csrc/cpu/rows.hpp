@@ -269,17 +269,25 @@ INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
     for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
 }
 
-// The queries of token t that share a kv head, normed, rotated and scaled, into q [group][dim]: bf16 where a bf16 cache
-// is multiplied in pairs, else f32.
+// Bytes of one query as it meets a cache: bf16 where one of bf16 is multiplied in pairs, 15-bit integers and their scale
+// (kActSplit1024) where one of int8 is multiplied in tiles, else f32.
+int64_t query_row_bytes(int32_t cache, int64_t dim) {
+  if (cache == kCacheInt8 && kTiles) return 2 * round_up(dim, 64) + 64;
+  return dim * (cache == kCacheBF16 && kPairDot ? 2 : 4);
+}
+
+// The queries of token t that share a kv head, normed, rotated and scaled, into q, query_row_bytes apart.
 void rotate_queries(const AttentionOp& op, int64_t t, int kv_head, void* q) {
   const int group = op.heads / op.kv_heads, half = op.rotary / 2;
   const float* x = op.qkv + t * op.qkv_stride + (int64_t)kv_head * group * op.dim;
   float head[kMaxHeadDim];
   for (int h = 0; h < group; ++h) {
     rotate_head(op, x + h * op.dim, op.q_norm, op.cosines + t * half, op.sines + t * half, op.scale, head);
+    uint8_t* out = (uint8_t*)q + h * query_row_bytes(op.cache, op.dim);
     if (op.cache == kCacheBF16 && kPairDot)
-      for (int i = 0; i < op.dim; i += L) store((uint16_t*)q + h * op.dim + i, to_bf16(load<F>(head + i)));
-    else std::memcpy((float*)q + h * op.dim, head, 4 * (size_t)op.dim);
+      for (int i = 0; i < op.dim; i += L) store(out + 2 * i, to_bf16(load<F>(head + i)));
+    else if (op.cache == kCacheInt8 && kTiles) quantise_long(head, nullptr, 1.0f, op.dim, out);
+    else std::memcpy(out, head, 4 * (size_t)op.dim);
   }
 }
 

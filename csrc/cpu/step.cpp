@@ -102,8 +102,9 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       if (!plan_of(op)) plans_.push_back(plan(op));
       const Plan& plan = *plan_of(op);
       const int64_t group = op.heads / op.kv_heads, tile = std::max<int64_t>(kQueryRows, group);
-      queries = std::max(queries, (n * op.heads + kSpareRows) * op.dim * 4);
-      for (Own& own : own_) own.queries.reserve((group + kSpareRows) * op.dim * 4);
+      const int64_t query = kernels_.query_row_bytes(op.cache, op.dim);
+      queries = std::max(queries, (n * op.heads + kSpareRows) * query);
+      for (Own& own : own_) own.queries.reserve((group + kSpareRows) * query);
       parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
       counters = std::max<int64_t>(counters, plan.counters);
       for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim)));
@@ -291,7 +292,7 @@ Executor::Plan Executor::plan(const AttentionOp& op) const {
 }
 
 int64_t Executor::query_bytes(const AttentionOp& op) const {
-  return int64_t(op.heads / op.kv_heads) * op.dim * (op.cache == kCacheBF16 && kernels_.pair_dot ? 2 : 4);
+  return op.heads / op.kv_heads * kernels_.query_row_bytes(op.cache, op.dim);
 }
 
 void Executor::store_key_value(const AttentionOp& op, int token, int kv_head) const {
