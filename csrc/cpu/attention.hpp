@@ -288,8 +288,8 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     if constexpr (kKind != Kv::kPairs)
       if (wide) {
         widen_keys<C>(k_tiles[tile], op.dim, room);
-        wide_scores<C, kWideScores>((const float*)task.q, rows, room, (const float*)(k_tiles[tile] + 16 * op.dim), op.dim,
-                                    scores + tile * 16);
+        const float* scale = (const float*)(k_tiles[tile] + 16 * op.dim);
+        wide_scores<C, kWideScores>((const float*)task.q, rows, room, scale, op.dim, scores + tile * 16);
         continue;
       }
     scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);

@@ -24,8 +24,9 @@ struct Softmax {
 };
 
 constexpr int64_t softmax_floats(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+// Kernels may work on whole tiles of rows.
+constexpr int64_t scratch_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
 // Scores and weights of the rows, and a chunk of keys or values as f32.
-constexpr int64_t scratch_rows(int64_t rows) { return (rows + 15) / 16 * 16; }  // kernels may work on whole tiles of them
 constexpr int64_t attention_scratch(int64_t rows, int64_t dim) {
   return 2 * scratch_rows(rows) * kChunk + kChunk * dim;
 }

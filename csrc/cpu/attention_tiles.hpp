@@ -97,7 +97,8 @@ struct alignas(64) Parts {
 };
 
 // scores[rows][16], kChunk apart, of queries (query_row_bytes apart) against 16 keys of s8.
-inline void tile_byte_scores(const uint8_t* q, int rows, int64_t stride, const uint8_t* k_tile, int dim, float* scores) {
+inline void tile_byte_scores(const uint8_t* q, int rows, int64_t stride, const uint8_t* k_tile, int dim,
+                             float* scores) {
   const int rest = dim % kTileBytes;
   const uint8_t* scale = q + 2 * round_up(dim, kTileBytes);
   const F key_scale = load<F>(k_tile + 16 * dim);
@@ -173,7 +174,8 @@ inline void tile_byte_values(const uint8_t* weights, int rows, int64_t stride, c
 inline void tile_scores(const uint8_t*, int, const uint8_t*, int, float*) {}
 inline void tile_values(const uint8_t*, int, const uint8_t* const*, int, int, int, float*) {}
 inline void tile_byte_scores(const uint8_t*, int, int64_t, const uint8_t*, int, float*) {}
-inline void tile_byte_values(const uint8_t*, int, int64_t, const uint8_t* const*, int, int, int, int, uint8_t*, float*) {}
+inline void tile_byte_values(const uint8_t*, int, int64_t, const uint8_t* const*, int, int, int, int, uint8_t*,
+                             float*) {}
 
 #endif
 

@@ -69,7 +69,9 @@ void Executor::experts(Worker& worker, const ExpertsOp& op) {
   const LinearOp& linear = op.linear;
   const Routing& to = routing_;
   const int rows = (int)to.token.size(), panels = panels_of(linear.w);
-  const auto kind = [&](int e) { return kernels_.act_kind(Format(op.experts[e].format), to.first[e + 1] - to.first[e]); };
+  const auto kind = [&](int e) {
+    return kernels_.act_kind(Format(op.experts[e].format), to.first[e + 1] - to.first[e]);
+  };
   int64_t stride = 0;  // of the widest kind, so that every row has its place
   for (int e : to.working) stride = std::max(stride, act_bytes(kind(e), linear.w.k));
   uint8_t* acts = acts_.reserve(0);

@@ -8,8 +8,8 @@
 // Block formats meet activations of 15 bits, in two parts of s8: rounding to 8 bits is what moves answers (0.08 in the
 // log-probability of a token of SmolLM2, against 0.01 for a cache in bf16), and a stream of weights hides the work.
 // Block formats keep the scales of a block in front of its quants. Nothing is lost: a block has the same bits as in
-// the file it came from, in another order. Those of one scale and one zero for 32 to 128 inputs (GPTQ, AWQ) have both in
-// a header: value = d * (q - zero). Four-bit quants: step j sits in the low nibbles of group j, step j + 4 in
+// the file it came from, in another order. Those of one scale and one zero for 32 to 128 inputs (GPTQ, AWQ) have both
+// in a header: value = d * (q - zero). Four-bit quants: step j sits in the low nibbles of group j, step j + 4 in
 // the high ones. Extra bits (q5, q6) are planes of one or two bits a step.
 #pragma once
 

@@ -159,7 +159,8 @@ struct Widened : Plain {
         for (int part = 0; part < kParts; ++part) store(out + part * kStep, from.scale(v, part));
         if (kMin) store(out + kParts * kStep, from.minimum(v));
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store(out + (kScales + j) * kStep, (U)((Quarters)from.quants(j, v) - (Quarters)offset));
+        for (int j = 0; j < 8; ++j)
+          store(out + (kScales + j) * kStep, (U)((Quarters)from.quants(j, v) - (Quarters)offset));
       }
       out += kWidened - kStep;
     }
@@ -273,7 +274,8 @@ void rows_of(const Tile& tile, const uint8_t* acts, int64_t stride, int rows, fl
   for (int v0 = 0; v0 < kPanel / L; v0 += kWide)  // outside, so that the inner loop's weights stay near
     for (int i = 0; i < whole; ++i) tile.template run<M>(v0, acts + i * M * stride, out + i * M * kPanel);
   if constexpr (M > 1)
-    if (rows % M) rows_of<(M > 6 ? 6 : M - 1)>(tile, acts + whole * M * stride, stride, rows % M, out + whole * M * kPanel);
+    if (const int done = whole * M; done < rows)
+      rows_of<(M > 6 ? 6 : M - 1)>(tile, acts + done * stride, stride, rows - done, out + done * kPanel);
 }
 
 template <class R>
@@ -299,7 +301,7 @@ struct DenseTile {
   }
 };
 
-// ---- Words: many rows meet a panel widened to 16 bits, [half][block]([scales and minima][16] f32, [steps][16][2]). ----
+// ---- Words: many rows meet a panel widened to 16 bits, [half][block]([scales, minima][16] f32, [steps][16][2]). ----
 
 constexpr int kWordRows = kWords ? 6 : 1 << 30;  // fewer do not pay for the widening
 constexpr int kWordTile = 6, kHalf = kPanel / 2, kHalfStep = 4 * kHalf;
@@ -405,8 +407,8 @@ void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t strid
   }
 }
 
-// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, integers as words from
-// kWordRows rows on. scratch: room for a widened panel (widened_bytes).
+// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, integers as words
+// from kWordRows rows on. scratch: room for a widened panel (widened_bytes).
 void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                    uint8_t* scratch, float* out) {
   switch (f) {

@@ -25,8 +25,8 @@ INLINE void put_rows(const F* acc, int count, const float* channel_scale, float*
 
 // int8: an activation of 15 bits with one scale for 1024 inputs costs two products, of its high and of its low parts,
 // but their sums stay in the tiles to the end of the group. One of 8 bits needs a scale for every 64 inputs to be worth
-// as much, and then each product leaves its tile through memory to be scaled: 90 cycles instead of 32. No sum of a group
-// exceeds 1024 * 128 * 16256 < 2^31.
+// as much, and then each product leaves its tile through memory to be scaled: 90 cycles instead of 32. No sum of a
+// group exceeds 1024 * 128 * 16256 < 2^31.
 constexpr int kLongBlocks = 1024 / kTileBytes;
 
 struct alignas(64) Products {
@@ -144,7 +144,8 @@ void block_tiles(const uint8_t* widened, int k, const uint8_t* acts, int64_t str
         for (int m = 0; m < kTileRows; ++m) {
           const I total = load<I>(low[b % 2][m]) + (load<I>(high[b % 2][m]) << 7);
           acc[m] = fma(d * scalar<float>(group + m * stride), to_float(total), acc[m]);
-          if (R::kMin) acc[m] = fma(least, splat(scalar<float>(group + m * stride + offsetof(Group, scaled_sum))), acc[m]);
+          const uint8_t* sum = group + m * stride + offsetof(Group, scaled_sum);
+          if (R::kMin) acc[m] = fma(least, splat(scalar<float>(sum)), acc[m]);
         }
       }
       put_rows(acc, rows - row, nullptr, out + row * kPanel + v * kTileOutputs);
@@ -234,7 +235,7 @@ ActKind act_kind(Format f, int rows) {
   return rows < kWordRows ? plain : as_words(plain);
 }
 
-constexpr int kRowUnit = kTiles ? kTileRows : 6;  // 6: the rows of a tile of bytes in registers, and half of most others
+constexpr int kRowUnit = kTiles ? kTileRows : 6;  // 6: rows of a tile of bytes in registers, and half of most others
 
 // out[rows][32] = acts times the panel: see Kernels::panel_product and panel_product.
 void product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,

@@ -94,7 +94,8 @@ INLINE void quantise_long(const float* x, const float* norm, float factor, int k
     for (int block = begin; block < end; block += kBlock)
       for (int i = 0; i < kBlock; i += L) {
         const int at = block + i;
-        const I q = round_to_int(normed(x, norm, factor, at, most(0, least(L, end - at))) * inverse), high = (q + 64) >> 7;
+        const F v = normed(x, norm, factor, at, most(0, least(L, end - at)));
+        const I q = round_to_int(v * inverse), high = (q + 64) >> 7;
         total += q;
         store(out + 2 * block + i, to_bytes(high));
         store(out + 2 * block + kBlock + i, to_bytes(q - (high << 7)));
@@ -177,7 +178,7 @@ INLINE void finish_plain(const LinearOp& op, const float* products, float* y, in
 // Takes the products of one panel, [rows][32], into columns of y.
 void finish(const LinearOp& op, int panel, const float* products, int row0, int rows) {
   const bool gated = op.epilogue == kGated;
-  if (!op.bias && (panel + 1) * (gated ? kPanel / 2 : kPanel) <= op.n_out) {  // the common cases, without their questions
+  if (!op.bias && (panel + 1) * (gated ? kPanel / 2 : kPanel) <= op.n_out) {  // common cases, without their questions
     float* y = op.y + row0 * op.y_stride + panel * (gated ? kPanel / 2 : kPanel);
     if (op.epilogue == kStore) return finish_plain<kStore>(op, products, y, rows);
     if (op.epilogue == kAdd) return finish_plain<kAdd>(op, products, y, rows);
@@ -269,8 +270,8 @@ INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
     for (int i = 0; i < op.dim; ++i) ((uint16_t*)v_tile)[(slot / 2 * op.dim + i) * 2 + 1] = 0;
 }
 
-// Bytes of one query as it meets a cache: bf16 where one of bf16 is multiplied in pairs, 15-bit integers and their scale
-// (kActSplit1024) where one of int8 is multiplied in tiles, else f32.
+// Bytes of one query as it meets a cache: bf16 where one of bf16 is multiplied in pairs, 15-bit integers and their
+// scale (kActSplit1024) where one of int8 is multiplied in tiles, else f32.
 int64_t query_row_bytes(int32_t cache, int64_t dim) {
   if (cache == kCacheInt8 && kTiles) return 2 * round_up(dim, 64) + 64;
   return dim * (cache == kCacheBF16 && kPairDot ? 2 : 4);

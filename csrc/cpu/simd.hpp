@@ -192,7 +192,7 @@ INLINE F low_bf16(U pairs) { return (F)(pairs << 16); }
 INLINE F high_bf16(U pairs) { return (F)(pairs & 0xffff0000u); }
 
 // Whether bf16 is multiplied in pairs as it is (and in tiles, where there are any). Where there is no instruction for
-// that, the other factor is kept in f32 and a pair costs two multiply-adds, and two more operations that many rows share.
+// that, the other factor is kept in f32 and a pair costs two multiply-adds, and two operations that many rows share.
 #if defined(__AVX512BF16__)
 constexpr bool kPairDot = true;
 INLINE F dot2(F acc, U a, U b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
@@ -271,8 +271,11 @@ INLINE Bytes to_bytes(I v) {
 #endif
 }
 
-// bf16 with round to nearest even, as 16-bit values. NaN stays NaN.
+// bf16 with round to nearest even, as 16-bit values. NaN stays NaN; numbers below the normal range may become 0.
 INLINE Halves to_bf16(F v) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh(v);
+#endif
   const U bits = (U)v;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U nan = (bits >> 16) | 0x40u;

@@ -16,6 +16,7 @@ constexpr int kHeadRows = 64;  // rows of logits computed together
 // thread's cache, and nobody waits in between. Every block reads the weights, so a thread needs enough rows.
 constexpr int kRowBlock = 96, kRowsForBlocks = 64;
 constexpr int kWarmBytes = 8192;
+constexpr int kShares = 6;  // pieces of attention that each thread should find at least
 
 int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
 
@@ -107,7 +108,8 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       for (Own& own : own_) own.queries.reserve((group + kSpareRows) * query);
       parts = std::max(parts, plan.parts * softmax_floats(group, op.dim) * 4);
       counters = std::max<int64_t>(counters, plan.counters);
-      for (Own& own : own_) own.attention.reserve(4 * (attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim)));
+      const int64_t floats = attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim);
+      for (Own& own : own_) own.attention.reserve(4 * floats);
     }
     if (ops[i].kind == kHead) {
       const Matrix& w = ((const HeadOp*)ops[i].op)->w;
@@ -265,6 +267,12 @@ const Executor::Plan* Executor::plan_of(const AttentionOp& op) const {
 Executor::Plan Executor::plan(const AttentionOp& op) const {
   const int group = op.heads / op.kv_heads, most = std::max(1, kQueryRows / group);
   Plan plan{group, op.kv_heads, op.window, {}, {}, 0, 0};
+  const auto chunks_of = [&](int position, int tokens) {
+    const int first = op.window ? std::max(0, position + 1 - op.window) / kChunk : 0;
+    return (position + tokens - 1) / kChunk + 1 - first;
+  };
+  int64_t all = 0;
+  for (int s = 0; s < batch_->n_seqs; ++s) all += op.kv_heads * chunks_of(batch_->start[s], batch_->count[s]);
   for (int s = 0, token = 0; s < batch_->n_seqs; token += batch_->count[s++])
     for (int i = 0; i < batch_->count[s]; i += most) {
       Tile tile{};
@@ -273,8 +281,9 @@ Executor::Plan Executor::plan(const AttentionOp& op) const {
       tile.tokens = std::min(most, batch_->count[s] - i);
       tile.position = batch_->start[s] + i;
       tile.first_chunk = op.window ? std::max(0, tile.position + 1 - op.window) / kChunk : 0;
-      tile.chunks = (tile.position + tile.tokens - 1) / kChunk + 1 - tile.first_chunk;
-      tile.split = batch_->count[s] == 1 && tile.chunks > 1;
+      tile.chunks = chunks_of(tile.position, tile.tokens);
+      // Only where a whole context would be too large a piece of the work: parts have to be merged through memory.
+      tile.split = batch_->count[s] == 1 && tile.chunks > 1 && tile.chunks * kShares * team_.size() > all;
       if (tile.split) {
         tile.part = plan.parts;
         tile.counter = plan.counters;

@@ -1,4 +1,4 @@
-// A fixed team of threads that runs one function together (SPMD): f(worker) on every thread, with parallel loops inside.
+// A fixed team of threads that run one function together (SPMD): f(worker) on every thread, with parallel loops inside.
 //
 // A loop waits for its pieces and not for threads: whoever has lost its core between two pieces holds nobody up, and
 // skips what the others have finished when it comes back. Only the end of a job waits for everyone.

@@ -15,7 +15,7 @@ namespace martlet {
 namespace MARTLET_ISA {
 
 constexpr int kTileRows = 16, kTileOutputs = 16;
-constexpr int kTileBytes = 64, kHalfTileBytes = 32;  // of inputs that one product takes, with A and B, or HALF_A and HALF_B
+constexpr int kTileBytes = 64, kHalfTileBytes = 32;  // of inputs a product takes, with A and B, or the HALF ones
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
 
