@@ -55,3 +55,14 @@ def test_cores_follow_the_control_groups_quota(quota, cores, monkeypatch):
     files = {"cpu.max": quota, "cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}
     monkeypatch.setattr(machine, "_cgroup_file", lambda name, controller="": files.get(name, ""))
     assert machine.usable_cores() == cores
+
+
+def test_own_group_of_a_controller_is_read(tmp_path):
+    """Version 1 has a group for each controller; another controller's root is not ours."""
+    for folder, quota in (("cpu", "-1"), ("cpu/ours", "100000")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cpu.cfs_quota_us").write_text(quota)
+    groups = tmp_path / "groups"
+    groups.write_text("9:pids:/\n4:memory:/other\n1:cpu,cpuacct:/ours\n0::/\n")
+    assert machine._cgroup_file("cpu.cfs_quota_us", "cpu", tmp_path, groups) == "100000"
+    assert machine._cgroup_file("cpu.max", "", tmp_path, groups) == ""

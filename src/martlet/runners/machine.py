@@ -54,10 +54,17 @@ def _machine_free() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cgroup_file(name: str, controller: str = "") -> str:
+def _cgroup_file(
+    name: str,
+    controller: str = "",
+    mount: Path = Path("/sys/fs/cgroup"),
+    groups: Path = Path("/proc/self/cgroup"),
+) -> str:
     """A file of this process's own control group, or of the mount's root (which is its own inside a container)."""
-    root, groups = Path("/sys/fs/cgroup") / controller, Path("/proc/self/cgroup")
-    own = [line.rsplit(":", 1)[1].lstrip("/") for line in groups.read_text().splitlines()] if groups.exists() else []
+    root = mount / controller
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    fields = [line.split(":", 2) for line in lines]  # number, controllers (none in version 2), group
+    own = [group.lstrip("/") for _, names, group in fields if controller in names.split(",")]
     for folder in (*(root / group for group in own), root):
         if (folder / name).is_file():
             return (folder / name).read_text().strip()
