@@ -92,6 +92,16 @@ int Executor::shrink_tasks(const LinearOp& op) const {
   return tasks;
 }
 
+// What item i of a linear's loop is: a task below `tasks`, or a panel behind them. Every thread's range begins with its
+// share of the tasks, since all panels wait for them. The loop has pieces of one item.
+int Executor::task_or_panel(int i, int tasks, int panels) const {
+  if (panels < team_.size()) return i;  // a range might be shorter than its share
+  const int owner = int(int64_t(i) * team_.size() / (tasks + panels));  // whose range it is in
+  const int before = team_.first_of(owner, tasks), share = team_.first_of(owner + 1, tasks) - before;
+  const int at = i - team_.first_of(owner, tasks + panels);
+  return at < share ? before + at : tasks + i - before - share;
+}
+
 // Some tokens of one adapter times a panel of its A.
 void Executor::shrink(Worker& worker, const LinearOp& op, int task, const Prepared& rows) {
   const Format base = Format(op.w.format), format = lora_format(base);

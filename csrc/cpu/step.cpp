@@ -218,13 +218,17 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   const int64_t bytes = panel_bytes(format, op.w.k);
   uint8_t* scratch = own_[worker.rank].panel.reserve(0);
   float* products = (float*)own_[worker.rank].products.reserve(0);
-  worker.each(tasks + panels, grain_of(panels, team_.size()), [&](int begin, int end) {
-    for (; begin < std::min(end, tasks); ++begin) shrink(worker, op, begin, rows);
-    for (int p = begin - tasks; p < end - tasks; ++p) {
-      if (tasks) expand_ahead(op, p);
-      kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
-      if (tasks) expand(op, p, shrunk, products);
-      kernels_.finish(op, p, products, 0, n);
+  const auto panel = [&](int p) {
+    if (tasks) expand_ahead(op, p);
+    kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
+    if (tasks) expand(op, p, shrunk, products);
+    kernels_.finish(op, p, products, 0, n);
+  };
+  worker.each(tasks + panels, tasks ? 1 : grain_of(panels, team_.size()), [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const int item = tasks ? task_or_panel(i, tasks, panels) : i;
+      if (item < tasks) shrink(worker, op, item, rows);
+      else panel(item - tasks);
     }
   });
 }

@@ -94,6 +94,7 @@ class Executor {
   void linear(Worker&, const LinearOp&);
   void linears_by_rows(Worker&, const Op* ops, int count);
   int shrink_tasks(const LinearOp&) const;
+  int task_or_panel(int i, int tasks, int panels) const;
   void shrink(Worker&, const LinearOp&, int task, const Prepared&);
   void expand_ahead(const LinearOp&, int panel) const;
   void expand(const LinearOp&, int panel, int tasks, float* products);

@@ -76,7 +76,8 @@ struct Worker {
   uint32_t loops = 0;  // parallel loops entered in this job; the same on every thread at the same place
 
   void barrier();  // waits for every thread
-  // Calls f(begin, end) for pieces of 0 ... n - 1, dealt out as threads get free; returns when all pieces are done.
+  // Calls f(begin, end) for pieces of 0 ... n - 1; returns when all pieces are done. Each thread goes through a range of
+  // its own (see Team::first_of) from its beginning, then through what others have left of theirs.
   // What a thread does between loops must be for itself alone: it may be late, and the loop it comes to over.
   template <class Body>
   void each(int n, int grain, Body&& f);
@@ -101,14 +102,18 @@ class Team {
 
   void run(const std::function<void(Worker&)>& job) {
     std::lock_guard<std::mutex> lock(running_);
-    next_.store(0, std::memory_order_relaxed);
-    for (int rank = 0; rank < size_; ++rank) own_[rank].taken.store(0, std::memory_order_relaxed);
+    loop_.store(0, std::memory_order_relaxed);
+    for (int rank = 0; rank < size_; ++rank) ranges_[rank].taken.store(0, std::memory_order_relaxed);
     job_ = &job;
     start_.advance();
     Worker self{*this, 0};
     job(self);
     barrier();
   }
+
+  // The first piece of a thread's range. All ranges are in one piece and alike, so that a thread reads memory in order
+  // (two streams of weights come a tenth faster than one that threads take turns at), and the same in every step.
+  int first_of(int rank, int pieces) const { return int((int64_t(rank) * pieces + size_ - 1) / size_); }
 
   // Returns once loop `l` is over.
   void await(uint32_t l) {
@@ -142,31 +147,36 @@ class Team {
     }
   }
 
-  // The first piece of each thread in a loop is its own, so that short loops know no contention and a thread meets the
-  // same weights in every step; the others take it if its owner does not come. taken: loops whose piece is gone.
-  struct alignas(64) Own {
-    std::atomic<uint32_t> taken{0};
+  // taken: the loop, and in the low half how many pieces of this range are gone in it; of an earlier loop: none.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> taken{0};
   };
-  bool take_own(int rank, uint32_t loop) {
-    uint32_t taken = own_[rank].taken.load(std::memory_order_relaxed);
-    return taken <= loop &&
-           own_[rank].taken.compare_exchange_strong(taken, loop + 1, std::memory_order_acq_rel);
+  // The next of `count` pieces of a thread's range in a loop, counted from 0; -1 when there is none, or the loop is over.
+  int take(int rank, uint32_t loop, int count) {
+    std::atomic<uint64_t>& taken = ranges_[rank].taken;
+    for (uint64_t seen = taken.load(std::memory_order_acquire);;) {
+      const uint32_t last = uint32_t(seen >> 32);
+      const int gone = last == loop ? int(uint32_t(seen)) : 0;
+      if (last > loop || gone >= count) return -1;
+      if (taken.compare_exchange_weak(seen, uint64_t(loop) << 32 | uint64_t(gone + 1), std::memory_order_acq_rel))
+        return gone;
+    }
   }
-  uint32_t loop() const { return uint32_t(next_.load(std::memory_order_acquire) >> 32); }
+  uint32_t loop() const { return loop_.load(std::memory_order_acquire); }
   // Counts items of loop `l` as done; the last ones open the next loop.
   void count(uint32_t l, int items, int n) {
     if (done_.fetch_add(items, std::memory_order_acq_rel) + items < n) return;
     done_.store(0, std::memory_order_relaxed);
-    next_.store(uint64_t(l + 1) << 32, std::memory_order_release);
+    loop_.store(l + 1, std::memory_order_release);
     opened_.advance();
   }
 
   const int size_, spins_;
   Event start_, open_, opened_;
   std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint64_t> next_{0};  // the open loop, and in the low half the next piece that is nobody's own
+  alignas(64) std::atomic<uint32_t> loop_{0};  // the open one
   alignas(64) std::atomic<int> done_{0};       // items of the open loop that are done
-  std::unique_ptr<Own[]> own_{new Own[size_t(size_)]};
+  std::unique_ptr<Range[]> ranges_{new Range[size_t(size_)]};
   const std::function<void(Worker&)>* job_ = nullptr;
   std::mutex running_;
   std::vector<std::thread> threads_;
@@ -179,22 +189,17 @@ inline bool Worker::behind() const { return team.loop() != loops; }
 template <class Body>
 void Worker::each(int n, int grain, Body&& f) {
   const uint32_t loop = loops++;
-  const int size = team.size(), pieces = (n + grain - 1) / grain;
-  if (pieces <= 0) return team.take_own(0, loop) ? team.count(loop, 0, 0) : team.await(loop);
-  const auto work = [&](int piece) {
-    const int begin = piece * grain, end = begin + grain < n ? begin + grain : n;
-    f(begin, end);
-    team.count(loop, end - begin, n);
-  };
-  if (rank < pieces && team.take_own(rank, loop)) work(rank);
-  for (;;) {
-    uint64_t next = team.next_.load(std::memory_order_acquire);
-    const int piece = size + int(uint32_t(next));
-    if (uint32_t(next >> 32) != loop || piece >= pieces) break;
-    if (team.next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) work(piece);
+  const int size = team.size(), pieces = n > 0 ? (n + grain - 1) / grain : 0;
+  if (!pieces) return team.take(0, loop, 1) == 0 ? team.count(loop, 0, 0) : team.await(loop);
+  for (int i = 0; i < size; ++i) {
+    const int owner = (rank + i) % size, first = team.first_of(owner, pieces);
+    const int count = team.first_of(owner + 1, pieces) - first;
+    for (int k; (k = team.take(owner, loop, count)) >= 0;) {
+      const int begin = (first + k) * grain, end = begin + grain < n ? begin + grain : n;
+      f(begin, end);
+      team.count(loop, end - begin, n);
+    }
   }
-  for (int other = 0; other < size && other < pieces; ++other)
-    if (team.take_own(other, loop)) work(other);
   team.await(loop);
 }
 
