@@ -28,6 +28,14 @@ SHAPE = {
     "initializer_range": 0.15,
     "tie_word_embeddings": True,
 }
+KINDS = [  # of adapters, as LoraConfig takes them
+    {},
+    {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 2, "use_rslora": True},
+    {"r": 16, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    {"rank_pattern": {"o_proj": 3}},
+    {"target_modules": r".*layers\.1\..*_proj"},
+]
 
 
 def make_base(folder: Path, kind: str = "Qwen3", **changes) -> tuple[ModelCard, torch.nn.Module]:

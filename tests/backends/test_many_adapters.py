@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_models import VOCAB, greedy, make_base, tune
+from lora_models import KINDS, VOCAB, greedy, make_base, tune
 from martlet.backends.native import NativeBackend
 from martlet.backends.transformers_backend import load_transformers
 from martlet.engine.options import EngineOptions
@@ -19,14 +19,6 @@ from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
 
-KINDS = [
-    {},
-    {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    {"r": 2, "use_rslora": True},
-    {"r": 16, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    {"rank_pattern": {"o_proj": 3}},
-    {"target_modules": r".*layers\.1\..*_proj"},
-]
 TOKENS = 10
 
 

@@ -14,20 +14,12 @@ import pytest
 from byte_tokenizer import ByteTokenizer
 from live_server import live
 
-from lora_models import greedy, make_base, tune
+from lora_models import KINDS, greedy, make_base, tune
 from martlet.backends.native import NativeBackend
 from martlet.runners.base import LoadOptions
 from martlet.runners.cpu_runner import CpuRunner
 from martlet.server import create_app
 
-KINDS = [
-    {},
-    {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    {"r": 2, "use_rslora": True},
-    {"r": 16, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    {"rank_pattern": {"o_proj": 3}},
-    {"target_modules": r".*layers\.1\..*_proj"},
-]
 NAMES = [f"a{n}" for n in range(12)]
 TOKENS = 12
 
