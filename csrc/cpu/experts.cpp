@@ -7,14 +7,6 @@
 #include "step.hpp"
 
 namespace martlet {
-namespace {
-
-int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
-
-int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
-
-}  // namespace
-
 void Executor::norm_add(Worker& worker, const NormAddOp& op) {
   const int n = (int)tokens_.size();
   worker.each(n, grain_of(n, team_.size()), [&](int begin, int end) {

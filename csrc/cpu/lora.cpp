@@ -13,7 +13,6 @@
 namespace martlet {
 namespace {
 
-constexpr int kOwnRows = 4;     // as in step.cpp: so few rows every thread prepares for itself
 constexpr int kTaskTokens = 64;  // most tokens of a task; where there are several, each has half of that at least
 constexpr int kPolls = 2000;    // before a thread that waits gives its core away
 

@@ -6,12 +6,6 @@
 #include "step.hpp"
 
 namespace martlet {
-namespace {
-
-int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
-
-}  // namespace
-
 void Executor::layer_norm(Worker& worker, const LayerNormOp& op) {
   const int n = (int)tokens_.size();
   worker.each(n, grain_of(n, team_.size()), [&](int begin, int end) {

@@ -9,19 +9,12 @@
 namespace martlet {
 namespace {
 
-// Up to here every thread prepares its own copy of a linear's input, which is cheaper than meeting at a barrier.
-constexpr int kOwnRows = 4;
 constexpr int kHeadRows = 64;  // rows of logits computed together
 // A block of rows goes through all linears up to the next attention on one thread: its activations stay in that
 // thread's cache, and nobody waits in between. Every block reads the weights, so a thread needs enough rows.
 constexpr int kRowBlock = 96, kRowsForBlocks = 64;
 constexpr int kWarmBytes = 8192;
 constexpr int kShares = 6;  // pieces of attention that each thread should find at least
-
-int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
-
-// Pieces of a loop: small enough to share well, large enough that dealing them out costs nothing.
-int grain_of(int n, int threads) { return std::max(1, n / (threads * 16)); }
 
 }  // namespace
 
@@ -145,7 +138,8 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
 void Executor::warm(const Worker& worker, const Matrix& w) const {
   if (tokens_.size() > kOwnRows) return;
   const int64_t bytes = panel_bytes(Format(w.format), w.k);
-  const int64_t begin = worker.rank * grain_of(panels_of(w), team_.size()) * bytes;
+  const int grain = grain_of(panels_of(w), team_.size()), pieces = (panels_of(w) + grain - 1) / grain;
+  const int64_t begin = int64_t(team_.first_of(worker.rank, pieces)) * grain * bytes;
   const int64_t end = std::min(begin + kWarmBytes, panels_of(w) * bytes);
   for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(w.panels + at, 0, 2);
 }

@@ -10,6 +10,14 @@
 
 namespace martlet {
 
+// Up to here every thread prepares its own copy of a linear's input, which is cheaper than meeting at a barrier.
+constexpr int kOwnRows = 4;
+
+// Pieces of a loop: small enough to share well, large enough that dealing them out costs nothing.
+inline int grain_of(int n, int threads) { return n < threads * 32 ? 1 : n / (threads * 16); }
+
+inline int panels_of(const Matrix& w) { return (w.n + kPanel - 1) / kPanel; }
+
 // Memory that only grows, aligned to cache lines; zeros at first. Contents do not survive growth.
 class Scratch {
  public:

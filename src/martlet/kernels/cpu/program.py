@@ -13,6 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 PANEL = 32  # outputs of a panel
+MAX_HEAD_DIM = 512
 
 
 class Format(IntEnum):

@@ -15,6 +15,7 @@ from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.cpu.library import Executor
 from martlet.kernels.cpu.program import (
     ACTIVATIONS,
+    MAX_HEAD_DIM,
     PANEL,
     AnglesOp,
     AnyOp,
@@ -37,10 +38,9 @@ from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Lay
 from martlet.runners.cpu_runner import recurrence
 from martlet.runners.cpu_runner.adapters import AdapterTables
 from martlet.runners.cpu_runner.packed_cache import PackedCache
-from martlet.runners.cpu_runner.packing import Packer, Precision, in_order, order_of, source_format
+from martlet.runners.cpu_runner.packing import Packer, Precision, floats, in_order, order_of, source_format
 
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
-MAX_HEAD_DIM = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class Decoder:
                 case "norm" if spec.recurrent:
                     self.last_norm = recurrence.read_norm(tensors["norm"], tensors["bias"])
                 case "norm":
-                    self.norm = _floats(tensors["norm"])
+                    self.norm = floats(tensors["norm"])
                 case "head":
                     self.head = self._table(tensors["head"], precision)
                 case _:
@@ -203,15 +203,15 @@ class Decoder:
         added = Epilogue.STORE if layer.post_norms else Epilogue.ADD
         post = layer.post_norms
         return Block(
-            attn_norm=_floats(tensors["attn_norm"]),
+            attn_norm=floats(tensors["attn_norm"]),
             qkv=self._linears(["q", "k", "v"], tensors, Epilogue.STORE),
-            q_norm=_floats(tensors["q_norm"]) if layer.mixer.qk_norm else None,
-            k_norm=_floats(tensors["k_norm"]) if layer.mixer.qk_norm else None,
+            q_norm=floats(tensors["q_norm"]) if layer.mixer.qk_norm else None,
+            k_norm=floats(tensors["k_norm"]) if layer.mixer.qk_norm else None,
             o=self._linears(["o"], tensors, added)[0],
-            attn_post_norm=_floats(tensors["attn_post_norm"]) if post else None,
-            mlp_norm=_floats(tensors["mlp_norm"]),
+            attn_post_norm=floats(tensors["attn_post_norm"]) if post else None,
+            mlp_norm=floats(tensors["mlp_norm"]),
             mlp=self._mixture(layer.mlp, tensors) if layer.mlp.experts else self._dense(layer.mlp, tensors, added),
-            mlp_post_norm=_floats(tensors["mlp_post_norm"]) if post else None,
+            mlp_post_norm=floats(tensors["mlp_post_norm"]) if post else None,
         )
 
     def _dense(self, mlp: FeedForward, tensors: Mapping[str, Tensor], added: Epilogue, at: str = "") -> Dense:
@@ -252,7 +252,7 @@ class Decoder:
         bias = None
         if mlp.bias:
             sides = np.zeros((2, matrix.n // 2), np.float32)
-            sides[0, : mlp.hidden], sides[1, : mlp.hidden] = _floats(tensors["gate.bias"]), _floats(tensors["up.bias"])
+            sides[0, : mlp.hidden], sides[1, : mlp.hidden] = floats(tensors["gate.bias"]), floats(tensors["up.bias"])
             bias = np.ascontiguousarray(sides.reshape(2, -1, PANEL // 2).swapaxes(0, 1)).reshape(-1)
         parts = self._parts([at + "gate", at + "up"], tensors)
         return [Linear(matrix, bias, gate.shape[0], Epilogue.GATED, parts=parts, order=order_of(gate))]
@@ -428,7 +428,7 @@ def _bias(parts: list[Tensor | None]) -> np.ndarray | None:
     """Biases one after another, padded to whole panels; None when there are none."""
     if parts[0] is None:
         return None
-    joined = np.concatenate([_floats(part) for part in parts if part is not None])
+    joined = np.concatenate([floats(part) for part in parts if part is not None])
     return np.pad(joined, (0, -len(joined) % PANEL))
 
 
@@ -437,11 +437,6 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     order = order_of(tensor)
     packed = tensor.format if isinstance(tensor, PackedTensor) else None
     return source_format(tensor), packed, None if order is None else order.tobytes()
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    array = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor
-    return np.ascontiguousarray(array, np.float32)
 
 
 def _place(name: str) -> str:

@@ -174,6 +174,10 @@ def order_of(tensor: Tensor) -> np.ndarray | None:
     return tensor.order if isinstance(tensor, PackedTensor) else None
 
 
+def floats(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor, np.float32)
+
+
 def _addresses(rows: np.ndarray) -> np.ndarray:
     """uint64 [rows]. The array must outlive them."""
     return np.uint64(rows.ctypes.data) + np.arange(len(rows), dtype=np.uint64) * np.uint64(rows.strides[0])

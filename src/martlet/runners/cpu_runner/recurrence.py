@@ -18,10 +18,9 @@ from martlet.kernels.cpu import program as c
 from martlet.kernels.cpu.program import ACTIVATIONS, AnyOp, Epilogue, Format, Matrix, Program, Rows, address
 from martlet.model.spec import ChannelMix, DecoderSpec, Layer, Recurrence
 from martlet.runners.base import Batch, MemoryPlan
-from martlet.runners.cpu_runner.packing import Packer, Precision, in_order, order_of
+from martlet.runners.cpu_runner.packing import Packer, Precision, floats, order_of
 from martlet.runners.states import StateSlots
 
-MAX_HEAD_DIM = 512
 SHIFTED = {5: "rkvg", 6: "wkvrg", 7: "rwkvag"}  # what takes a share of the token before, in the order of mix_up
 
 
@@ -108,14 +107,14 @@ def check(spec: DecoderSpec) -> None:
     for mixer in {layer.mixer for layer in spec.layers}:
         if not isinstance(mixer, Recurrence):
             raise BackendUnavailable("the native CPU kernels run recurrences in all layers or in none")
-        if mixer.head_dim % 16 or mixer.head_dim > MAX_HEAD_DIM:
+        if mixer.head_dim % 16 or mixer.head_dim > c.MAX_HEAD_DIM:
             raise BackendUnavailable(
-                f"the native CPU kernels take heads of a multiple of 16 up to {MAX_HEAD_DIM}, not {mixer.head_dim}"
+                f"the native CPU kernels take heads of a multiple of 16 up to {c.MAX_HEAD_DIM}, not {mixer.head_dim}"
             )
 
 
 def read_norm(weight: Tensor, bias: Tensor) -> Norm:
-    return _floats(weight), _floats(bias)
+    return floats(weight), floats(bias)
 
 
 def read_block(layer: Layer, tensors: Mapping[str, Tensor], packer: Packer, precision: Precision) -> RecurrentBlock:
@@ -144,11 +143,11 @@ class _Reader:
         tensors, seventh = self.tensors, mixer.generation == 7
         gate = "g" * (mixer.gated and not seventh)
         shifted = SHIFTED[mixer.generation] if gate or seventh else "rkv"
-        bonus = np.exp(_floats(tensors["log_bonus"])) if mixer.log_bonus else _floats(tensors["bonus"])
-        vectors = {"bonus": _by_channel(bonus, mixer), "decay": _by_channel(_floats(tensors["decay"]), mixer)}
+        bonus = np.exp(floats(tensors["log_bonus"])) if mixer.log_bonus else floats(tensors["bonus"])
+        vectors = {"bonus": _by_channel(bonus, mixer), "decay": _by_channel(floats(tensors["decay"]), mixer)}
         for name in ("norm", "norm.bias", "removal", "renewal", "mix_x"):
             if name in tensors:
-                vectors[name] = _floats(tensors[name])
+                vectors[name] = floats(tensors[name])
         products = {part: self._large(part) for part in "rkv"}
         if gate:
             products["g"] = self._large("g", Epilogue.ACTIVATE)
@@ -174,7 +173,7 @@ class _Reader:
         return Channel(shifted, self._shares(shifted), products)
 
     def _shares(self, shifted: str) -> np.ndarray:
-        return np.stack([_floats(self.tensors[f"mix_{part}"]) for part in shifted])
+        return np.stack([floats(self.tensors[f"mix_{part}"]) for part in shifted])
 
     def _large(self, name: str, epilogue: Epilogue = Epilogue.STORE, activation: str = "silu") -> Product:
         tensor = self.tensors[name]
@@ -184,7 +183,7 @@ class _Reader:
     def _small(self, tensor: Tensor, activation: str | None = None, bias: Tensor | None = None) -> Product:
         array = _array(tensor)
         matrix = self.packer.stack([array], Format.BF16 if array.dtype == ml_dtypes.bfloat16 else Format.F32)
-        padded = None if bias is None else np.pad(_floats(bias).reshape(-1), (0, -matrix.n % c.PANEL))
+        padded = None if bias is None else np.pad(floats(bias).reshape(-1), (0, -matrix.n % c.PANEL))
         return Product(matrix, Epilogue.ACTIVATE if activation else Epilogue.STORE, activation or "silu", padded)
 
     def _map(self, between: str | None, name: str, behind: str | None = None) -> tuple[Product, Product]:
@@ -329,10 +328,5 @@ def _by_channel(vector: np.ndarray, mixer: Recurrence) -> np.ndarray:
 
 def _array(tensor: Tensor) -> np.ndarray:
     """What nobody quantises, as float32, or bfloat16 where the file has that."""
-    array = in_order(tensor)
-    array = array.dequantise() if isinstance(array, PackedTensor) else array
-    return np.ascontiguousarray(array, array.dtype if array.dtype == ml_dtypes.bfloat16 else np.float32)
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(_array(tensor), np.float32)
+    plain = not isinstance(tensor, PackedTensor) and tensor.dtype == ml_dtypes.bfloat16
+    return np.ascontiguousarray(tensor) if plain else floats(tensor)
