@@ -7,6 +7,7 @@ start at a place that depends on their seed. Log-probabilities are made up: -0.2
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,8 @@ START, END = 2, 3
 
 
 class EchoRunner:
-    """delay: seconds a step takes. fail_on: a step that computes a row whose prompt holds these bytes raises."""
+    """delay: seconds a step takes. may_step: steps wait until it is set. fail_on: a step that computes a row whose
+    prompt holds these bytes raises."""
 
     vocab_size = ByteTokenizer.vocab_size
     lag = 0
@@ -37,11 +39,14 @@ class EchoRunner:
         self.memory = MemoryPlan(16, num_blocks, max_rows, max_model_len, bytes_per_token=4)
         self.rows: dict[int, NewRow] = {}
         self.delay = 0.0
+        self.may_step = threading.Event()
+        self.may_step.set()
         self.fail_on = b""
         self.closed = False
 
     def launch(self, batch: Batch) -> Done:
         time.sleep(self.delay)
+        assert self.may_step.wait(60), "the test never let the step go on"
         self.rows.update({new.row: new for new in batch.new_rows})
         tokens = np.full(len(batch.rows), -1, np.int32)
         logprobs, prompt_logprobs = {}, {}

@@ -55,8 +55,8 @@ def create_app(
     app = FastAPI(title="Martlet", version=__version__)
     app.state.service = service
     app.openapi = lambda: document(app)
-    for room in (models, chat, completions, responses, messages, embeddings, tokens, adapters, operations):
-        app.include_router(room.router)
+    for room in (chat, completions, responses, messages, embeddings, tokens, models, adapters, operations):
+        app.router.routes.extend(room.router.routes)  # as include_router does, but matched once and in one list
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(MartletError, _on_error)

@@ -102,10 +102,7 @@ def describe(error: BaseException, request_id: str) -> Problem:
 
 
 def describe_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
-    """FastAPI's validation errors as one OpenAI error: about the first field at fault, without repeating its value."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'cannot be parsed')}")
+    """pydantic's errors as one OpenAI error: about the first field at fault, without repeating its value."""
     # Of the members of a union, the one that was entered furthest is what the client meant.
     first = max(errors[:64], key=lambda error: len(error["loc"]))
     param = field_path(first["loc"])

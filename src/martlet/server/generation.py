@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,25 +135,23 @@ class Running:
         if (seconds := service.limits.request_seconds) is not None:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self._inbox.fail, _too_slow(seconds))
 
-    async def __aiter__(self) -> AsyncIterator[Iterator[tuple[Choice, Output]]]:
-        """News, until all choices have ended: a choice, as of the output beside it.
+    @property
+    def open(self) -> bool:
+        """Some choices have not ended."""
+        return bool(self._open)
 
-        Raises ClientGone, or what went wrong in the backend.
-        """
-        while self._open:
-            outputs = await self._inbox.get()
-            if outputs is None:
-                raise ClientGone
-            news = ((self._take(output), output) for output in outputs)
-            yield news
-            for _ in news:  # taken, whether or not anybody looks at them
-                pass
-        self._record.finish = "+".join(sorted({choice.finish_reason or "stop" for choice in self.choices}))
+    async def outputs(self) -> list[Output]:
+        """What has come, to be taken one by one. Raises ClientGone when nobody waits for more."""
+        outputs = await self._inbox.get()
+        if outputs is None:
+            raise ClientGone
+        return outputs
 
     def close(self) -> None:
         """Idempotent."""
+        reasons = {choice.finish_reason or "stop" for choice in self.choices}
+        self._record.finish = self._record.finish or ("abort" if self._open else "+".join(sorted(reasons)))
         if self._open:
-            self._record.finish = self._record.finish or "abort"
             self._service.backend.abort(list(self._open))
             self._open.clear()
         self._service.dispatcher.forget(self._numbers)
@@ -166,7 +164,8 @@ class Running:
         reasoning = sum(len(encode(choice.reply.reasoning)) for choice in self.choices if choice.reply.reasoning)
         return Usage(record.prompt_tokens, record.output_tokens, record.cached_tokens, reasoning)
 
-    def _take(self, output: Output) -> Choice:
+    def take(self, output: Output) -> Choice:
+        """The choice that `output` belongs to, with what it brings. Raises what went wrong in the backend."""
         number = self._numbers[output.request_id]
         choice = self.choices[number * self.job.n + output.index]
         if output.last:
@@ -234,8 +233,9 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
     if job.stream:
         return EventStream(running, record)
     try:
-        async for _ in running:
-            pass
+        while running.open:
+            for output in await running.outputs():
+                running.take(output)
     except ClientGone:
         return Response(status_code=499)  # nginx's word for it; nobody reads it, the log has it
     except Exception:
@@ -247,7 +247,10 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
 
 
 class EventStream(Response):
-    """Server-sent events: one write a wake-up, an error as an event of its own, the end only after a whole answer."""
+    """Server-sent events: one write a wake-up, an error as an event of its own, the end only after a whole answer.
+
+    The head waits for the first event, so that what fails before it has a status of its own.
+    """
 
     def __init__(self, running: Running, record: Record):
         headers = {"cache-control": "no-cache"} | ignored_header(running.job.ignored)
@@ -259,23 +262,30 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         running, job = self._running, self._running.job
         shape = job.shape
+        began = False
 
         async def write(events: bytes, *, last: bool = False) -> None:
+            nonlocal began
+            if events and not began:
+                began = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if events or last:
                 await send({"type": "http.response.body", "body": events, "more_body": not last})
 
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                await write(shape.begin(job))
-                async for news in running:
-                    await write(b"".join([shape.news(job, choice, output) for choice, output in news]))
-                await write(shape.end(job, running.choices, running.usage()), last=True)
-            except ClientGone:
-                return
-            except Exception as error:
-                self._record.finish = "error"
-                await write(shape.failed(job, describe(error, self._record.id)), last=True)
+            events = shape.begin(job)
+            while running.open:
+                await write(events)
+                news = await running.outputs()
+                events = b"".join([shape.news(job, running.take(output), output) for output in news])
+            await write(events + shape.end(job, running.choices, running.usage()), last=True)
+        except ClientGone:
+            return
+        except Exception as error:
+            self._record.finish = "error"
+            if not began:
+                raise
+            await write(shape.failed(job, describe(error, self._record.id)), last=True)
         finally:
             running.close()
 

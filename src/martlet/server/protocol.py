@@ -11,24 +11,39 @@ from typing import Any
 
 import h11
 import orjson
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from martlet.server.errors import problem
 
 
 class Connection(h11.Connection):
-    """h11's connection, but for the body of an answer in chunks: a stream is a chunk a token, and putting one through
-    h11's states and writers costs as much as all else that the server does for it."""
+    """h11's connection, but that it writes less often: a head goes with the first of its body, and what is said to be
+    `ending` a body with its end."""
 
-    _in_chunks = False
+    ending = False
+    _chunked = False
+    _held = b""
 
     def send(self, event: h11.Event) -> bytes | None:
-        if self._in_chunks and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
-            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
         output = super().send(event)
+        if output is None:
+            return None
         if type(event) is h11.Response:
-            self._in_chunks = output is not None and b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
-        return output
+            self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
+        output = self._held + output
+        holds = type(event) is h11.Response or (type(event) is h11.Data and self.ending)
+        self._held = output if holds else b""
+        return b"" if holds else output
+
+    @property
+    def in_chunks(self) -> bool:
+        """The head and a chunk have been written, and more chunks may follow."""
+        return self._chunked and not self._held and self.our_state is h11.SEND_BODY
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 class Protocol(H11Protocol):
@@ -40,6 +55,26 @@ class Protocol(H11Protocol):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size)
+        self._application, self.app = self.app, self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application. The middle of a stream is a chunk a token, and putting one through uvicorn's and h11's
+        states would cost as much as all else that is done for it."""
+        conn, cycle = self.conn, self.cycle
+        has_body = scope["method"] != "HEAD"
+
+        async def write(message: Message) -> None:
+            more = message.get("more_body", False)
+            if more and has_body and conn.in_chunks:
+                if self.flow.write_paused:
+                    await self.flow.drain()
+                if not cycle.disconnected:
+                    self.transport.write(chunk(message["body"]))
+            else:
+                conn.ending = message["type"] == "http.response.body" and not more
+                await send(message)
+
+        await self._application(scope, receive, write)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
