@@ -288,7 +288,7 @@ class LLM:
         choice.token_ids += output.token_ids
         choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
         if output.index == 0:
-            answer.num_cached_tokens = output.cached_tokens
+            answer.num_cached_tokens = max(answer.num_cached_tokens, output.cached_tokens)
         if output.prompt_logprobs is not None:
             answer.prompt_logprobs = [at and self._logprobs(at) for at in output.prompt_logprobs]
         if output.logprobs is not None:

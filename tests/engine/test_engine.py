@@ -236,7 +236,12 @@ def test_right_guesses_save_steps_and_change_nothing():
     engine = Engine(Guessed("abcdabcdabcdabcdabcdabce", 3), ByteTokenizer(), EngineOptions(speculative_tokens=4))
     (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(max_tokens=50))])
     assert output.text == "abcdabcdabcdabcdabcdabce" and output.finish_reason == "stop"
-    assert engine.runner.steps < 15 and engine.stats().generated_tokens == 25
+    stats = engine.stats()
+    assert engine.runner.steps < 15 and stats.generated_tokens == 25
+    assert engine.runner.steps + sum(stats.right_guesses) == 25  # each step gave its own token, and those guessed right
+    assert sum(stats.right_guesses) <= stats.guessed_tokens <= 4 * stats.guesses < 4 * stats.steps
+    assert stats.guesses >= stats.right_guesses[0] >= stats.right_guesses[3] > 0
+    assert stats.step_tokens.total == 3 + (stats.steps - 1) + stats.guessed_tokens  # the prompt, then known and guessed
 
 
 def test_a_stop_string_among_right_guesses_ends_the_answer_there():

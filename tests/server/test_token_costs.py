@@ -7,12 +7,10 @@ import asyncio
 import h11
 import pytest
 import uvicorn
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from martlet.server.protocol import Connection, Protocol
-from martlet.server.token_latency import TokenLatency
 
 HEADERS = {
     "chunks": [("content-type", "text/event-stream")],
@@ -126,21 +124,3 @@ def test_fewer_writes_say_what_uvicorn_says(app, head):
         assert len(ours) == 2 * (3 if app is streams else 1)
         assert ours[0].endswith(b"3\r\none\r\n" if app is streams else b"hello")
         assert app is not streams or ours[-1] == b"5\r\nthree\r\n0\r\n\r\n"
-
-
-def test_latencies_are_told_as_prometheus_would():
-    bounds, labels = (0.001, 0.01, 0.5), {"model_name": "m", "engine": "0"}
-    theirs, ours = CollectorRegistry(), CollectorRegistry()
-    histogram = Histogram("a:b_seconds", "about", list(labels), buckets=bounds, registry=theirs)
-    latency = TokenLatency("a:b_seconds", "about", bounds, labels)
-
-    class Collector:
-        def collect(self):
-            return [latency.family()]
-
-    ours.register(Collector())
-    for seconds in (0.0, 0.001, 0.0011, 0.3, 0.5, 7.0):
-        histogram.labels(*labels.values()).observe(seconds)
-        latency.observe(seconds)
-    want = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
-    assert sorted(generate_latest(ours).decode().splitlines()) == sorted(want)

@@ -279,9 +279,8 @@ class _Batch(StoppingCriteria):
             row.logprobs.append(sampled.logprobs)
             sampled.logprobs = None
         ends = token in sampled.end_ids and len(sampled.output) > params.min_tokens
-        stop = row.detokenizer.feed([] if ends else [token]) if row.detokenizer else None
-        if stop is not None:
-            return self._report(row, "stop", stop)
+        if row.detokenizer and row.detokenizer.feed([] if ends else [token]) is not None:
+            return self._report(row, "stop", row.detokenizer.stop)
         if ends:
             return self._report(row, "stop", token if token in params.stop_token_ids else None)
         if len(sampled.output) >= row.limit:

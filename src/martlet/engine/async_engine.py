@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
@@ -123,14 +124,14 @@ class AsyncEngine:
         return not self._closing
 
     def _deliver(self, outputs: list[Output]) -> None:
-        news: dict[int, tuple[Sink, list[Output]]] = {}
+        news: defaultdict[Sink, list[Output]] = defaultdict(list)
         with self._wake:
             for output in outputs:
                 sink = self._sinks.get(output.request_id)
                 if sink is None:  # it was failed when the runner was lost
                     continue
-                news.setdefault(id(sink), (sink, []))[1].append(output)
+                news[sink].append(output)
                 if output.last:
                     del self._sinks[output.request_id]
-        for sink, batch in news.values():
+        for sink, batch in news.items():
             sink.put(batch)

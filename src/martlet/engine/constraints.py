@@ -13,12 +13,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.grammar import Grammar
+from martlet.grammar.process import Worker, vocabulary
+from martlet.hub.tokenizer import Tokenizer
 
 CHECK_SECONDS = 4.0  # to compile a grammar and compute its first masks
 MASK_SECONDS = 3.0  # to compute a mask, or to compile again
@@ -284,3 +287,16 @@ class Constraints:
 
 def _data(grammar: Grammar) -> list[str | None]:
     return [grammar.kind, grammar.text, grammar.trigger]
+
+
+def constraints_for(tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constraints:
+    """Constraints over a model's vocabulary; nothing is computed or started before the first grammar."""
+
+    @cache
+    def words() -> bytes:
+        return vocabulary(tokenizer, vocab_size)
+
+    def start(slots: int) -> Port:
+        return Worker(words(), slots, -(-vocab_size // 32))
+
+    return Constraints(start, rows)

@@ -8,21 +8,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 
 from martlet.engine.adapters import AdapterNames, AdapterSlots
 from martlet.engine.block_pool import root_digest
-from martlet.engine.constraints import PATIENCE, Constraints, Port, StepMasks
+from martlet.engine.constraints import PATIENCE, Constraints, StepMasks, constraints_for
 from martlet.engine.detokenizer import Detokenizer
+from martlet.engine.histogram import Histogram
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import FinishReason, Output, Request, Stats
 from martlet.engine.scheduler import Plan, Scheduler
 from martlet.engine.sequence import Sequence
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.grammar import Grammar
-from martlet.grammar.process import Worker, vocabulary
 from martlet.hub.tokenizer import Tokenizer
 from martlet.runners.base import Batch, Runner, Step, StepResult, TokenLogprobs
 
@@ -64,14 +63,15 @@ class Engine:
         )
         self._follows_runner = options.max_num_batched_tokens is None
         if constraints is None and tokenizer is not None and tokenizer.eos_ids:
-            constraints = _constraints(tokenizer, runner.vocab_size, memory.max_rows)
+            constraints = constraints_for(tokenizer, runner.vocab_size, memory.max_rows)
         self.constraints = constraints
         self._random = random.Random(options.seed)
         self._requests: dict[str, list[Sequence]] = {}  # sequences of each request that have not ended
         self._forks: dict[str, list[Sequence]] = {}  # sequences that wait for their leader to compute the prompt
         self._in_flight: deque[tuple[Plan, Step | BaseException]] = deque()
         self._outbox: list[Output] = []
-        self._arrivals = self._steps = self._failed_in_a_row = 0
+        self._arrivals = self._failed_in_a_row = 0
+        self._step_tokens = Histogram([1, *(2**e for e in range(3, 15))])
         self._prompt_tokens = self._generated_tokens = 0
         self._finished: Counter[str] = Counter()
         self._error: str | None = None
@@ -197,7 +197,7 @@ class Engine:
                 self._end(each, "error", error=error)
         self.scheduler.refused.clear()
         if plan is not None:
-            self._steps += 1
+            self._step_tokens.observe(plan.batch.num_tokens)
             if constrained:
                 plan = self._constrain(plan)
             self._in_flight.append((plan, self._launch(plan)))
@@ -260,21 +260,27 @@ class Engine:
             seq.logprobs.append(logprobs)
         request, detokenizer = seq.request, seq.detokenizer
         by_token = ended and tokens[-1] in seq.end_ids
-        stop = None
+        taken = None
         if detokenizer is not None and (request.stream or request.params.stop):
-            for number, token in enumerate(tokens[:-1] if by_token else tokens, 1):  # the end token's text is no text
-                stop = detokenizer.feed([token])
-                if stop is not None:
-                    self.scheduler.table.arrived[seq.row] -= len(tokens) - number
-                    break
-        if stop is not None:
-            self._end(seq, "stop", stop)
+            taken = detokenizer.feed(tokens[:-1] if by_token else tokens)  # the end token's text is no text
+        if taken is not None:
+            self.scheduler.table.arrived[seq.row] -= len(tokens) - taken
+            self._end(seq, "stop", detokenizer.stop)
         elif by_token:
             self._end(seq, "stop", tokens[-1] if tokens[-1] in request.params.stop_token_ids else None)
         elif ended:
             self._end(seq, "length")
+        elif request.stream and seq.reported:
+            self._tell(seq, tokens)
         elif request.stream:
             self._report(seq, tokens=tokens)
+
+    def _tell(self, seq: Sequence, tokens: list[int]) -> None:
+        """Report more of a stream: tokens alone, since its first Output told of the prompt."""
+        text = "" if seq.detokenizer is None else seq.detokenizer.delta()
+        logprobs = None if seq.request.params.logprobs is None else seq.logprobs[seq.reported :]
+        self._outbox.append(Output(seq.request.id, seq.index, tokens, text, logprobs))
+        seq.reported += len(tokens)
 
     def _end(self, seq: Sequence, reason: FinishReason, stop: str | int | None = None, error=None) -> None:
         """The sequence is over: report what is left of it and free what it holds."""
@@ -438,7 +444,14 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
-            steps=self._steps,
+            steps=sum(self._step_tokens.counts),
+            step_tokens=self._step_tokens,
+            guesses=scheduler.guesses,
+            guessed_tokens=scheduler.guessed_tokens,
+            right_guesses=tuple(scheduler.right_guesses.tolist()),
+            max_adapters=scheduler.adapters.size,
+            running_adapters=_adapter_names(scheduler.running),
+            waiting_adapters=_adapter_names(scheduler.waiting),
             finished=dict(self._finished),
             error=self._error,
             busy_seconds=0.0 if began is None else time.monotonic() - began,
@@ -455,17 +468,8 @@ class Engine:
         self.runner.close()
 
 
-def _constraints(tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constraints:
-    """Constraints over a model's vocabulary; nothing is computed or started before the first grammar."""
-
-    @cache
-    def words() -> bytes:
-        return vocabulary(tokenizer, vocab_size)
-
-    def start(slots: int) -> Port:
-        return Worker(words(), slots, -(-vocab_size // 32))
-
-    return Constraints(start, rows)
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({seq.adapter.name for seq in list(sequences) if seq.adapter is not None}))
 
 
 def drain(engine: Engine, requests: Iterable[Request]) -> list[Output]:

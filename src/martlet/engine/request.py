@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from martlet.engine.histogram import Histogram
 from martlet.runners.base import TokenLogprobs
 from martlet.sampling_params import SamplingParams
 
@@ -40,8 +41,9 @@ class Output:
     logprobs: as many entries as token_ids, when asked for. finish_reason: set on a sequence's last Output: "stop"
     (end token, stop string or stop token; stop_reason tells which of the latter two), "length", "abort", "error"
     (`error` holds the cause). prompt_logprobs: on a sequence's first Output, when asked for: None for the first token,
-    then one entry a token. queued: seconds the sequence waited before it first ran, where the backend knows. last: this
-    is the last Output of the whole request.
+    then one entry a token. prompt_tokens, cached_tokens and queued, the seconds the sequence waited before it first
+    ran, where the backend knows: on a sequence's first and last Output. last: this is the last Output of the whole
+    request.
     """
 
     request_id: str
@@ -74,6 +76,13 @@ class Stats:
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
     steps: int = 0
+    step_tokens: Histogram | None = None  # tokens of each step, where the backend knows
+    guesses: int = 0  # how often a sequence's next tokens were guessed
+    guessed_tokens: int = 0
+    right_guesses: tuple[int, ...] = ()  # how many guessed tokens were right, by their place in the guess
+    max_adapters: int = 0  # slots
+    running_adapters: tuple[str, ...] = ()  # names, of sequences in the batch
+    waiting_adapters: tuple[str, ...] = ()
     finished: dict[str, int] = field(default_factory=dict)  # finish reason -> requests
     error: str | None = None  # set when the engine cannot go on; detail is in the log
     busy_seconds: float = 0.0  # how long the step now under way has taken, 0 when idle

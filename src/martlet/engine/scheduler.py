@@ -59,6 +59,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # sorted by order
         self.suspects: list[Sequence] = []  # of a step that failed; see `suspect`
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.guesses = self.guessed_tokens = 0
+        self.right_guesses = np.zeros(speculative_tokens, np.int64)  # by their place in the guess
         self._rows = np.empty(0, np.int32)  # rows of `running`; rebuilt when that changes
         self._watermark = max(1, memory.num_blocks // 100)
         self._overtaken = 0  # how many passed the first one that waits for a slot
@@ -189,6 +191,7 @@ class Scheduler:
         if batch.drafts is None:
             again &= tokens < 0  # its mask was late; else wrong guesses were computed for nothing
         else:
+            self._count_guesses(batch.drafts[again], tokens[again])
             after[again] = table.arrived[batch.rows[again]] - 1
         self.memory.computed(batch.rows[live], batch.start[live], after[live])
         if again.any():
@@ -196,6 +199,13 @@ class Scheduler:
             table.known[rows] = table.arrived[rows]
             self.memory.rewind(rows)
         return live, ended
+
+    def _count_guesses(self, drafts: np.ndarray, tokens: np.ndarray) -> None:
+        """drafts: int32 [B, D]; tokens: int32 [B, 1 + D], those sampled: one more than were guessed right."""
+        guessed = drafts >= 0
+        self.guesses += int(guessed.any(1).sum())
+        self.guessed_tokens += int(guessed.sum())
+        self.right_guesses += (guessed & (tokens[:, 1:] >= 0)).sum(0)
 
     def check(self) -> None:
         """Raise AssertionError when an invariant is broken (for the simulator)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -150,6 +151,7 @@ def serve(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stopping.on_signal, number)
         where = address(listener, tls=ssl_certfile is not None)
+        gc.freeze()  # what is loaded stays: collections, which stop every stream, need not look through it
         log.info("serving on %s", where)
         watch = asyncio.ensure_future(stopping.when_lost())
         ticker = asyncio.ensure_future(log_throughput(service.backend, log_interval)) if log_interval > 0 else None

@@ -10,44 +10,38 @@ from martlet.engine.request import Output
 
 
 class Inbox:
-    """Outputs for one HTTP request, in order. `close` wakes the reader for good: the client has left. `fail` makes it
-    raise."""
+    """Outputs for one HTTP request, in order. `fail` makes the reader raise, whatever has come."""
 
-    __slots__ = ("_closed", "_error", "_items", "_waiter")
+    __slots__ = ("_error", "_items", "_waiter")
 
     def __init__(self) -> None:
         self._items: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._closed = False
         self._error: Exception | None = None
 
     def put(self, output: Output) -> None:
         self._items.append(output)
-        self._wake()
-
-    def close(self) -> None:
-        self._closed = True
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
         self._wake()
 
-    async def get(self) -> list[Output] | None:
-        """All that has come since the last call, at least one; None once closed."""
-        if not self._items and not self._closed and self._error is None:
+    async def get(self) -> list[Output]:
+        """All that has come since the last call, at least one."""
+        if not self._items and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._closed:
-            return None
         if self._error is not None:
             raise self._error
         items, self._items = self._items, []
         return items
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: its task was cancelled
+            waiter.set_result(None)
 
 
 class Dispatcher:

@@ -117,6 +117,8 @@ class Gate:
 
     def _key(self, scope: Scope) -> int | None:
         """Number of the key that the request brings, from 1; None without a valid one."""
+        if not self._keys:
+            return None
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
         given = key if scheme.lower() == b"bearer" else b""
         offers = [_digest(text.strip()) for text in (given, _header(scope, b"x-api-key"))]  # the latter is Anthropic's

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Choice:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    begun: bool = False
     last_time: float = 0.0
 
 
@@ -114,7 +115,6 @@ class Running:
         self._service = service
         self._record = record
         self._open = {request.id: r for r, request in enumerate(job.requests)}
-        self._cached = [0] * len(job.requests)
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._numbers = dict(self._open)
         params = job.requests[0].params  # but for their prompts, all requests of a job are alike
@@ -140,12 +140,9 @@ class Running:
         """Some choices have not ended."""
         return bool(self._open)
 
-    async def outputs(self) -> list[Output]:
-        """What has come, to be taken one by one. Raises ClientGone when nobody waits for more."""
-        outputs = await self._inbox.get()
-        if outputs is None:
-            raise ClientGone
-        return outputs
+    def outputs(self) -> Awaitable[list[Output]]:
+        """What has come, to be taken one by one. Raises ClientGone, or that the request took too long."""
+        return self._inbox.get()
 
     def close(self) -> None:
         """Idempotent."""
@@ -174,16 +171,10 @@ class Running:
             raise output.error or RuntimeError("the backend gave an error without a cause")
         if output.finish_reason == "abort":
             raise ApiError(503, "The request was stopped: the server is shutting down.", code="shutting_down")
-        if output.queued is not None:
-            self._record.queued = max(self._record.queued or 0.0, output.queued)
-        if output.index == 0:  # what the others share with it is not the cache's merit
-            self._record.cached_tokens += output.cached_tokens - self._cached[number]
-            self._cached[number] = output.cached_tokens
+        if not choice.begun:
+            self._begin(choice, number, output)
         choice.finish_reason = output.finish_reason
         choice.stop_reason = None if output.stop_reason in self.job.own_stops else output.stop_reason
-        if output.prompt_logprobs is not None:  # with the first output of a request, for all its sequences
-            self._prompt_logprobs[number] = output.prompt_logprobs
-        choice.prompt_logprobs = self._prompt_logprobs.get(number)
         if self.job.drop_output:
             output.token_ids, output.text, output.logprobs = [], "", output.logprobs and []
             choice.finish_reason = choice.finish_reason and "length"
@@ -201,6 +192,17 @@ class Running:
             choice.token_ids += output.token_ids
             choice.logprobs += output.logprobs or ()
         return choice
+
+    def _begin(self, choice: Choice, number: int, output: Output) -> None:
+        """Take what the first output of a choice tells of its prompt."""
+        choice.begun = True
+        if output.queued is not None:
+            self._record.queued = max(self._record.queued or 0.0, output.queued)
+        if output.index == 0:  # what the others share with it is not the cache's merit
+            self._record.cached_tokens += output.cached_tokens
+        if output.prompt_logprobs is not None:  # with the first output of a request, for all its sequences
+            self._prompt_logprobs[number] = output.prompt_logprobs
+        choice.prompt_logprobs = self._prompt_logprobs.get(number)
 
     @staticmethod
     def _parse(choice: Choice, parser: Parser, text: str) -> None:
@@ -224,7 +226,7 @@ class Running:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._inbox.close()
+        self._inbox.fail(ClientGone())
 
 
 async def answer(service: Service, job: Job, record: Record, receive: Receive) -> Response:
@@ -263,6 +265,7 @@ class EventStream(Response):
         running, job = self._running, self._running.job
         shape = job.shape
         began = False
+        send_body = scope.get("martlet.send", send)  # nobody in between has a say in the middle of an answer
 
         async def write(events: bytes, *, last: bool = False) -> None:
             nonlocal began
@@ -270,7 +273,7 @@ class EventStream(Response):
                 began = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if events or last:
-                await send({"type": "http.response.body", "body": events, "more_body": not last})
+                await send_body({"type": "http.response.body", "body": events, "more_body": not last})
 
         try:
             events = shape.begin(job)

@@ -74,6 +74,7 @@ class Protocol(H11Protocol):
                 conn.ending = message["type"] == "http.response.body" and not more
                 await send(message)
 
+        scope["martlet.send"] = write
         await self._application(scope, receive, write)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
