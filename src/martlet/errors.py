@@ -74,5 +74,5 @@ class Overloaded(MartletError):
 
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
     """' Did you mean a, b?' for the names nearest to `word`, or '' when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    near = difflib.get_close_matches(word[:200], list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(near)}?" if near else ""

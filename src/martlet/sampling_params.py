@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as brief
 
 from martlet.errors import InvalidRequest
 from martlet.grammar import Grammar
@@ -52,7 +53,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{name} must be {want}, got {getattr(self, name)!r}", param=name)
+                raise InvalidRequest(f"{name} must be {want}, got {brief(getattr(self, name))}", param=name)
 
         def is_int(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)

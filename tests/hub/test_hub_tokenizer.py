@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 from hub_files import ALPHABET, CONTROL, TEMPLATE, bpe_tokens, write_folder, write_gguf
@@ -93,6 +94,27 @@ def test_lone_surrogates_do_not_break_anything(smollm):
 
 def test_ids_beyond_the_table_stand_for_nothing(smollm):
     assert smollm.token_bytes(10**6) == b"" and smollm.token_bytes(2) == b"<|im_end|>"
+
+
+def test_a_long_text_is_read_as_short_ones_are_and_lets_other_threads_run(smollm):
+    text = "Hello wide world. " * 20_000
+    began, ids = threading.Event(), []
+
+    def work():
+        began.set()
+        ids.append(smollm.encode(text))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    began.wait()
+    turns = 0
+    while not ids:
+        turns += 1
+        time.sleep(0)
+    thread.join()
+    assert turns > 100, "nobody else could run"
+    assert smollm.decode(ids[0]) == text
+    assert ids[0][:6] == smollm.encode(text[:100])[:6]
 
 
 def test_threads_do_not_disturb_each_other(smollm):

@@ -150,7 +150,7 @@ def test_json_has_a_bottom(web, path, depth):
 def test_much_of_a_field_is_refused_or_harmless(web, more):
     answer = web.post(CHAT, json={"messages": HI, "max_tokens": 2, **more}, timeout=30)
     assert answer.status_code in (200, 400, 404), answer.text[:500]
-    assert len(answer.content) < 100_000 and "set-cookie" not in answer.headers
+    assert len(answer.content) < 2000 and "set-cookie" not in answer.headers
     assert sum(len(k) + len(v) for k, v in answer.headers.items()) < 8192
 
 

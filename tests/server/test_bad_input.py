@@ -19,8 +19,8 @@ CHAT_CASES = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user"}]}, "messages[0]"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": "half \ud800 a pair"}]}, "messages[0].content"),
     (
@@ -195,6 +195,9 @@ def test_an_unknown_model_is_a_404_with_the_nearest_name(client):
 def test_unknown_paths_and_methods_answer_in_the_same_shape(url):
     refused(httpx.get(f"{url}/v2/models"), 404, None)
     refused(httpx.get(url + CHAT), 405, None)
+    forgotten = httpx.post(f"{url}/chat/completions", json={}).json()["error"]  # the base URL's /v1
+    assert "Did you mean /v1/chat/completions" in forgotten["message"]
+    assert httpx.head(f"{url}/health").status_code == 200
 
 
 def test_a_large_body_is_a_413_with_or_without_a_length(url):

@@ -108,6 +108,16 @@ def test_a_body_that_never_comes_is_a_408(url):
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
 
 
+def test_a_client_that_leaves_before_its_body_has_come_is_no_failure(url, caplog):
+    host, port = url.removeprefix("http://").split(":")
+    with caplog.at_level("INFO", "martlet.server"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head("POST", CHAT, [JSON, "Content-Length: 50"], close=False).encode() + b"{")
+        until(lambda: caplog.records)
+    (line,) = caplog.records
+    assert " 499 " in line.getMessage() and not line.exc_info
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(Protocol, "header_seconds", 0.3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from martlet.errors import InvalidRequest
@@ -31,15 +32,19 @@ def normalise(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
     if not isinstance(message, Mapping):
-        raise InvalidRequest(f"{where} must be an object with role and content, got {message!r}", param=where)
+        raise InvalidRequest(f"{where} must be an object with role and content, got {brief(message)}", param=where)
     role = message.get("role")
     if role not in ROLES:
-        raise InvalidRequest(f"{where}.role is {role!r}; known roles are {', '.join(ROLES)}", param=f"{where}.role")
+        raise InvalidRequest(
+            f"{where}.role is {brief(role)}; known roles are {', '.join(ROLES)}", param=f"{where}.role"
+        )
     out: Message = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
     if out["content"] is None and not (
         role == "assistant" and (message.get("tool_calls") or "function_call" in message)
     ):
-        raise InvalidRequest(f"{where}.content is missing; only an assistant's tool calls need none", param=where)
+        raise InvalidRequest(
+            f"{where}.content is missing; only an assistant's tool calls need none", param=f"{where}.content"
+        )
     for key, value in message.items():
         if key not in out and value is not None:
             out[str(key)] = plain(value, f"{where}.{key}")
@@ -127,7 +132,7 @@ def history_to_messages(
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for i, pair in enumerate(history or ()):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise InvalidRequest(f"history[{i}] must be a query and a response, got {pair!r}", param="history")
+            raise InvalidRequest(f"history[{i}] must be a query and a response, got {brief(pair)}", param="history")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     if query is not None:
         messages.append({"role": "user", "content": query})

@@ -24,6 +24,9 @@ WORLD_SIZE = 65536
 WORLD_VOCABULARY = ("rwkv-world-vocabulary", "rwkv==0.8.32", "rwkv/rwkv_vocab_v20230424.txt")
 """Where the vocabulary of RWKV's World models travels: name in our cache, package, file in it."""
 
+_LONG = 8192
+"""Characters that take so long to encode that other threads must run meanwhile, which the library's encode prevents."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -70,8 +73,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without bos. special=False: text that spells a control token stays text."""
-        core = self._core if special else self._literal
-        return core.encode(encodable(text), add_special_tokens=False).ids
+        core, text = self._core if special else self._literal, encodable(text)
+        if len(text) > _LONG:
+            return core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return core.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a raw prompt as the model expects it: control tokens are read, bos added if the model wants one.

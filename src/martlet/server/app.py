@@ -14,10 +14,10 @@ from starlette.responses import Response
 from martlet._version import __version__
 from martlet.backends.base import Backend
 from martlet.chat import Template
-from martlet.errors import MartletError
+from martlet.errors import MartletError, did_you_mean
 from martlet.server import adapters, chat, completions, embeddings, messages, models, operations, responses, tokens
 from martlet.server.answers import document
-from martlet.server.errors import describe, describe_validation
+from martlet.server.errors import describe, describe_validation, problem
 from martlet.server.gate import Gate
 from martlet.server.options import Limits
 from martlet.server.service import Service
@@ -59,6 +59,8 @@ def create_app(
         app.router.routes.extend(room.router.routes)  # as include_router does, but matched once and in one list
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(404, _on_unknown_path)
+    app.add_exception_handler(405, _on_wrong_method)
     app.add_exception_handler(MartletError, _on_error)
     app.add_middleware(Gate, service=service, api_keys=tuple(api_keys))
     if cors_origins:  # in front of the gate: a browser asks whether it may call before it sends a key
@@ -83,3 +85,16 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     return describe(error, request.scope["martlet.record"].id).response(request.scope)
+
+
+async def _on_unknown_path(request: Request, error: Exception) -> Response:
+    path = request.url.path[:200]
+    near = did_you_mean(path, [route.path for route in request.app.routes if "{" not in route.path])
+    return problem(404, f"there is nothing at {path}.{near}", code="not_found").response(request.scope)
+
+
+async def _on_wrong_method(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    allow = (error.headers or {}).get("Allow", "")
+    said = f"{request.url.path[:200]} is asked with {allow}, not with {request.method[:20]}"
+    return problem(405, said, code="method_not_allowed", allow=allow).response(request.scope)

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from martlet.errors import UsageError
@@ -145,14 +144,13 @@ class Gate:
                 message = await asyncio.wait_for(receive(), deadline - loop.time())
             except asyncio.TimeoutError:
                 said = f"The body did not come within {limits.body_seconds:.0f} s."
-                raise HTTPException(408, said, {"connection": "close"}) from None
+                raise ApiError(408, said, headers={"connection": "close"}) from None
             if message["type"] != "http.request" or not message.get("more_body"):
                 deadline = None
             if message["type"] == "http.request":
                 left -= len(message.get("body", b""))
                 if left < 0:
-                    error = self._too_large()
-                    raise HTTPException(error.http_status, error.message, error.headers)
+                    raise self._too_large()
             return message
 
         return bounded_receive

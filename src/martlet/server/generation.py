@@ -21,7 +21,7 @@ from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
 from martlet.server.errors import ApiError, Problem, describe
 from martlet.server.record import Record
-from martlet.server.routing import ignored_header, json_answer
+from martlet.server.routing import gone, ignored_header, json_answer
 from martlet.server.service import Service
 
 
@@ -239,7 +239,7 @@ async def answer(service: Service, job: Job, record: Record, receive: Receive) -
             for output in await running.outputs():
                 running.take(output)
     except ClientGone:
-        return Response(status_code=499)  # nginx's word for it; nobody reads it, the log has it
+        return gone()
     except Exception:
         record.finish = "error"
         raise

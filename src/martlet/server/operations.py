@@ -19,12 +19,14 @@ _STATES = answers(State) | {503: {"model": State}}
 STUCK_SECONDS = 60.0  # no step takes this long on any machine that can serve
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="200 when requests will be answered, else 503 with the reason", responses=_STATES)
 async def health(http: Request) -> Response:
     service: Service = http.app.state.service
     return _state(*condition(service.backend.stats(), service.draining))
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="200 when a new request would be taken now, else 503 with the reason", responses=_STATES)
 async def ready(http: Request) -> Response:
     service: Service = http.app.state.service

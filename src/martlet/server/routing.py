@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -32,13 +33,16 @@ class JsonRoute(APIRoute):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         http = Request(scope, receive)
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Web pages can send other types anywhere without being asked for leave.
-        text = await http.body() if kind == "application/json" or kind.endswith("+json") else b"null"
         try:
+            # Web pages can send other types anywhere without being asked for leave.
+            text = await http.body() if kind == "application/json" or kind.endswith("+json") else b"null"
             body = json.loads(text)
             if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _deeper(body, MAX_DEPTH):
                 raise RecursionError
             found = self._body.model_validate(body)
+        except ClientDisconnect:
+            await gone()(scope, receive, send)
+            return
         except ValidationError as error:
             raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
         except RecursionError:
@@ -46,6 +50,11 @@ class JsonRoute(APIRoute):
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from None
         await (await self.endpoint(found, http))(scope, receive, send)
+
+
+def gone() -> Response:
+    """To a client that has left. 499 is nginx's word for it; nobody reads it, the log has it."""
+    return Response(status_code=499)
 
 
 def _deeper(value: Any, most: int) -> bool:
