@@ -39,10 +39,6 @@ def step(kind: str, name: str, model: str, data: str, rate: float, given: argpar
         "dataset_test_ratio": given.held,
         "truncation_strategy": "truncation_right",
         "sft_type": given.sft_type,
-        "target_modules": ("ALL",),
-        "lora_rank": 16,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0 if kind == "dpo" else 0.05,
         "dtype": given.dtype,
         "max_length": given.max_length,
         "batch_size": given.batch_size,
@@ -64,6 +60,9 @@ def step(kind: str, name: str, model: str, data: str, rate: float, given: argpar
         "output_dir": str(given.out / name),
         "device": given.device,
     }
+    if given.sft_type == "lora":
+        dropout = 0.0 if kind == "dpo" else 0.05
+        settings |= {"target_modules": ("ALL",), "lora_rank": 16, "lora_alpha": 16, "lora_dropout": dropout}
     if kind == "dpo":
         arguments = RlhfArguments(**settings, beta=given.beta, max_prompt_length=given.max_length // 2)
     else:

@@ -50,6 +50,20 @@ def test_bad_rows_are_left_out_and_named(tmp_path):
     assert str(found.problems[0]).startswith(f"{path}:2: there is no answer")
 
 
+def test_files_that_are_not_what_their_names_say(tmp_path):
+    latin = '{"query": "caf\u00e9", "response": "a"}'.encode("latin-1")
+    for name, content, said in (
+        ("a.jsonl", latin, r"a\.jsonl:1: not UTF-8"),
+        ("b.json", b"[" + latin + b"]", r"b\.json is not UTF-8"),
+        ("c.csv", "query,response\ncaf\u00e9,a\n".encode("latin-1"), r"c\.csv is not UTF-8"),
+        ("d.parquet", b"no table", r"d\.parquet is not parquet"),
+        ("e.csv", b"query,response\n" + b"x" * 200_000 + b",a\n", r"e\.csv cannot be read: field larger"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=said):
+            load([str(tmp_path / name)])
+
+
 def test_a_dataset_of_bad_rows_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "q"}\n')

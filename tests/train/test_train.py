@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 
 from martlet.errors import BackendUnavailable, MartletError, UsageError
-from martlet.train import layout
+from martlet.train import checks, layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.launch import launch
 from martlet.train.run import train
@@ -29,6 +30,11 @@ SHORT = {
     "disable_tqdm": True,
     "device": "cpu",
 }
+
+
+def short_on(path):
+    """SHORT on rows of a file, which say nothing of who the model is."""
+    return SHORT | {"dataset": (str(path),), "model_name": (), "model_author": ()}
 
 
 def losses(result):
@@ -133,7 +139,7 @@ def test_packed_rows_do_not_see_each_other(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo", "cpo", "kto"])
 def test_preferences(kind, tiny_model, pairs_file, tmp_path):
-    settings = SHORT | {"dataset": (str(pairs_file),), "max_steps": 8}
+    settings = short_on(pairs_file) | {"max_steps": 8}
     if kind == "kto":
         rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
         good = [{"query": r["query"], "response": r["response"], "label": True} for r in rows]
@@ -168,15 +174,30 @@ def test_two_processes(tiny_model, tmp_path, monkeypatch):
 
 BAD = {
     "no module 'q_prj'.*linear layers are .*q_proj": {"target_modules": ("q_prj",)},
-    "--dataset NAME or PATH": {"dataset": ()},
-    "neither a file": {"dataset": ("no-such-data",)},
+    "--dataset NAME or PATH": {"dataset": (), "model_name": (), "model_author": ()},
+    "neither a file": short_on("no-such-data"),
     "--columns is not JSON": {"columns": "{"},
     "no checkpoint": {"resume_from_checkpoint": "nowhere"},
     "no row is left": {"max_length": 3},
     "no parameter begins with": {"sft_type": "full", "freeze_parameters": ("nothing",)},
     "holds no adapter_config": {"adapter": "nowhere"},
-    "only adapters over them": {"sft_type": "full", "quantization_bit": 4},
-    "is 4 or 8": {"quantization_bit": 3},
+    "quantization_bit belongs to --sft_type lora": {"sft_type": "full", "quantization_bit": 4},
+    "quantization_bit must be 4 or 8": {"quantization_bit": 3},
+    "lora_rank must be at least 1, got 0": {"lora_rank": 0},
+    "max_steps must be at least 1, or -1": {"max_steps": 0},
+    "dataset_test_ratio must be from 0 to below 1": {"dataset_test_ratio": 2.0},
+    "learning_rate must be above 0": {"learning_rate": 0.0},
+    "--optim 'adamw_torc' is not one of .*Did you mean adamw_torch": {"optim": "adamw_torc"},
+    "--lr_scheduler_type 'cosin' is not": {"lr_scheduler_type": "cosin"},
+    "cosine has no 'cycles', only num_cycles": {"lr_scheduler_kwargs": '{"cycles": 2}'},
+    "--report_to 'nobody' is not one of": {"report_to": ("nobody",)},
+    "is the whole name of no module, such as 'model.layers.0": {"target_regex": "q_proj"},
+    "is no regular expression": {"target_regex": "(("},
+    "every parameter is frozen": {"sft_type": "full", "freeze_parameters": ("model",)},
+    "--lora_rank belongs to --sft_type lora": {"sft_type": "full", "lora_rank": 4},
+    "--model_name belongs to self-cognition rows": {"dataset": ("rows.jsonl",)},
+    "--push_to_hub needs --hub_model_id": {"push_to_hub": True},
+    "--logging_dir .*: no folder can be made": {"logging_dir": "/dev/null/logs"},
     "NPROC_PER_NODE=2": {"fsdp": "full_shard"},
 }
 
@@ -187,6 +208,59 @@ def test_bad_input_is_named_and_nothing_is_written(message, tiny_model, tmp_path
     with pytest.raises(UsageError, match=message):
         train(arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tiny_model):
+    with pytest.raises(UsageError, match="--output_dir /dev/null/out: no folder can be made"):
+        train(SftArguments(model=str(tiny_model), output_dir="/dev/null/out", **SHORT))
+
+
+PREFERENCE_BAD = {
+    "--packing belongs to supervised training": {"packing": True},
+    "--simpo_gamma belongs to simpo": {"simpo_gamma": 2.0},
+    "--loss_type belongs to dpo, simpo, kto and cpo": {"rlhf_type": "orpo", "loss_type": "hinge"},
+    "--loss_type 'hnge' is not one of .*Did you mean hinge": {"loss_type": "hnge"},
+    "--ref_model_id_or_path belongs to dpo and kto of --sft_type full": {"ref_model_id_or_path": "x"},
+}
+
+
+@pytest.mark.parametrize("message", PREFERENCE_BAD)
+def test_flags_of_another_loss_are_named(message, tiny_model, pairs_file, tmp_path):
+    settings = {"dataset": (str(pairs_file),), "device": "cpu"} | PREFERENCE_BAD[message]
+    with pytest.raises(UsageError, match=message):
+        train(RlhfArguments(model=str(tiny_model), output_dir=str(tmp_path / "out"), **settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_those_that_trl_names():
+    from trl import KTOConfig
+    from trl.experimental.cpo import CPOConfig
+
+    known = {kind: {f.name: f for f in dataclasses.fields(kind)}["loss_type"] for kind in (KTOConfig, CPOConfig)}
+    assert set(checks.LOSSES["kto"]) == set(known[KTOConfig].metadata["choices"])
+    assert {*checks.LOSSES["cpo"], *checks.LOSSES["simpo"]} == set(known[CPOConfig].metadata["choices"])
+
+
+def test_no_limit_on_the_length_of_rows(tiny_model, tmp_path):
+    result = train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), max_length=-1, **SHORT))
+    assert result.global_step == 6
+
+
+def test_what_fails_before_the_first_step_leaves_no_run(tiny_model, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a library's own complaint")
+
+    monkeypatch.setattr("martlet.train.trainers.trainer_for", broken)
+    with pytest.raises(ValueError, match="own complaint"):
+        train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **SHORT))
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_words_reach_whoever_starts_several_processes(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    with pytest.raises(UsageError, match=r"no module 'q_prj'.*Did you mean q_proj"):
+        launch(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), target_modules=("q_prj",), **SHORT))
+    assert not list(tmp_path.iterdir()) and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -217,6 +291,22 @@ def test_a_full_disk_leaves_complete_checkpoints_only(tiny_model, tmp_path, monk
     assert [path.name for path in layout.checkpoints(run)] == ["checkpoint-3"] and not (run / "checkpoint-6").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("Not enough free space to write 30081024 bytes after offset 1785344"), "the disk of .* is full"),
+        (OSError(28, "No space left on device"), "the disk of .* is full"),
+        (Exception("File too large (os error 27)"), r"as large as what is to be written \(ulimit -f\)"),
+        (ValueError("something else"), None),
+    ],
+)
+def test_why_nothing_more_can_be_written(error, said, tmp_path):
+    outer = RuntimeError("could not save")
+    outer.__cause__ = error
+    why = layout.no_room(outer, tmp_path)
+    assert why is None if said is None else re.search(said, why)
+
+
 def test_a_checkpoint_whose_last_file_is_cut_off_is_not_complete(run, tmp_path):
     _, whole = run
     shutil.copytree(whole.last_model_checkpoint, tmp_path / "checkpoint-6")
@@ -229,7 +319,7 @@ def test_a_checkpoint_whose_last_file_is_cut_off_is_not_complete(run, tmp_path):
 def test_a_row_without_a_rejected_answer_is_no_preference(tiny_model, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"query": "q", "response": "a"}\n{"query": "q", "response": "a", "rejected_response": "b"}\n')
-    settings = SHORT | {"dataset": (str(file),), "check": True}
+    settings = short_on(file) | {"check": True}
     assert train(RlhfArguments(model=str(tiny_model), **settings)) is None
     said = capsys.readouterr().err
     assert f"{file}:1: dpo needs a rejected answer" in said and "1 rows are left out" in said
@@ -237,6 +327,6 @@ def test_a_row_without_a_rejected_answer_is_no_preference(tiny_model, tmp_path, 
 
 
 def test_kto_does_not_drop_half_of_a_pair(tiny_model, pairs_file):
-    settings = SHORT | {"dataset": (str(pairs_file),), "check": True}
+    settings = short_on(pairs_file) | {"check": True}
     with pytest.raises(UsageError, match="no row is left"):
         train(RlhfArguments(model=str(tiny_model), rlhf_type="kto", **settings))

@@ -76,7 +76,7 @@ def evaluate(options: InferOptions) -> tuple[Path, int]:
     folder = result_folder(options)
     loaded = infer.load(options, options, options)
     with closing(loaded.backend):
-        arguments = replace(arguments, max_length=min(arguments.max_length, loaded.backend.max_model_len))
+        arguments = replace(arguments, max_length=min(arguments.longest, loaded.backend.max_model_len))
         rows = split_rows(arguments, loaded.template, loaded.backend.tokenizer)
         for line in rows.left_out[:10]:
             print(f"left out: {line}", file=sys.stderr)
@@ -101,7 +101,7 @@ def run_arguments(options: InferOptions) -> SftArguments:
     from martlet.train import layout
     from martlet.train.arguments import RlhfArguments, SftArguments
 
-    arguments = SftArguments(max_length=sys.maxsize)
+    arguments = SftArguments(max_length=-1)
     if options.load_dataset_config:
         if options.ckpt_dir is None:
             raise UsageError("--load_dataset_config true reads the run of --ckpt_dir; give that", param="ckpt_dir")
@@ -132,7 +132,7 @@ def _known(kind: type, saved: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     theirs = {"split_dataset_ratio": "dataset_test_ratio", "data_seed": "dataset_seed"}  # SWIFT 3 and later
     saved = {**{ours: saved[name] for name, ours in theirs.items() if name in saved}, **saved}
-    about_rows = {f.name for f in fields(kind) if f.name in ROWS} | {"rlhf_type"} & names
+    about_rows = names & {*ROWS, "rlhf_type"}
     found = {}
     for name in about_rows & saved.keys():
         value = saved[name]
@@ -144,7 +144,7 @@ def _known(kind: type, saved: dict[str, Any]) -> dict[str, Any]:
 ROWS = (
     *("dataset", "val_dataset", "dataset_test_ratio", "dataset_seed", "train_dataset_sample", "val_dataset_sample"),
     *("self_cognition_sample", "model_name", "model_author", "columns", "custom_dataset_info", "max_length"),
-    *("truncation_strategy", "system", "seed"),
+    *("max_prompt_length", "truncation_strategy", "system", "seed"),
 )
 
 

@@ -38,9 +38,8 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove(target)
         beside.rename(target)
     except Exception as error:  # safetensors raises its own error for a full disk
-        if layout.disk_is_full(error):
-            free = shutil.disk_usage(target.parent).free
-            raise MartletError(f"the disk of {target.parent} is full ({free / 1e6:.0f} MB free)") from error
+        if why := layout.no_room(error, target.parent):
+            raise MartletError(why) from error
         raise
     finally:
         _remove(beside)

@@ -7,6 +7,7 @@ tells what it became. Flags of SWIFT that are not here are refused by name (mart
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class DataArguments:
     model_author: tuple[str, ...] = flag("and its maker", ())
     columns: str | None = flag('renames, such as {"frage": "query"}', None, metavar="JSON")
     custom_dataset_info: str | None = flag("a JSON file of further named datasets", None, metavar="PATH")
-    max_length: int = flag("most tokens of a row", 2048)
+    max_length: int = flag("most tokens of a row; -1 for no limit", 2048)
     truncation_strategy: str = flag(
         "what becomes of longer rows: left out, or cut at their beginning or end",
         "delete",
@@ -55,6 +56,11 @@ class DataArguments:
     packing: bool = flag("put several rows into one sequence of --max_length tokens", False)
     system: str | None = flag("system text of conversations that bring none", None)
     check: bool = flag("only look at the data: what is left out, lengths, one row as the model sees it", False)
+
+    @property
+    def longest(self) -> int:
+        """--max_length as a number that rows can be compared with."""
+        return sys.maxsize if self.max_length == -1 else self.max_length
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,11 @@ class TunerArguments:
     lora_dropout: float = flag("share of its inputs that are dropped", 0.05, aliases=("lora_dropout_p",))
     use_rslora: bool = flag("rank-stabilised scaling", False)
     use_dora: bool = flag("also learn the size of each weight vector", False)
-    init_lora_weights: str = flag("how an adapter begins: true, gaussian, pissa, olora", "true")
+    init_lora_weights: str = flag(
+        "how an adapter begins: true and gaussian change nothing at first, false does",
+        "true",
+        choices=("true", "gaussian", "false"),
+    )
     quantization_bit: int = flag("QLoRA: bits of the frozen weights, 4 or 8, by bitsandbytes", 0)
     freeze_parameters: tuple[str, ...] = flag("full: parameters that begin so are not trained", (), metavar="PREFIX")
     freeze_parameters_ratio: float = flag("full: this part of the parameters, from the bottom, is not trained", 0.0)
@@ -139,7 +149,9 @@ class RunArguments:
     )
     fsdp: str = flag("options of FSDP, as transformers takes them", "")
     fsdp_config: str | None = flag("its configuration", None, metavar="PATH")
-    ddp_backend: str | None = flag("nccl or gloo, where several processes train (NPROC_PER_NODE)", None)
+    ddp_backend: str | None = flag(
+        "what several processes (NPROC_PER_NODE) talk through", None, choices=("nccl", "gloo")
+    )
     ddp_timeout: int = flag("seconds that processes wait for one another", 1800)
     push_to_hub: bool = flag("upload checkpoints to the Hugging Face hub", False)
     hub_model_id: str | None = flag("repository to upload to", None, metavar="NAME")

@@ -219,7 +219,12 @@ def _from_path(path: Path) -> Iterator[Record]:
         if not files:
             raise UsageError(f"dataset folder {path} holds no {', '.join(SUFFIXES)} file", param="dataset")
     for file in files:
-        yield from _from_file(file)
+        try:
+            yield from _from_file(file)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"dataset {file} is not UTF-8: {error}", param="dataset") from error
+        except (OSError, csv.Error) as error:
+            raise UsageError(f"dataset {file} cannot be read: {error}", param="dataset") from error
 
 
 def _from_file(path: Path) -> Iterator[Record]:
@@ -246,25 +251,33 @@ def _from_file(path: Path) -> Iterator[Record]:
                     cells = {key: value for key, value in row.items() if value not in ("", None) and key is not None}
                     yield name, reader.line_num, RowError("more cells than the header has") if wide else cells
         case ".parquet":
-            import pyarrow.parquet
-
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield name, number, row
+            yield from _from_parquet(path)
         case _:
             raise UsageError(f"dataset {path}: known files are {', '.join(SUFFIXES)}", param="dataset")
 
 
 def _from_lines(path: Path) -> Iterator[Record]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield str(path), number, json.loads(line)
-                except ValueError as error:
-                    yield str(path), number, RowError(f"not JSON: {error}")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield str(path), number, json.loads(text)
+            except UnicodeDecodeError as error:
+                yield str(path), number, RowError(f"not UTF-8: {error}")
+            except ValueError as error:
+                yield str(path), number, RowError(f"not JSON: {error}")
+
+
+def _from_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+        for at, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield str(path), at, row
+    except pyarrow.ArrowException as error:
+        raise UsageError(f"dataset {path} is not parquet: {error}", param="dataset") from error
 
 
 def _self_cognition(identity: Identity, languages: tuple[str, ...]) -> Iterator[Record]:

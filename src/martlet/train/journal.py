@@ -21,7 +21,7 @@ class Journal(TrainerCallback):
     def __init__(self, run: Path, arguments: Any, extra: Mapping[str, Any], step: int = 0):
         """step: the run goes on from here; what an earlier attempt logged behind it is dropped."""
         self.run, self.arguments, self.extra = run, arguments, extra
-        self.file = run / "logging.jsonl"
+        self.file = run / layout.LOG
         self.began = time.monotonic()
         if self.file.exists():
             kept = [
@@ -48,7 +48,7 @@ def draw(run: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    file = run / "logging.jsonl"
+    file = run / layout.LOG
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     drawn = []
     for name in CURVES:

@@ -6,8 +6,10 @@ their process group, so that none is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,31 +18,41 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from martlet import errors
 from martlet.errors import MartletError, UsageError
+from martlet.train import checks, layout
 from martlet.train.arguments import RlhfArguments, SftArguments
+from martlet.train.run import Result, place, prepare_only, restored, train
 
+TASK, RESULT = "task.json", "result.json"
 KINDS = {kind.__name__: kind for kind in (SftArguments, RlhfArguments)}
 
 
-def launch(arguments: SftArguments):
-    """Train with as many processes as the environment asks for; the Result, or None with --check."""
-    from martlet.train.run import place, prepare_only, restored, train
-
+def launch(arguments: SftArguments) -> Result | None:
+    """Train with as many processes as the environment asks for; None with --check. Raises what `train` does."""
     processes = _number("NPROC_PER_NODE")
     nodes = _number("NNODES")
     if (processes == 1 and nodes == 1) or "LOCAL_RANK" in os.environ:
         return train(arguments)
     arguments = restored(arguments)
+    checks.refuse(arguments)
     if arguments.check:
         return prepare_only(arguments)
-    _, run = place(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        task, result = Path(folder) / "task.json", Path(folder) / "result.json"
-        words = {"kind": type(arguments).__name__, "arguments": dataclasses.asdict(arguments), "run": str(run)}
-        task.write_text(json.dumps(words), encoding="utf-8")
-        _run_workers([str(task), str(result)], processes, nodes)
-        from martlet.train.run import Result
-
+    resumed, run = place(arguments)
+    words = {"kind": type(arguments).__name__, "arguments": dataclasses.asdict(arguments), "run": str(run)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.nullcontext() if resumed else layout.gone_when_nothing_came_of_it(run),
+    ):
+        told = Path(folder)
+        (told / TASK).write_text(json.dumps(words), encoding="utf-8")
+        code = _run_workers(folder, processes, nodes)
+        for file in sorted(told.glob("error-*")):
+            error = json.loads(file.read_text("utf-8"))
+            raise getattr(errors, error["kind"])(error["message"], param=error["param"])
+        if code:
+            raise MartletError(f"training ended with code {code}; what happened stands above")
+        result = told / RESULT
         return Result(**json.loads(result.read_text("utf-8"))) if result.exists() else None
 
 
@@ -51,9 +63,10 @@ def _number(variable: str) -> int:
     return int(text)
 
 
-def _run_workers(words: list[str], processes: int, nodes: int) -> None:
+def _run_workers(folder: str, processes: int, nodes: int) -> int:
+    """torchrun's exit code."""
     port = os.environ.get("MASTER_PORT")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "martlet.train.launch", "--nproc_per_node", str(processes)]
     if nodes == 1:
         command += ["--standalone"] if port is None else ["--master_port", port]
     else:
@@ -61,11 +74,11 @@ def _run_workers(words: list[str], processes: int, nodes: int) -> None:
         command += ["--master_addr", os.environ.get("MASTER_ADDR", "127.0.0.1"), "--master_port", port or "29500"]
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ}
     workers = subprocess.Popen(
-        [*command, "-m", "martlet.train.launch", *words], env=environment, start_new_session=True
+        [*command, "-m", "martlet.train.launch", folder], env=environment, start_new_session=True
     )
     before = signal.signal(signal.SIGTERM, lambda *_: os.killpg(workers.pid, signal.SIGTERM))
     try:
-        code = workers.wait()
+        return workers.wait()
     except KeyboardInterrupt:
         os.killpg(workers.pid, signal.SIGINT)
         workers.wait()
@@ -74,25 +87,44 @@ def _run_workers(words: list[str], processes: int, nodes: int) -> None:
         signal.signal(signal.SIGTERM, before)
         if workers.poll() is None:
             os.killpg(workers.pid, signal.SIGKILL)
-    if code:
-        raise MartletError(f"training ended with code {code}; what happened stands above")
 
 
-def _worker(task: str, result: str) -> None:
-    """What torchrun runs in each process."""
+def _torchrun(words: list[str]) -> None:
+    """torchrun itself, which a signal ends without a traceback."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.run import main
+
+    try:
+        main(words)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+def _worker(folder: str) -> None:
+    """What torchrun runs in each process. Its result, or what was wrong, becomes a file in `folder`."""
     import torch
 
-    from martlet.train.run import train
-
-    words: dict[str, Any] = json.loads(Path(task).read_text("utf-8"))
-    kind = KINDS[words["kind"]]
+    told, rank = Path(folder), os.environ["RANK"]
+    if rank == "0":
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("martlet").setLevel(logging.INFO)
+    words: dict[str, Any] = json.loads((told / TASK).read_text("utf-8"))
+    kind, run = KINDS[words["kind"]], Path(words["run"])
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in words["arguments"].items()}
     if torch.cuda.is_available() and values["device"] != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    found = train(kind(**values), run=Path(words["run"]))
-    if found is not None and os.environ["RANK"] == "0":
-        Path(result).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+    try:
+        found = train(kind(**values), run=run)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MartletError as error:
+        words = {"kind": type(error).__name__, "message": error.message, "param": error.param}
+        (told / f"error-{rank}").write_text(json.dumps(words), encoding="utf-8")
+        # Before the first step all processes find the same and end; torchrun need not tell of it a second time.
+        sys.exit(error.exit_code if (run / layout.LOG).exists() else 0)
+    if found is not None and rank == "0":
+        (told / RESULT).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+    _worker(sys.argv[1]) if "LOCAL_RANK" in os.environ else _torchrun(sys.argv[1:])

@@ -12,12 +12,15 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from martlet.errors import UsageError
 
+LOG = "logging.jsonl"
+RUN = re.compile(r"v(\d+)-")
 ARGS = ("args.json", "sft_args.json")
 SECRET = ("hub_token",)
 FULL_DISK = re.compile(r"No space left|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written")
@@ -25,7 +28,16 @@ WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # whole, or 
 
 
 def new_run(output: Path, model: str, *, suffix: bool) -> Path:
-    """A new, empty folder. Raises UsageError when `suffix` is off and the folder holds something."""
+    """A new, empty folder. Raises UsageError when none can be made; without `suffix`, when `output` holds something."""
+    try:
+        return _new_run(output, model, suffix=suffix)
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {output}: no folder can be made there: {error.strerror}", param="output_dir"
+        ) from error
+
+
+def _new_run(output: Path, model: str, *, suffix: bool) -> Path:
     if not suffix:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(
@@ -38,13 +50,27 @@ def new_run(output: Path, model: str, *, suffix: bool) -> Path:
     home = output / model
     home.mkdir(parents=True, exist_ok=True)
     while True:
-        taken = [int(found[1]) for path in home.iterdir() if (found := re.match(r"v(\d+)-", path.name))]
+        taken = [int(found[1]) for path in home.iterdir() if (found := RUN.match(path.name))]
         run = home / f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             run.mkdir()
         except FileExistsError:  # another run was quicker
             continue
         return run
+
+
+@contextmanager
+def gone_when_nothing_came_of_it(run: Path) -> Iterator[None]:
+    """Around training into `run`, a folder made for it: what fails before its first line of the log leaves none."""
+    try:
+        yield
+    except BaseException:
+        if not (run / LOG).exists():
+            shutil.rmtree(run, ignore_errors=True)
+            if RUN.match(run.name):
+                with suppress(OSError):  # OUTPUT/MODEL holds other runs
+                    run.parent.rmdir()
+        raise
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -85,15 +111,19 @@ def remove_incomplete(run: Path) -> list[str]:
     return sorted(path.name for path in broken)
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it came of, is about a full disk; the libraries that write raise their own."""
+def no_room(error: BaseException | None, folder: Path) -> str | None:
+    """Why nothing more can be written to `folder`, when that is what an exception, or one that it came of, is about.
+
+    The libraries that write raise their own. None for all other exceptions.
+    """
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if FULL_DISK.search(str(error)):
-            return True
+        code, text = getattr(error, "errno", None), str(error)
+        if code == errno.EFBIG or "File too large" in text:
+            return f"files in {folder} may not be as large as what is to be written (ulimit -f)"
+        if code in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK.search(text):
+            return f"the disk of {folder} is full ({shutil.disk_usage(folder).free / 1e6:.0f} MB free)"
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def write_args(folder: Path, arguments: Any, extra: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from martlet.train.arguments import SftArguments
 log = logging.getLogger("martlet")
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "AUTO": "auto"}
-INITS = {"true": True, "false": False}
+INITS = {"true": True, "false": False, "gaussian": "gaussian"}
 
 
 def load(card: ModelCard, arguments: SftArguments) -> PreTrainedModel:
@@ -101,12 +102,19 @@ def adapter_config(model: PreTrainedModel, card: ModelCard, arguments: SftArgume
         modules_to_save=_existing(model, arguments.modules_to_save, "modules_to_save") or None,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
-        init_lora_weights=INITS.get(arguments.init_lora_weights, arguments.init_lora_weights),
+        init_lora_weights=INITS[arguments.init_lora_weights],
     )
 
 
 def _targets(model: PreTrainedModel, card: ModelCard, arguments: SftArguments) -> list[str] | str:
     if arguments.target_regex:
+        names = [name for name, _ in model.named_modules()]
+        if not any(re.fullmatch(arguments.target_regex, name) for name in names):
+            raise UsageError(
+                f"--target_regex {arguments.target_regex!r} is the whole name of no module, such as "
+                f"{next(name for name, module in model.named_modules() if _is_linear(module))!r}",
+                param="target_regex",
+            )
         return arguments.target_regex
     every, wanted = linear_names(model), list(arguments.target_modules)
     if [w.upper() for w in wanted] in (["DEFAULT"], ["AUTO"]):
@@ -144,6 +152,8 @@ def freeze(model: PreTrainedModel, arguments: SftArguments) -> None:
         frozen = quota > 0 or name.startswith(tuple(arguments.freeze_parameters))
         quota -= parameter.numel()
         parameter.requires_grad = not frozen or name.startswith(tuple(arguments.additional_trainable_parameters))
+    if not any(parameter.requires_grad for _, parameter in parameters):
+        raise UsageError("every parameter is frozen, so there is nothing to train", param="freeze_parameters")
 
 
 def continue_adapter(model: PreTrainedModel, folder: str):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from typing import Any
 
 from martlet import chat, hub
 from martlet.chat.template import Template
-from martlet.errors import BackendUnavailable, MartletError, UsageError
+from martlet.errors import MartletError, UsageError
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
-from martlet.train import console, layout
+from martlet.train import checks, console, layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.encode import Encoded, Lengths, show
 from martlet.train.split import split_rows
@@ -50,13 +49,25 @@ class Prepared:
     left_out: list[str]
 
 
+@dataclass(slots=True)
+class Networks:
+    """model: what is trained. adapter: a LoraConfig to put on it. reference: what preferences are measured against,
+    where all weights are trained; otherwise that is the model without its adapter."""
+
+    model: Any
+    adapter: Any = None
+    reference: Any = None
+
+
 def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
     """Run it. None with --check, which only looks at the data. run: the folder, when it has been made already.
 
     Raises UsageError and its kin for whatever is wrong before the first step, naming the flag.
     """
     arguments = restored(arguments)
-    _refuse(arguments)
+    checks.refuse(arguments)
+    if not arguments.check:
+        checks.refuse_names(arguments)
     card, tokenizer, template = _model_text(arguments)
     prepared = prepare(arguments, template, tokenizer, say=_say)
     if arguments.check:
@@ -65,11 +76,29 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
     import transformers
 
     console.quiet()
-    from martlet.train import journal
-    from martlet.train import model as models
-    from martlet.train.trainers import trainer_for
-
     transformers.set_seed(arguments.seed)
+    networks = _networks(card, arguments)
+    if arguments.push_to_hub:
+        checks.reach_hub(arguments)
+    resumed, run = place(arguments) if run is None else (_resumed(arguments), run)
+    with contextlib.nullcontext() if resumed else layout.gone_when_nothing_came_of_it(run):
+        trainer, seconds = _train_into(run, resumed, arguments, card, tokenizer, prepared, networks)
+    state, last = trainer.state, layout.checkpoints(run)
+    return Result(
+        output_dir=str(run),
+        last_model_checkpoint=str(last[-1]) if last else None,
+        best_model_checkpoint=state.best_model_checkpoint,
+        best_metric=state.best_metric,
+        global_step=state.global_step,
+        train_time=seconds,
+        log_history=state.log_history,
+    )
+
+
+def _networks(card: ModelCard, arguments: SftArguments) -> Networks:
+    """Raises UsageError for modules, parameters and adapters that are not there."""
+    from martlet.train import model as models
+
     network = models.load(card, arguments)
     adapter, reference = None, None
     begins_with = arguments.adapter
@@ -83,44 +112,65 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
         models.freeze(network, arguments)
         if isinstance(arguments, RlhfArguments) and arguments.rlhf_type in ("dpo", "kto"):
             reference = models.load(_reference(arguments) or card, arguments).eval()
+    return Networks(network, adapter, reference)
 
-    resumed, run = place(arguments) if run is None else (_resumed(arguments), run)
+
+def _train_into(
+    run: Path,
+    resumed: Path | None,
+    arguments: SftArguments,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    prepared: Prepared,
+    networks: Networks,
+) -> tuple[Any, float]:
+    """(the trainer, after its work; seconds). resumed: the checkpoint to go on from. The last step is a checkpoint."""
+    from martlet.train import journal
+    from martlet.train import model as models
+    from martlet.train.trainers import trainer_for
+
     extra = {"model_type": arguments.model_type or card.model_type, "base": models.base_name(card), "run": str(run)}
     extra["template_type"] = arguments.template_type or card.template
     main = int(os.environ.get("RANK", 0)) == 0
-    step = 0
-    if main:
-        for name in layout.remove_incomplete(run) if resumed else ():
-            log.warning("removed %s, whose writing was cut off", name)
-        layout.write_args(run, arguments, extra)
-    if resumed:
-        step = int(resumed.name.rpartition("-")[2])
-    os.environ["TENSORBOARD_LOGGING_DIR"] = arguments.logging_dir or str(run / "runs")
-    trainer = trainer_for(
-        arguments,
-        network,
-        models.tokenizer_for_trainer(tokenizer),
-        prepared.train,
-        prepared.held,
-        adapter=adapter,
-        reference=reference,
-        output_dir=str(run),
-        callbacks=[journal.Journal(run, arguments, extra, step)] if main else [],
+    step = int(resumed.name.rpartition("-")[2]) if resumed else 0
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(
+        Path(arguments.logging_dir).expanduser() if arguments.logging_dir else run / "runs"
     )
-    log.info("training %s of %s into %s", _count(trainer.model), card.name, run)
-    began = time.monotonic()
     try:
+        if main:
+            for name in layout.remove_incomplete(run) if resumed else ():
+                log.warning("removed %s, whose writing was cut off", name)
+            layout.write_args(run, arguments, extra)
+        trainer = trainer_for(
+            arguments,
+            networks.model,
+            models.tokenizer_for_trainer(tokenizer),
+            prepared.train,
+            prepared.held,
+            adapter=networks.adapter,
+            reference=networks.reference,
+            output_dir=str(run),
+            callbacks=[journal.Journal(run, arguments, extra, step)] if main else [],
+        )
+        log.info("training %s of %s into %s", _count(trainer.model), card.name, run)
+        began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resumed) if step else None)
         if main and arguments.save_strategy != "no" and not (run / f"checkpoint-{trainer.state.global_step}").exists():
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    except KeyboardInterrupt:
+        if main:
+            layout.remove_incomplete(run)
+            if whole := layout.checkpoints(run):
+                log.info("stopped; --resume_from_checkpoint %s goes on after %s", run, whole[-1].name)
+        raise
     except Exception as error:
-        free = shutil.disk_usage(run).free
+        why = layout.no_room(error, run)
         removed = layout.remove_incomplete(run) if main else []
-        if layout.disk_is_full(error):
+        if why:
             whole = layout.checkpoints(run)
             raise MartletError(
-                f"the disk of {run} is full ({free / 1e6:.0f} MB free); "
+                f"{why}; "
                 + (f"{', '.join(removed)} could not be written and is removed, " if removed else "")
                 + (f"the last complete one is {whole[-1]}" if whole else "no checkpoint is complete"),
                 param="output_dir",
@@ -129,16 +179,7 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
     finally:
         if main:
             _draw(run)
-    state, last = trainer.state, layout.checkpoints(run)
-    return Result(
-        output_dir=str(run),
-        last_model_checkpoint=str(last[-1]) if last else None,
-        best_model_checkpoint=state.best_model_checkpoint,
-        best_metric=state.best_metric,
-        global_step=state.global_step,
-        train_time=round(time.monotonic() - began, 2),
-        log_history=state.log_history,
-    )
+    return trainer, round(time.monotonic() - began, 2)
 
 
 def prepare(
@@ -172,22 +213,6 @@ def _wholes(row: Any) -> list[Encoded]:
         return [row]
     prompt, *endings = row
     return [Encoded(prompt + e, [0] * len(prompt) + [1] * len(e)) for e in endings if isinstance(e, list)]
-
-
-def _refuse(arguments: SftArguments) -> None:
-    """What cannot work here, before anything is read. Raises UsageError and BackendUnavailable."""
-    if arguments.quantization_bit not in (0, 4, 8):
-        raise UsageError("--quantization_bit is 4 or 8", param="quantization_bit")
-    if arguments.quantization_bit and arguments.sft_type == "full":
-        raise UsageError("weights in 4 or 8 bits cannot be trained, only adapters over them", param="quantization_bit")
-    for name, needed, wanted in (
-        ("bitsandbytes", arguments.quantization_bit, "quantization_bit"),
-        ("deepspeed", arguments.deepspeed, "deepspeed"),
-    ):
-        if needed and importlib.util.find_spec(name) is None:
-            raise BackendUnavailable(f"--{wanted} needs {name}: pip install {name}", param=wanted)
-    if arguments.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise UsageError("--fsdp shares a model between processes: NPROC_PER_NODE=2 and more", param="fsdp")
 
 
 def _card(arguments: SftArguments) -> ModelCard:

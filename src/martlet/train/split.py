@@ -74,7 +74,7 @@ def split_rows(arguments: SftArguments, template: Template | None, tokenizer: To
 
 def _encoder(arguments: SftArguments, template: Template | None, tokenizer: Tokenizer) -> Callable[[Row], Any]:
     """Row -> what the trainer takes, raising RowError."""
-    limit, system = arguments.max_length, arguments.system
+    limit, system = arguments.longest, arguments.system
     if not isinstance(arguments, RlhfArguments):
         cut = arguments.truncation_strategy
         return lambda row: encode(row, template, tokenizer, system=system, max_length=limit, truncation=cut)

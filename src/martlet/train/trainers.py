@@ -158,14 +158,18 @@ def _deepspeed(name: str | None) -> str | dict[str, Any] | None:
 
 
 def _sft_settings(arguments: SftArguments) -> dict[str, Any]:
-    return {"max_length": arguments.max_length, "packing": arguments.packing}
+    return {"max_length": _limit(arguments), "packing": arguments.packing}
+
+
+def _limit(arguments: SftArguments) -> int | None:
+    return None if arguments.max_length == -1 else arguments.max_length
 
 
 def _preference_settings(arguments: SftArguments) -> dict[str, Any]:
     assert isinstance(arguments, RlhfArguments)
     kind, loss = arguments.rlhf_type, arguments.loss_type
     settings: dict[str, Any] = {
-        "max_length": arguments.max_length,
+        "max_length": _limit(arguments),
         "beta": arguments.beta if arguments.beta is not None else 2.0 if kind == "simpo" else 0.1,
         "label_smoothing": arguments.label_smoothing,
         "desirable_weight": arguments.desirable_weight,
