@@ -23,7 +23,9 @@ LOG = "logging.jsonl"
 RUN = re.compile(r"v(\d+)-")
 ARGS = ("args.json", "sft_args.json")
 SECRET = ("hub_token",)
-FULL_DISK = re.compile(r"No space left|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written")
+FULL_DISK = re.compile(
+    r"No space left|Not enough free space|PytorchStreamWriter failed|file write failed|\d+ requested and \d+ written"
+)
 WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # whole, or in the shards of FSDP or DeepSpeed
 
 
