@@ -27,7 +27,7 @@ from martlet.server.errors import Problem, anthropic_body, describe, problem
 from martlet.server.gate import Gate
 from martlet.server.metrics import TEXT, Rejections, merged
 from martlet.server.options import Limits, ServerOptions
-from martlet.server.routing import json_answer
+from martlet.server.routing import json_answer, leaves
 from martlet.server.service import Traffic
 
 log = logging.getLogger("martlet.server")
@@ -117,7 +117,7 @@ async def _forward(handle: Any, service: FrontService, scope: Scope, receive: Re
     plain["headers"] = [(name, value) for name, value in scope["headers"] if name not in _PRIVATE]
     passage = Passage(handle, Call(record.id, plain, body, beginnings(body)), send)
     asking, leaving, stopping = (
-        asyncio.ensure_future(work) for work in (passage.ask(), _disconnected(receive), service.stopping.wait())
+        asyncio.ensure_future(work) for work in (passage.ask(), leaves(receive), service.stopping.wait())
     )
     try:
         await asyncio.wait((asking, leaving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -185,11 +185,6 @@ class Passage:
         else:
             self.ended = not message.get("more_body")
         await self._send(message)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(lost: Problem, scope: Scope) -> bytes:

@@ -21,7 +21,7 @@ from martlet.engine.request import Output, Request
 from martlet.runners.base import TokenLogprobs
 from martlet.server.errors import ApiError, Problem, describe
 from martlet.server.record import Record
-from martlet.server.routing import gone, ignored_header, json_answer
+from martlet.server.routing import gone, ignored_header, json_answer, leaves
 from martlet.server.service import Service
 
 
@@ -114,9 +114,9 @@ class Running:
         ]
         self._service = service
         self._record = record
-        self._open = {request.id: r for r, request in enumerate(job.requests)}
+        self._numbers = {request.id: r for r, request in enumerate(job.requests)}
+        self._open = set(self._numbers)
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
-        self._numbers = dict(self._open)
         params = job.requests[0].params  # but for their prompts, all requests of a job are alike
         record.model, record.stream, record.n, record.prompts = job.model, job.stream, job.n, len(job.requests)
         record.max_tokens = params.max_tokens
@@ -166,7 +166,7 @@ class Running:
         number = self._numbers[output.request_id]
         choice = self.choices[number * self.job.n + output.index]
         if output.last:
-            self._open.pop(output.request_id, None)
+            self._open.discard(output.request_id)
         if output.finish_reason == "error":
             raise output.error or RuntimeError("the backend gave an error without a cause")
         if output.finish_reason == "abort":
@@ -224,8 +224,7 @@ class Running:
         choice.last_time = now
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await leaves(receive)
         self._inbox.fail(ClientGone())
 
 

@@ -52,6 +52,12 @@ class JsonRoute(APIRoute):
         await (await self.endpoint(found, http))(scope, receive, send)
 
 
+async def leaves(receive: Receive) -> None:
+    """Ends when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def gone() -> Response:
     """To a client that has left. 499 is nginx's word for it; nobody reads it, the log has it."""
     return Response(status_code=499)
