@@ -89,25 +89,14 @@ def _mark_key(key: str, names: ControlNames, sign: str) -> str:
     return mark(key, names, sign) if names.spans(key) else key
 
 
-def choose_sign(*values: Any) -> str:
-    """A private-use character that occurs in none of the JSON values."""
-    text = "".join(_strings(values))
-    for code in range(0xF0000, 0x10FFFE):
-        if chr(code) not in text:
-            return chr(code)
-    raise InvalidRequest("messages use every private-use character of Unicode", param="messages")
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            yield k
-            yield from _strings(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _strings(v)
+def choose_signs(*values: Any) -> tuple[str, str]:
+    """Two private-use characters that occur in none of the JSON values."""
+    said = repr(values)  # spells such characters out, so that whoever types their spelling uses them, too
+    free = (chr(code) for code in range(0xF0000, 0x10FFFE) if f"\\U{code:08x}" not in said)
+    first, second = next(free, None), next(free, None)
+    if first is None or second is None:
+        raise InvalidRequest("messages use every private-use character of Unicode", param="messages")
+    return first, second
 
 
 def encode(text: str, names: ControlNames, sign: str, tokenizer: Tokenizer) -> list[int]:

@@ -146,8 +146,7 @@ class JinjaTemplate(Template):
         tools = plain(list(tools), "tools") if tools else None
         extra = plain(dict(template_kwargs), "chat_template_kwargs")
         self._check_read(extra)
-        sign = control.choose_sign(messages, tools, extra)
-        end = control.choose_sign(messages, tools, extra, sign)
+        sign, end = control.choose_signs(messages, tools, extra)
         variables = {
             **self.tokenizer.special_tokens,
             "add_bos": self.tokenizer.add_bos,
