@@ -63,6 +63,30 @@ def test_a_step_gives_a_sink_its_news_in_one_put(engine):
     assert max(sizes) == 5
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_news_are_told_while_a_device_computes(lag):
+    told = []
+    runner = FakeRunner(MEMORY, lag=lag)
+    launch = runner.launch
+
+    def launched(batch):
+        told.append("launch")
+        return launch(batch)
+
+    class Sink(queue.SimpleQueue):
+        def put(self, outputs):
+            told.append("news")
+            super().put(outputs)
+
+    runner.launch = launched
+    engine, sink = AsyncEngine(Engine(runner)), Sink()
+    engine.submit([ask("a", max_tokens=4)], sink)
+    collect(sink, 1)
+    engine.close()
+    ahead = ["launch", "launch"] + ["launch", "news"] * 2 + ["news", "news"]
+    assert told == (ahead if lag else ["launch", "news"] * 4)
+
+
 def test_abort_ends_a_request_soon(engine):
     outbox = queue.SimpleQueue()
     engine.submit([ask("a", max_tokens=60)], outbox)
@@ -95,7 +119,7 @@ def test_close_tells_those_who_wait():
 
 def test_a_bug_in_the_engine_leaves_nobody_waiting():
     engine = AsyncEngine(Engine(FakeRunner(MEMORY)))
-    engine.engine.step = lambda: 1 / 0
+    engine.engine.collect = lambda: 1 / 0
     outbox = queue.SimpleQueue()
     engine.submit([ask("a")], outbox)
     (output,) = outbox.get(timeout=10)

@@ -88,14 +88,24 @@ class AsyncEngine:
             self._thread.join(1.0 if self._failure else timeout)  # a step that lost its runner may never end
 
     def _run(self) -> None:
+        engine, held = self.engine, []
         try:
             while self._take_commands():
-                self._deliver(self.engine.step())
+                engine.launch()
+                self._deliver(held)
+                held = engine.collect()
+                # While a device computes, this thread leaves Python to those who take the outputs. So with steps under
+                # way they wait for the next launch: delivered before it, they would have both take turns for the lock.
+                if not (engine.runner.lag and engine.has_work):
+                    self._deliver(held)
+                    held = []
         except Exception as error:  # a bug in the engine itself: nobody may wait for ever because of it
             log.exception("the engine thread died")
+            self._deliver(held)
             self._fail_all("the engine died; see the log", error)
         else:
-            self.engine.close()
+            self._deliver(held)
+            engine.close()
             self._deliver(self.engine.step())
 
     def _lost(self, error: MartletError) -> None:

@@ -76,6 +76,7 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._error: str | None = None
         self._step_began: float | None = None
+        self._launched = False
 
     # Requests
 
@@ -184,6 +185,11 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Launch the next step, take in the oldest one due, and return what came out."""
+        self.launch()
+        return self.collect()
+
+    def launch(self) -> None:
+        """The first half of a step: plan the next one and launch it."""
         self._step_began = time.monotonic()
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
@@ -201,9 +207,13 @@ class Engine:
             if constrained:
                 plan = self._constrain(plan)
             self._in_flight.append((plan, self._launch(plan)))
-        if self._in_flight and (plan is None or len(self._in_flight) > self.runner.lag):
+        self._launched = plan is not None
+
+    def collect(self) -> list[Output]:
+        """The second half: wait for the oldest step due, take it in, and return what came out."""
+        if self._in_flight and (not self._launched or len(self._in_flight) > self.runner.lag):
             self._take_in(*self._in_flight.popleft())
-        elif plan is None and constrained:
+        elif not self._launched and self.constraints is not None and self.constraints.active:
             self._hear_constraints(PATIENCE)  # all that runs waits for masks
         # Nothing is launched behind a launch that failed: the runner has not heard what that one had to say.
         while self._in_flight and isinstance(self._in_flight[-1][1], BaseException):
