@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import UsageError
 from martlet.hub.peft import Lora
-from martlet.kernels.cuda.lora import Stack, group, lora
+from martlet.kernels.cuda.lora import FEW, Groups, Stack, finish, finish_activated, group, lora, low_ranks, parted
 from martlet.kernels.ops import LoraPart
 from martlet.model.adapters import TARGETS, Adapter
+from martlet.model.spec import FeedForward
 from martlet.model.weights import parameters, read_spec
 from martlet.runners.cuda_runner import CudaRunner
 from martlet.runners.cuda_runner.mixed import Mixed
@@ -28,37 +30,104 @@ gpu = pytest.mark.gpu
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=gpu)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "inputs", "outputs", "rank"), [(1, 40, (24,), 16), (19, 72, (130, 24, 24), 32), (70, 200, (50, 50), 16)]
-)
-def test_kernels_add_what_the_reference_adds(tokens, inputs, outputs, rank, dtype):
+@dataclass
+class Adapted:
+    """A product y [T, N] of x [T, K], adapters of four slots (one rank each) and what the reference makes of them.
+
+    wide: the matrix with A of all slots behind it, [N + 4 P R, K].
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    wide: torch.Tensor
+    stack: Stack
+    groups: Groups
+    want: torch.Tensor
+    without: torch.Tensor  # bool [T], tokens without adapter
+
+
+def adapted(tokens: int, inputs: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype) -> Adapted:
     torch.manual_seed(0)
-    slots, total = 3, sum(outputs)
-    used = [16, 0, rank]  # the second slot is empty
+    total = sum(outputs)
+    used = [16, 0, rank, 16]  # the second slot is empty, the fourth has no tokens
+    wide = torch.randn(total + 4 * len(outputs) * rank, inputs, device=DEVICE).to(dtype) / inputs**0.5
     stack = Stack(
-        torch.randn(slots, len(outputs), rank, inputs, device=DEVICE).to(dtype) / inputs**0.5,
-        torch.randn(slots, total, rank, device=DEVICE).to(dtype),
+        wide[total:].view(4, len(outputs), rank, inputs),
+        torch.randn(4, total, rank, device=DEVICE).to(dtype),
         torch.tensor(used, dtype=torch.int32, device=DEVICE),
         tuple(np.cumsum(outputs[:-1]).tolist()),
     )
     adapters = torch.tensor([0, 3, 1, 2, 3, 0, 1], dtype=torch.int32, device=DEVICE)  # of seven rows
     rows = torch.randint(-1, 7, (tokens,), dtype=torch.int32, device=DEVICE)
     rows[0] = 1
-    x, y = torch.randn(tokens, inputs, device=DEVICE).to(dtype), torch.randn(tokens, total, device=DEVICE).to(dtype)
-    want = y.float()
+    x = torch.randn(tokens, inputs, device=DEVICE).to(dtype)
+    y = x @ wide[:total].T
+    want = (x.double() @ wide[:total].double().T).float()
     slot_of = torch.where(rows < 0, 0, adapters[rows.clamp(min=0).long()])
     begins = np.cumsum(outputs) - outputs
-    for slot in range(slots):
+    for slot in range(4):
         a, b = stack.a[slot, :, : used[slot]].float(), stack.b[slot, :, : used[slot]].float()
         parts = [
             LoraPart(int(begin), a[part], b[begin : begin + size])
             for part, (begin, size) in enumerate(zip(begins, outputs, strict=True))
         ]
         OPS.lora(x.float(), want, [((slot_of == slot + 1).nonzero().flatten(), parts)])
-    untouched = y[slot_of == 0].clone()
-    lora(x, y, stack, group(rows, adapters, slots))
-    assert close(y, want) and torch.equal(y[slot_of == 0], untouched)
+    return Adapted(x, y, wide, stack, group(rows, adapters, stack.ranks, rank), want, slot_of == 0)
+
+
+SHAPES = [  # tokens, inputs, outputs, largest rank
+    (1, 40, (24,), 16),
+    (3, 136, (70,), 64),
+    (17, 72, (130, 24, 24), 48),
+    (64, 40, (64, 32, 32), 16),
+    (65, 40, (50, 50), 32),
+    (FEW + 6, 200, (50, 50), 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), SHAPES)
+def test_kernels_add_what_the_reference_adds(tokens, inputs, outputs, rank, dtype):
+    case = adapted(tokens, inputs, outputs, rank, dtype)
+    y = case.y.clone()
+    lora(case.x, y, case.stack, case.groups)
+    assert close(y, case.want) and torch.equal(y[case.without], case.y[case.without])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), SHAPES[:-1])
+def test_one_product_with_matrix_and_adapters_gives_the_same(tokens, inputs, outputs, rank, dtype):
+    case = adapted(tokens, inputs, outputs, rank, dtype)
+    y, low = parted(case.x @ case.wide.T, case.stack)
+    assert close(finish(y, low, case.stack, case.groups), case.want)
+    residual = torch.randn_like(case.want).to(dtype)
+    out = residual.clone()
+    assert finish(y, low, case.stack, case.groups, out=out, onto=True) is out
+    assert close(out, case.want + residual.float())
+    assert torch.equal(finish(y, low, case.stack, case.groups)[case.without], y[case.without])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_activation_follows_what_adapters_add(tokens, gated, beside, dtype):
+    case = adapted(tokens, 72, (70, 70) if gated else (70,), 32, dtype)
+    y, low = parted(case.x @ case.wide.T, case.stack)
+    if not beside:
+        low = low_ranks(case.x, case.stack, case.groups)
+    want = OPS.activation(case.want, FeedForward(35, "silu", gated=gated))
+    assert close(finish_activated(y, low, case.stack, case.groups, "silu", gated), want, dtype)
+
+
+def test_units_are_the_ranks_that_tokens_need():
+    ranks = torch.tensor([16, 0, 48, 16, 32], dtype=torch.int32, device=DEVICE)
+    adapters = torch.tensor([0, 3, 1, 2, 5], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([4, -1, 1, 1, 3, 0], dtype=torch.int32, device=DEVICE)
+    groups = group(rows, adapters, ranks, 64)
+    assert groups.units[: groups.units[0] + 1].tolist() == [5, 8, 9, 10, 16, 17]
+    assert groups.slots.tolist() == [4, -1, 2, 2, 1, -1]
+    assert groups.counts.tolist() == [0, 1, 2, 0, 1]
 
 
 def adapter(family: str, seed: int) -> Adapter:

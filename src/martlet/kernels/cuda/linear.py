@@ -29,12 +29,14 @@ class Linear:
 
     scales: float32, one a row, if the matrix is float8_e4m3fn and to be multiplied by them.
     int4: if the matrix is int32 [out, in / 8], eight weights a word (martlet.kernels.cuda.int4).
+    wide: matrix and bias with rows behind them, those of adapters (martlet.kernels.cuda.lora), if there are such.
     """
 
     matrix: torch.Tensor
     bias: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     int4: int4.Groups | None = None
+    wide: Linear | None = None
 
     @property
     def plain(self) -> bool:

@@ -1,8 +1,16 @@
 """What LoRA adapters add to a linear: y[token] += B[slot] (A[slot] x[token]), for the slot of each token's row.
 
-Tokens are grouped by slot once a step, on the device, so that a tile of tokens shares its adapter and every adapter's
-matrices are read once. Grids depend on the number of tokens and slots alone, and which token has which adapter is read
-from memory: a CUDA graph that holds these kernels stays right. Programs that find no token leave at once.
+Grids depend on the number of tokens and slots alone, and which token has which adapter is read from memory, where
+`group` puts it once a step, on the device: a CUDA graph that holds these kernels stays right.
+
+Many tokens are sorted by slot, so that a tile of them shares its adapter and every adapter's matrices are read once
+(`shrink`, `expand`); programs that find no token leave at once.
+
+Few tokens cost what the matrices' bytes cost, if launches and short programs cost nothing beside. So A of all slots
+lies behind the rows of the linear's matrix, where there are not too many slots, and one product is both: wide [T, N +
+S P R], low-rank values of all slots behind the outputs. And a program goes through all slots that some token has, by
+ranks of UNIT, for all tokens at once, with the values of others than a token's own slot taken as zero: outputs are read
+and written once (`finish`), on the way to the activation where one follows (`finish_activated`).
 
 Matrices of S slots stand in stacks that keep their place: a [S, P, R, K] and b [S, N, R], R being the largest rank, P
 the matrices fused into the linear (their outputs end at `ends`), ranks int32 [S] how much of R a slot uses.
@@ -18,18 +26,44 @@ import triton.language as tl
 
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.launch import wait
+from martlet.kernels.cuda.layers import activate
 
 UNIT = 16  # ranks are worked on in steps of so many
-FEW = 64  # up to so many tokens, the sums over inputs are split among programs, which are idle else
-SPLITS = 8
+FEW = 128  # tokens
+BESIDE = 512  # ranks of all slots up to which their A lies behind the matrix, and is read whether it has tokens or not
+SPLITS = 8  # of the sum over inputs where tokens are few: programs would be idle else
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How `finish` is cut: columns of outputs, and ranks at a time, of a program."""
+
+    columns: int
+    ranks: int
+    warps: int
+    stages: int
+
+
+FINISH = Tile(32, 128, 4, 3)
+FINISH_ACTIVATED = Tile(64, 64, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """tokens: int32 [S, T], those of each slot (numbered from 0 here), counts of them: int32 [S]."""
+    """tokens: int32 [S, T], those of each slot (numbered from 0 here), counts of them: int32 [S].
+
+    Of few tokens also: slots int32 [T], of each token, -1 for none. units: int32 [1 + S R / UNIT], how many units of
+    ranks tokens need, and which: slot * R / UNIT + its number in the slot.
+    """
 
     tokens: torch.Tensor
     counts: torch.Tensor
+    slots: torch.Tensor | None = None
+    units: torch.Tensor | None = None
+
+    @property
+    def few(self) -> bool:
+        return self.units is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +76,51 @@ class Stack:
     ends: tuple[int, ...]
 
 
-@triton.jit
-def _group(rows, adapters, tokens, counts, T, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@dataclass(frozen=True, slots=True)
+class Low:
+    """A x of few tokens: split sums, [split, T, P, R] of each token's own slot, or [1, T, S, P, R] of all."""
+
+    values: torch.Tensor
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of splits, tokens, and slots."""
+        split, token, *rest = self.values.stride()
+        return split, token, rest[0] if len(rest) == 3 else 0
+
+
+@triton.jit(do_not_specialize=["T"])
+def _group(
+    rows, adapters, ranks, tokens, counts, slots, units, T, S,
+    STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(0)
     wait(PDL)
-    count = 0
-    for begin in range(0, T, BLOCK):
-        t = begin + tl.arange(0, BLOCK)
+    if slot < S:
+        count = 0
+        for begin in range(0, T, BLOCK):
+            t = begin + tl.arange(0, BLOCK)
+            row = tl.load(rows + t, mask=t < T, other=-1)
+            mine = (tl.load(adapters + row, mask=row >= 0, other=0) == slot + 1).to(tl.int32)
+            place = count + tl.cumsum(mine, 0) - 1
+            tl.store(tokens + slot * T + place, t, mask=mine > 0)
+            count += tl.sum(mine, 0)
+        tl.store(counts + slot, count)
+    else:  # where tokens are few: BLOCK holds all
+        t = tl.arange(0, BLOCK)
         row = tl.load(rows + t, mask=t < T, other=-1)
-        mine = (tl.load(adapters + row, mask=row >= 0, other=0) == slot + 1).to(tl.int32)
-        place = count + tl.cumsum(mine, 0) - 1
-        tl.store(tokens + slot * T + place, t, mask=mine > 0)
-        count += tl.sum(mine, 0)
-    tl.store(counts + slot, count)
+        of_token = tl.load(adapters + row, mask=row >= 0, other=0) - 1
+        tl.store(slots + t, of_token, mask=t < T)
+        count = 0
+        for begin in range(0, S * STEPS, BLOCK_U):
+            u = begin + tl.arange(0, BLOCK_U)
+            of_unit = u // STEPS
+            wanted = tl.max((of_token[None, :] == of_unit[:, None]).to(tl.int32), 1)
+            wanted *= (u % STEPS * UNIT < tl.load(ranks + of_unit, mask=u < S * STEPS, other=0)).to(tl.int32)
+            place = count + tl.cumsum(wanted, 0)
+            tl.store(units + place, u, mask=wanted > 0)
+            count += tl.sum(wanted, 0)
+        tl.store(units, count)
 
 
 @triton.jit
@@ -87,8 +153,8 @@ def _shrink(
 @triton.jit
 def _expand(
     low, b, tokens, counts, ranks, y, T, N, END0, END1, Y_STRIDE,
-    R: tl.constexpr, P: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEP: tl.constexpr, PDL: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     begin, slot = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     wait(PDL)
@@ -106,9 +172,7 @@ def _expand(
                 for step in range(0, rank, STEP):
                     r = step + tl.arange(0, STEP)
                     from_low = low + token[:, None] * (P * R) + part * R + r[None, :]
-                    values = tl.zeros([BLOCK_M, STEP], tl.float32)
-                    for split in tl.static_range(SPLIT):
-                        values += tl.load(from_low + split * T * (P * R), mask=(m < count)[:, None], other=0.0)
+                    values = tl.load(from_low, mask=(m < count)[:, None], other=0.0)
                     at = b + (slot * N + n).to(tl.int64)[None, :] * R + r[:, None]
                     weights = tl.load(at, mask=inside[None, :], other=0.0)
                     acc = tl.dot(values.to(weights.dtype), weights, acc, input_precision="ieee")
@@ -117,35 +181,199 @@ def _expand(
         tl.store(to, (tl.load(to, mask=there, other=0.0) + acc).to(y.dtype.element_ty), mask=there)
 
 
-def group(rows: torch.Tensor, adapters: torch.Tensor, slots: int) -> Groups:
-    """rows: int32 [T], of each token, -1 for none. adapters: int32 [rows], the slot of each row from 1, 0 for none."""
-    tokens = torch.empty(slots, len(rows), dtype=torch.int32, device=rows.device)
+@triton.jit
+def _units(units, step, count, STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr):
+    """BLOCK_R ranks from `step` on, of those in `units`: their slots, their numbers there, and whether there are so many."""
+    j = step + tl.arange(0, BLOCK_R)
+    some = j < count
+    unit = tl.load(units + 1 + j // UNIT, mask=some, other=0)
+    return unit // STEPS, unit % STEPS * UNIT + j % UNIT, some
+
+
+@triton.jit
+def _more(
+    acc, low, b, t, n, mine, inside, slot, r, part, N, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+    R: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """acc [T, N] plus B times the low-rank values of a part: ranks r of slots, `mine` where that is the token's slot."""
+    at = tl.max_contiguous(tl.multiple_of(slot * LOW_SLOT + part * R + r, UNIT), UNIT)
+    values = tl.load(low + t[:, None] * LOW_TOKEN + at[None, :], mask=mine, other=0.0)
+    for split in tl.static_range(1, SPLIT):
+        values += tl.load(low + split * LOW_SPLIT + t[:, None] * LOW_TOKEN + at[None, :], mask=mine, other=0.0)
+    at = tl.max_contiguous(tl.multiple_of(slot.to(tl.int64) * N * R + r, UNIT), UNIT)
+    weights = tl.load(b + n[:, None] * R + at[None, :], mask=inside, other=0.0)
+    return tl.dot(values.to(weights.dtype), tl.trans(weights), acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["T"])
+def _finish(
+    y, low, b, slots, units, out, T, N, END0, END1, Y_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, OUT_STRIDE,
+    R: tl.constexpr, SPLIT: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0) * BLOCK_N
+    n = begin + tl.arange(0, BLOCK_N)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = (t < T)[:, None] & (n < N)[None, :]
+    wait(PDL)
+    of_token = tl.load(slots + t, mask=t < T, other=-1)
+    count = tl.load(units) * UNIT
+    acc = tl.load(y + t[:, None] * Y_STRIDE + n[None, :], mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        acc += tl.load(out + t[:, None] * OUT_STRIDE + n[None, :], mask=there, other=0.0).to(tl.float32)
+    last = tl.minimum(begin + BLOCK_N, N) - 1
+    first_part = (begin >= END0).to(tl.int32) + (begin >= END1).to(tl.int32)
+    last_part = (last >= END0).to(tl.int32) + (last >= END1).to(tl.int32)
+    for part in range(first_part, last_part + 1):
+        since = tl.where(part == 0, 0, tl.where(part == 1, END0, END1))
+        until = tl.where(part == 0, END0, tl.where(part == 1, END1, N))
+        inside = (n >= since) & (n < until)
+        for step in range(0, count, BLOCK_R):
+            slot, r, some = _units(units, step, count, R // UNIT, UNIT, BLOCK_R)
+            mine = (of_token[:, None] == slot[None, :]) & some[None, :]
+            acc = _more(
+                acc, low, b, t, n, mine, inside[:, None] & some[None, :], slot, r, part, N,
+                LOW_SPLIT, LOW_TOKEN, LOW_SLOT, R, SPLIT, UNIT,
+            )  # fmt: skip
+    tl.store(out + t[:, None] * OUT_STRIDE + n[None, :], acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _finish_activated(
+    y, low, b, slots, units, out, T, HIDDEN, Y_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+    R: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = (t < T)[:, None] & (n < HIDDEN)[None, :]
+    wait(PDL)
+    of_token = tl.load(slots + t, mask=t < T, other=-1)
+    count = tl.load(units) * UNIT
+    line = y + t[:, None] * Y_STRIDE + n[None, :]
+    acc = tl.load(line, mask=there, other=0.0).to(tl.float32)
+    outputs = HIDDEN
+    if GATED:
+        acc_up = tl.load(line + HIDDEN, mask=there, other=0.0).to(tl.float32)
+        outputs = 2 * HIDDEN
+    for step in range(0, count, BLOCK_R):
+        slot, r, some = _units(units, step, count, R // UNIT, UNIT, BLOCK_R)
+        mine = (of_token[:, None] == slot[None, :]) & some[None, :]
+        inside = (n < HIDDEN)[:, None] & some[None, :]
+        acc = _more(
+            acc, low, b, t, n, mine, inside, slot, r, 0, outputs, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, R, SPLIT, UNIT
+        )
+        if GATED:
+            acc_up = _more(
+                acc_up, low, b, t, HIDDEN + n, mine, inside, slot, r, 1, outputs, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+                R, SPLIT, UNIT,
+            )  # fmt: skip
+    result = activate(acc, ACTIVATION)
+    if GATED:
+        result *= acc_up
+    tl.store(out + t[:, None] * HIDDEN + n[None, :], result.to(out.dtype.element_ty), mask=there)
+
+
+def group(rows: torch.Tensor, adapters: torch.Tensor, ranks: torch.Tensor, rank: int) -> Groups:
+    """rows: int32 [T], of each token, -1 for none. adapters: int32 [rows], the slot of each row from 1, 0 for none.
+
+    ranks: int32 [S], that slots use of `rank`.
+    """
+    count, slots, steps = len(rows), len(ranks), rank // UNIT
+    few = count <= FEW
+    tokens = torch.empty(slots, count, dtype=torch.int32, device=rows.device)
     counts = torch.empty(slots, dtype=torch.int32, device=rows.device)
-    block = min(1024, triton.next_power_of_2(max(16, len(rows))))
-    launch.run(_group, (slots,), rows, adapters, tokens, counts, len(rows), BLOCK=block)
-    return Groups(tokens, counts)
+    of_tokens = torch.empty(count, dtype=torch.int32, device=rows.device) if few else None
+    units = torch.empty(1 + slots * steps, dtype=torch.int32, device=rows.device) if few else None
+    launch.run(
+        _group, (slots + few,),
+        rows, adapters, ranks, tokens, counts, counts if of_tokens is None else of_tokens,
+        counts if units is None else units, count, slots, STEPS=steps, UNIT=UNIT,
+        BLOCK=FEW if few else 1024, BLOCK_U=64,
+    )  # fmt: skip
+    return Groups(tokens, counts, of_tokens, units)
 
 
-def lora(x: torch.Tensor, y: torch.Tensor, stack: Stack, groups: Groups) -> None:
-    """Add to y [T, N] in place what the adapters make of x [T, K]; x and y may have rows between theirs."""
+def low_ranks(x: torch.Tensor, stack: Stack, groups: Groups) -> Low:
+    """A x of x [T, K], a row of which may have other rows' neighbours between it and the next; T may be large."""
     count, k = x.shape
     slots, parts, rank = stack.a.shape[:3]
-    split = SPLITS if count <= FEW else 1
-    tile = 16 if count <= FEW else 64
-    tiles = 1 if count <= FEW else triton.cdiv(count, tile)
+    split = SPLITS if groups.units is not None else 1
+    tile = 16 if groups.units is not None else 64
+    tiles = 1 if groups.units is not None else triton.cdiv(count, tile)
     block_k = 64 if x.dtype == torch.float32 else 128
     span = triton.cdiv(triton.cdiv(k, split), block_k) * block_k
-    low = torch.empty(split, count, parts * rank, dtype=torch.float32, device=x.device)
+    low = torch.empty(split, count, parts, rank, dtype=torch.float32, device=x.device)
     launch.run(
         _shrink, (parts * rank // UNIT * split, slots, tiles),
         x, stack.a, groups.tokens, groups.counts, stack.ranks, low, count, k, span, x.stride(0),
         R=rank, P=parts, SPLIT=split, BLOCK_M=tile, BLOCK_K=block_k, STEP=UNIT,
     )  # fmt: skip
+    return Low(low)
+
+
+def parted(wide: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, Low]:
+    """(outputs [T, N], low-rank values) of few tokens' product with a matrix and A of all slots behind it."""
+    slots, parts, rank = stack.a.shape[:3]
     n = stack.b.shape[1]
-    block_n = 128
+    return wide[:, :n], Low(wide[:, n:].unflatten(1, (slots, parts, rank))[None])
+
+
+def lora(x: torch.Tensor, y: torch.Tensor, stack: Stack, groups: Groups) -> None:
+    """Add to y [T, N] in place what the adapters make of x [T, K]; x and y may have rows between theirs."""
+    low = low_ranks(x, stack, groups)
+    if groups.units is not None:
+        finish(y, low, stack, groups, out=y)
+        return
+    count, n = y.shape
+    slots, parts, rank = stack.a.shape[:3]
+    block_n, tile = 128, 64
     first, second = (*stack.ends, n, n)[:2]
     launch.run(
-        _expand, (triton.cdiv(n, block_n), slots, tiles),
-        low, stack.b, groups.tokens, groups.counts, stack.ranks, y, count, n, first, second, y.stride(0),
-        R=rank, P=parts, SPLIT=split, BLOCK_M=tile, BLOCK_N=block_n, STEP=UNIT,
+        _expand, (triton.cdiv(n, block_n), slots, triton.cdiv(count, tile)),
+        low.values, stack.b, groups.tokens, groups.counts, stack.ranks, y, count, n, first, second, y.stride(0),
+        R=rank, P=parts, BLOCK_M=tile, BLOCK_N=block_n, STEP=UNIT,
     )  # fmt: skip
+
+
+def finish(
+    y: torch.Tensor,
+    low: Low,
+    stack: Stack,
+    groups: Groups,
+    out: torch.Tensor | None = None,
+    onto: bool = False,
+) -> torch.Tensor:
+    """y [T, N] of few tokens plus what adapters add, in `out` (y itself perhaps) if given; onto: added to it."""
+    assert groups.units is not None and groups.slots is not None
+    count, n = y.shape
+    out = y.new_empty(count, n) if out is None else out
+    first, second = (*stack.ends, n, n)[:2]
+    tokens = _tokens(count)
+    launch.run(
+        _finish, (triton.cdiv(n, FINISH.columns), triton.cdiv(count, tokens)),
+        y, low.values, stack.b, groups.slots, groups.units, out, count, n, first, second, y.stride(0), *low.strides,
+        out.stride(0), R=stack.b.shape[2], SPLIT=len(low.values), ADD=onto, UNIT=UNIT, BLOCK_T=tokens,
+        BLOCK_N=FINISH.columns, BLOCK_R=FINISH.ranks, warps=FINISH.warps, stages=FINISH.stages,
+    )  # fmt: skip
+    return out
+
+
+def finish_activated(y: torch.Tensor, low: Low, stack: Stack, groups: Groups, kind: str, gated: bool) -> torch.Tensor:
+    """`layers.activation` of what `finish` gives."""
+    assert groups.units is not None and groups.slots is not None
+    count, hidden = y.shape[0], y.shape[1] // (2 if gated else 1)
+    out = y.new_empty(count, hidden)
+    tokens, tile = _tokens(count), FINISH_ACTIVATED
+    launch.run(
+        _finish_activated, (triton.cdiv(hidden, tile.columns), triton.cdiv(count, tokens)),
+        y, low.values, stack.b, groups.slots, groups.units, out, count, hidden, y.stride(0), *low.strides,
+        R=stack.b.shape[2], SPLIT=len(low.values), GATED=gated, ACTIVATION=kind, UNIT=UNIT, BLOCK_T=tokens,
+        BLOCK_N=tile.columns, BLOCK_R=tile.ranks, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def _tokens(count: int) -> int:
+    """Tokens of a program."""
+    return 16 if count <= 16 else 64

@@ -28,14 +28,14 @@ from martlet.model.weights import read_spec
 from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResult
 from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
-from martlet.runners.cuda_runner.adapters import Slots, bytes_for
+from martlet.runners.cuda_runner.adapters import Slots, beside, bytes_for
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep
 from martlet.runners.cuda_runner.pieces import LEAST, Joined, pieces
 from martlet.runners.cuda_runner.ranks import Ranks, shared_memory
-from martlet.runners.cuda_runner.weights import allocate, fill, int4_sizes
+from martlet.runners.cuda_runner.weights import Weights, allocate, fill, int4_sizes
 from martlet.runners.rows import Rows, masks_of
 from martlet.runners.sizing import kv_dtype, plan_memory, size
 from martlet.runners.torch_runner.collectives import Alone, Collectives
@@ -94,15 +94,18 @@ class CudaRunner:
         with torch.inference_mode():
             free = _free_memory(self.device)
             int4 = int4_sizes(card, spec) if options.quant == "int4" else None
-            places, loaded = allocate(spec, self.device, self.dtype, fp8=options.quant == "fp8", int4=int4)
+            places, loaded = allocate(
+                spec, self.device, self.dtype, fp8=options.quant == "fp8", int4=int4,
+                beside=beside(options.max_adapters, options.max_lora_rank),
+            )  # fmt: skip
             shared = self._ranks(options)
             if shared is not None:
                 clock.lap(f"meeting of {self.group.size} ranks", self.device)
-            self.memory = self._plan(options, free, loaded.nbytes)
+            self.memory = self._plan(options, free, loaded)
             self.max_adapters = options.max_adapters
             slots = None
             if self.max_adapters:
-                slots = Slots(spec, self.max_adapters, options.max_lora_rank, self.device, self.dtype)
+                slots = Slots(spec, loaded.blocks, self.max_adapters, options.max_lora_rank, self.device, self.dtype)
             self.decoder = Decoder(spec, loaded, self.memory.max_model_len, slots, shared)
             self.state = _state(spec, self.memory, self.device, self.kv_dtype)
             self.rows = Rows(self.memory, spec.vocab_size)
@@ -132,7 +135,7 @@ class CudaRunner:
             memory = partial(shared_memory, self.group, device=self.device)
         return Ranks(self.group, self.spec, self.dtype, self.max_step_tokens, rows, memory)
 
-    def _plan(self, options: LoadOptions, free: int, weight_bytes: int) -> MemoryPlan:
+    def _plan(self, options: LoadOptions, free: int, loaded: Weights) -> MemoryPlan:
         spec, element = self.spec, self.dtype.itemsize
         longest = options.max_model_len or min(spec.max_positions, DEFAULT_LENGTH)
         options = replace(options, max_model_len=longest)
@@ -140,14 +143,14 @@ class CudaRunner:
         state = 4 * rows * (longest + -(-longest // options.block_size)) + 8 * rows * spec.vocab_size
         widest = max(2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + 3 * layer.mlp.hidden for layer in spec.layers)
         activations = self.max_step_tokens * (widest + 4 * spec.width) * element
-        adapters = bytes_for(spec, options.max_adapters, options.max_lora_rank, element)
+        adapters = bytes_for(spec, loaded.blocks, options.max_adapters, options.max_lora_rank, element)
         left = (_free_memory(self.device) if self._on_gpu else free) - state - activations - adapters
         left = self.group.least(left)
         return plan_memory(
             spec,
             options,
             free=left,
-            weights=weight_bytes,
+            weights=loaded.nbytes,
             element_size=self.kv_dtype.itemsize,
             scale_size=4 if self.kv_dtype == torch.float8_e4m3fn else 0,
             default_rows=DEFAULT_ROWS,

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from martlet.kernels.cuda.lora import UNIT, Groups, Stack, group, lora
+from martlet.kernels.cuda import layers
+from martlet.kernels.cuda.linear import Linear, product
+from martlet.kernels.cuda.lora import (
+    BESIDE,
+    UNIT,
+    Groups,
+    Low,
+    Stack,
+    finish,
+    finish_activated,
+    group,
+    lora,
+    low_ranks,
+    parted,
+)
 from martlet.model.adapters import Adapter
-from martlet.model.spec import DecoderSpec, Layer
-
-FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "up": ("gate", "up"), "down": ("down",)}
+from martlet.model.spec import DecoderSpec, FeedForward, Layer
+from martlet.runners.cuda_runner.weights import Block
 
 
 def padded(rank: int) -> int:
     return -(-rank // UNIT) * UNIT
+
+
+def beside(slots: int, rank: int) -> int:
+    """Rows of A, for each part of a linear, that are to lie behind its matrix."""
+    ranks = slots * padded(rank)
+    return ranks if ranks <= BESIDE else 0
 
 
 def sizes(spec: DecoderSpec, layer: Layer) -> Iterator[tuple[str, list[tuple[str, int]], int]]:
@@ -27,32 +46,43 @@ def sizes(spec: DecoderSpec, layer: Layer) -> Iterator[tuple[str, list[tuple[str
     yield "down", [("down", spec.width)], mlp.hidden
 
 
-def bytes_for(spec: DecoderSpec, slots: int, rank: int, element: int) -> int:
+def bytes_for(spec: DecoderSpec, blocks: Sequence[Block], slots: int, rank: int, element: int) -> int:
     """What Slots takes."""
-    elements = sum(
-        len(parts) * inputs + sum(rows for _, rows in parts)
-        for layer in spec.layers
-        for _, parts, inputs in sizes(spec, layer)
-    )
+    elements = 0
+    for layer, block in zip(spec.layers, blocks, strict=True):
+        for name, parts, inputs in sizes(spec, layer):
+            elements += sum(rows for _, rows in parts)
+            elements += 0 if getattr(block, name).wide is not None else len(parts) * inputs
     return slots * padded(rank) * elements * element
 
 
 class Slots:
-    """Slots 1 ... count; slot s lies at s - 1 of each stack."""
+    """Slots 1 ... count; slot s lies at s - 1 of each stack. blocks: whose linears may have room for A behind them."""
 
-    def __init__(self, spec: DecoderSpec, count: int, rank: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        blocks: Sequence[Block],
+        count: int,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.count, self.rank = count, padded(rank)
         self.ranks = torch.zeros(count, dtype=torch.int32, device=device)
         self._parts = [{name: parts for name, parts, _ in sizes(spec, layer)} for layer in spec.layers]
-        new = {"dtype": dtype, "device": device}
         self._stacks: list[dict[str, Stack]] = []
-        for layer in spec.layers:
+        for layer, block in zip(spec.layers, blocks, strict=True):
             self._stacks.append({})
             for name, parts, inputs in sizes(spec, layer):
-                rows = [size for _, size in parts]
-                a = torch.zeros(count, len(parts), self.rank, inputs, **new)
-                b = torch.zeros(count, sum(rows), self.rank, **new)
-                self._stacks[-1][name] = Stack(a, b, self.ranks, tuple(np.cumsum(rows[:-1]).tolist()))
+                wide, rows = getattr(block, name).wide, [size for _, size in parts]
+                if wide is not None:
+                    a = wide.matrix[sum(rows) :].view(count, len(parts), self.rank, inputs)
+                else:
+                    a = torch.zeros(count, len(parts), self.rank, inputs, dtype=dtype, device=device)
+                b = torch.zeros(count, sum(rows), self.rank, dtype=dtype, device=device)
+                ends = tuple(np.cumsum(rows[:-1]).tolist())
+                self._stacks[-1][name] = Stack(a, b, self.ranks, ends)
 
     def put(self, slot: int, adapter: Adapter) -> None:
         """Copies are queued behind the steps that were launched, so these still see what the slot held."""
@@ -71,8 +101,39 @@ class Slots:
         self.ranks[slot - 1] = used
 
     def group(self, rows: torch.Tensor, adapters: torch.Tensor) -> Groups:
-        return group(rows, adapters, self.count)
+        return group(rows, adapters, self.ranks, self.rank)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, number: int, name: str, groups: Groups) -> None:
-        """y [T, N] += what the adapters of a layer's linear make of x [T, K]."""
-        lora(x, y, self._stacks[number][name], groups)
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: Linear,
+        number: int,
+        name: str,
+        groups: Groups,
+        out: torch.Tensor | None = None,
+        onto: bool = False,
+    ) -> torch.Tensor:
+        """A linear of layer `number` with its adapters, of x [T, K] -> [T, N], in `out` if given; onto: added to it."""
+        stack = self._stacks[number][name]
+        if groups.few:
+            return finish(*self._low(x, weight, stack, groups), stack, groups, out, onto)
+        if onto:
+            assert out is not None and weight.bias is None and weight.plain
+            y = out.addmm_(x, weight.matrix.T)
+        else:
+            y = product(x, weight, x.dtype, out=out)
+        lora(x, y, stack, groups)
+        return y
+
+    def hidden(self, x: torch.Tensor, weight: Linear, number: int, mlp: FeedForward, groups: Groups) -> torch.Tensor:
+        """The activation of the product `up`, [T, hidden]."""
+        if not groups.few:
+            return layers.activation(self.product(x, weight, number, "up", groups), mlp.activation, mlp.gated)
+        stack = self._stacks[number]["up"]
+        return finish_activated(*self._low(x, weight, stack, groups), stack, groups, mlp.activation, mlp.gated)
+
+    def _low(self, x: torch.Tensor, weight: Linear, stack: Stack, groups: Groups) -> tuple[torch.Tensor, Low]:
+        """(The product of few tokens, their low-rank values)."""
+        if weight.wide is not None:
+            return parted(product(x, weight.wide, x.dtype), stack)
+        return product(x, weight, x.dtype), low_ranks(x, stack, groups)

@@ -189,7 +189,12 @@ class Decoder:
         """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D]."""
         y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
-        return self._adapt(y, _padded(y, block.qkv, len(x), rows, x.dtype), number, "qkv", groups)
+        if rows <= len(x):
+            return self._product(y, block.qkv, x.dtype, number, "qkv", groups)
+        qkv = x.new_empty(rows, len(block.qkv.matrix))
+        qkv[len(x) :] = 0
+        self._product(y, block.qkv, x.dtype, number, "qkv", groups, out=qkv[: len(x)])
+        return qkv
 
     def _behind(
         self, x: torch.Tensor, y: torch.Tensor, layer: Layer, block: Block, number: int, groups: Groups | None
@@ -198,8 +203,12 @@ class Decoder:
         mlp = layer.mlp
         delta = self._onto(x, y, block.o, block.attn_post_norm, number, "o", groups)
         y = self._add_norm(x, delta, block.mlp_norm, fp8=block.up.fp8)
-        up = self._adapt(y, product(y, block.up, x.dtype), number, "up", groups)
-        hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
+        if groups is None:
+            up = product(y, block.up, x.dtype)
+            hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
+        else:
+            assert self.slots is not None and isinstance(y, torch.Tensor)
+            hidden = self.slots.hidden(y, block.up, number, mlp, groups)
         return self._onto(x, hidden, block.down, block.mlp_post_norm, number, "down", groups)
 
     def _onto(
@@ -218,25 +227,36 @@ class Decoder:
         """
         if self.ranks is not None:
             share = self.ranks.place(MIXER if name == "o" else MLP, len(x), self.device)
-            share = self._adapt(y, product(y, weight, x.dtype, out=share), number, name, groups)
+            self._product(y, weight, x.dtype, number, name, groups, out=share)
             if post_norm is None:
                 return Share(share)
             return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps)
         if post_norm is None and weight.bias is None and weight.plain:
             assert isinstance(y, torch.Tensor)
-            self._adapt(y, x.addmm_(y, weight.matrix.T), number, name, groups)
+            if groups is None:
+                x.addmm_(y, weight.matrix.T)
+            else:
+                assert self.slots is not None
+                self.slots.product(y, weight, number, name, groups, out=x, onto=True)
             return None
-        product_ = self._adapt(y, product(y, weight, x.dtype), number, name, groups)
+        product_ = self._product(y, weight, x.dtype, number, name, groups)
         return product_ if post_norm is None else layers.add_rms_norm(product_, None, post_norm, self.spec.eps)
 
-    def _adapt(
-        self, x: torch.Tensor | Fp8, y: torch.Tensor, number: int, name: str, groups: Groups | None
+    def _product(
+        self,
+        x: torch.Tensor | Fp8,
+        weight: Linear,
+        dtype: torch.dtype,
+        number: int,
+        name: str,
+        groups: Groups | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The product y of a linear of layer `number` with x, with what adapters add to it."""
-        if groups is not None:
-            assert self.slots is not None and isinstance(x, torch.Tensor)
-            self.slots.add(x, y, number, name, groups)
-        return y
+        """`product`, with what adapters add to that linear of layer `number`."""
+        if groups is None:
+            return product(x, weight, dtype, out=out)
+        assert self.slots is not None and isinstance(x, torch.Tensor)
+        return self.slots.product(x, weight, number, name, groups, out)
 
     def _add_norm(
         self,
@@ -287,13 +307,3 @@ class Decoder:
 
 def _fresh(qkv: torch.Tensor, first: int, count: int, padded: int, spec: Attention) -> torch.Tensor:
     return prefill_attention.fresh_attention(qkv[first : first + padded], count, spec)
-
-
-def _padded(y: torch.Tensor | Fp8, weight: Linear, count: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """The product of y [count, K], followed by zeros up to `rows` rows."""
-    if rows <= count:
-        return product(y, weight, dtype)
-    out = torch.empty(rows, len(weight.matrix), dtype=dtype, device=weight.matrix.device)
-    out[count:] = 0
-    product(y, weight, dtype, out=out[:count])
-    return out

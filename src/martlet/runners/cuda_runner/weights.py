@@ -188,11 +188,13 @@ def allocate(
     *,
     fp8: bool = False,
     int4: Mapping[str, int] | None = None,
+    beside: int = 0,
 ) -> tuple[dict[str, Place], Weights]:
     """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them.
 
     fp8: the layers' matrices are e4m3 with a scale a row; embedding, norms and head stay in `dtype`. int4: of
-    `int4_sizes`; matrices whose parts all are of one size stay in four bits.
+    `int4_sizes`; matrices whose parts all are of one size stay in four bits. beside: rows of zeros, for each part, behind
+    the layers' matrices that stay in `dtype` (`Linear.wide`).
     """
     places: dict[str, Place] = {}
     total = 0
@@ -214,12 +216,18 @@ def allocate(
             scales, zeros = (new(rows, columns // size, dtype=kind) for kind in (torch.float16, torch.uint8))
             words = new(rows, columns // 8, dtype=torch.int32)
             linear = Linear(words, new(rows) if bias else None, int4=Groups(size, scales, zeros))
+        elif fp8:
+            scales = new(rows, dtype=torch.float32)
+            linear = Linear(new(rows, columns, dtype=torch.float8_e4m3fn), new(rows) if bias else None, scales)
+        elif beside:
+            more = len(parts) * beside
+            wide = Linear(new(rows + more, columns), new(rows + more) if bias else None)
+            linear = Linear(wide.matrix[:rows], None if wide.bias is None else wide.bias[:rows], wide=wide)
+            wide.matrix[rows:] = 0
+            if wide.bias is not None:
+                wide.bias[rows:] = 0
         else:
-            linear = Linear(
-                new(rows, columns, dtype=torch.float8_e4m3fn if fp8 else dtype),
-                new(rows) if bias else None,
-                new(rows, dtype=torch.float32) if fp8 else None,
-            )
+            linear = Linear(new(rows, columns), new(rows) if bias else None)
         for part, span in weights.fused_rows(parts).items():
             scales = None if linear.scales is None else linear.scales[span]
             groups = None if linear.int4 is None else linear.int4[span]
