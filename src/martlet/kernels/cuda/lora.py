@@ -18,7 +18,7 @@ the matrices fused into the linear (their outputs end at `ends`), ranks int32 [S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -183,7 +183,7 @@ def _expand(
 
 @triton.jit
 def _units(units, step, count, STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr):
-    """BLOCK_R ranks from `step` on, of those in `units`: their slots, their numbers there, and whether there are so many."""
+    """BLOCK_R ranks from `step` on of those in `units`: their slots, their numbers there, whether there are so many."""
     j = step + tl.arange(0, BLOCK_R)
     some = j < count
     unit = tl.load(units + 1 + j // UNIT, mask=some, other=0)
@@ -195,7 +195,7 @@ def _more(
     acc, low, b, t, n, mine, inside, slot, r, part, N, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
     R: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """acc [T, N] plus B times the low-rank values of a part: ranks r of slots, `mine` where that is the token's slot."""
+    """acc [T, N] plus B times low-rank values of a part: ranks r of slots, `mine` where that is the token's slot."""
     at = tl.max_contiguous(tl.multiple_of(slot * LOW_SLOT + part * R + r, UNIT), UNIT)
     values = tl.load(low + t[:, None] * LOW_TOKEN + at[None, :], mask=mine, other=0.0)
     for split in tl.static_range(1, SPLIT):
@@ -295,7 +295,7 @@ def group(rows: torch.Tensor, adapters: torch.Tensor, ranks: torch.Tensor, rank:
 
 
 def low_ranks(x: torch.Tensor, stack: Stack, groups: Groups) -> Low:
-    """A x of x [T, K], a row of which may have other rows' neighbours between it and the next; T may be large."""
+    """A x of x [T, K], for few tokens or many."""
     count, k = x.shape
     slots, parts, rank = stack.a.shape[:3]
     split = SPLITS if groups.units is not None else 1
@@ -349,12 +349,12 @@ def finish(
     count, n = y.shape
     out = y.new_empty(count, n) if out is None else out
     first, second = (*stack.ends, n, n)[:2]
-    tokens = _tokens(count)
+    tokens, tile = _tokens(count), FINISH if len(low.values) == 1 else _of_split(FINISH)
     launch.run(
-        _finish, (triton.cdiv(n, FINISH.columns), triton.cdiv(count, tokens)),
+        _finish, (triton.cdiv(n, tile.columns), triton.cdiv(count, tokens)),
         y, low.values, stack.b, groups.slots, groups.units, out, count, n, first, second, y.stride(0), *low.strides,
         out.stride(0), R=stack.b.shape[2], SPLIT=len(low.values), ADD=onto, UNIT=UNIT, BLOCK_T=tokens,
-        BLOCK_N=FINISH.columns, BLOCK_R=FINISH.ranks, warps=FINISH.warps, stages=FINISH.stages,
+        BLOCK_N=tile.columns, BLOCK_R=tile.ranks, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -364,7 +364,7 @@ def finish_activated(y: torch.Tensor, low: Low, stack: Stack, groups: Groups, ki
     assert groups.units is not None and groups.slots is not None
     count, hidden = y.shape[0], y.shape[1] // (2 if gated else 1)
     out = y.new_empty(count, hidden)
-    tokens, tile = _tokens(count), FINISH_ACTIVATED
+    tokens, tile = _tokens(count), FINISH_ACTIVATED if len(low.values) == 1 else _of_split(FINISH_ACTIVATED)
     launch.run(
         _finish_activated, (triton.cdiv(hidden, tile.columns), triton.cdiv(count, tokens)),
         y, low.values, stack.b, groups.slots, groups.units, out, count, hidden, y.stride(0), *low.strides,
@@ -377,3 +377,8 @@ def finish_activated(y: torch.Tensor, low: Low, stack: Stack, groups: Groups, ki
 def _tokens(count: int) -> int:
     """Tokens of a program."""
     return 16 if count <= 16 else 64
+
+
+def _of_split(tile: Tile) -> Tile:
+    """The tile where low-rank values come in parts: these take registers."""
+    return replace(tile, ranks=2 * UNIT, stages=1)

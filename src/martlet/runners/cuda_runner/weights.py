@@ -193,8 +193,8 @@ def allocate(
     """Empty tensors for every parameter: by name, as views of the fused tensors, and as the kernels take them.
 
     fp8: the layers' matrices are e4m3 with a scale a row; embedding, norms and head stay in `dtype`. int4: of
-    `int4_sizes`; matrices whose parts all are of one size stay in four bits. beside: rows of zeros, for each part, behind
-    the layers' matrices that stay in `dtype` (`Linear.wide`).
+    `int4_sizes`; matrices whose parts all are of one size stay in four bits. beside: rows of zeros, for each part,
+    behind the layers' matrices that stay in `dtype` (`Linear.wide`).
     """
     places: dict[str, Place] = {}
     total = 0
