@@ -29,7 +29,7 @@ from martlet.kernels.cuda.launch import wait
 from martlet.kernels.cuda.layers import activate
 
 UNIT = 16  # ranks are worked on in steps of so many
-FEW = 128  # tokens
+FEW = 256  # tokens
 BESIDE = 512  # ranks of all slots up to which their A lies behind the matrix, and is read whether it has tokens or not
 SPLITS = 8  # of the sum over inputs where tokens are few: programs would be idle else
 
