@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +32,12 @@ from martlet.hub.card import ModelCard
 from martlet.runners import LoadOptions, load, machine
 from martlet.sampling_params import SamplingParams
 
-EXPORTS = {  # name -> method, bits, act-order
-    "rtn-int8": ("rtn", 8, False),
-    "rtn-int4": ("rtn", 4, False),
-    "gptq-int4": ("gptq", 4, False),
-    "gptq-int4-act-order": ("gptq", 4, True),
-    "awq-int4": ("awq", 4, False),
+EXPORTS: dict[str, dict[str, Any]] = {
+    "rtn-int8": {"quant_method": "rtn", "quant_bits": 8},
+    "rtn-int4": {"quant_method": "rtn", "quant_bits": 4},
+    "gptq-int4": {"quant_method": "gptq", "quant_bits": 4, "quant_act_order": False},
+    "gptq-int4-act-order": {"quant_method": "gptq", "quant_bits": 4},
+    "awq-int4": {"quant_method": "awq", "quant_bits": 4},
 }
 PASSAGE = 1024  # tokens of held-out text at once
 
@@ -49,18 +50,14 @@ def passages(card: ModelCard, text: str, tokens: int) -> list[list[int]]:
 
 def exported(args: argparse.Namespace, folder: Path, rows: Path) -> dict[str, ModelCard]:
     cards = {}
-    for name, (method, bits, act_order) in EXPORTS.items():
+    for name, how in EXPORTS.items():
         target = folder / name
         if not target.exists():
             began = time.perf_counter()
-            group = None if bits == 8 else args.group
-            export(
-                ExportArguments(
-                    model=args.model, quant_bits=bits, quant_method=method, quant_group_size=group, output=str(target),
-                    dataset=(str(rows),), quant_n_samples=args.samples, quant_seqlen=args.seqlen,
-                    quant_act_order=act_order,
-                )
-            )  # fmt: skip
+            how = how | {"quant_group_size": None if how["quant_bits"] == 8 else args.group}
+            if how["quant_method"] != "rtn":
+                how |= {"dataset": (str(rows),), "quant_n_samples": args.samples, "quant_seqlen": args.seqlen}
+            export(ExportArguments(model=args.model, output=str(target), **how))
             print(f"{name}: exported in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         cards[name] = hub.resolve(str(target))
     return cards

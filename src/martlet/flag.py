@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any
 
+from martlet.errors import UsageError
+
 
 def flag(
     help: str,
@@ -28,3 +30,15 @@ def flag(
         "positional": positional,
     }
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def refuse_strays(options: Any, rules: Iterable[tuple[Iterable[str], Any, str]]) -> None:
+    """Raise UsageError for a flag that has no use in `options`. rules: (flags, whether they have one, where they do).
+
+    A flag that is given by its default is not noticed, and changes nothing.
+    """
+    given = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
+    for names, useful, where in rules:
+        for name in names:
+            if name in given and not useful:
+                raise UsageError(f"--{name} belongs to {where}", param=name)

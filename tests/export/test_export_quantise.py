@@ -63,7 +63,7 @@ def test_files_stand_for_the_rounded_numbers(problem, layout, symmetric, bits):
     rounded = rounding.gptq(w, gram, grid, act_order=layout is layouts.GPTQ)
     tensors = {f"a.{suffix}": array for suffix, array in layout.tensors(rounded, grid).items()}
     held = Held(tensors)
-    found = QuantisedCheckpoint(held, layout.config(grid, False)).tensor("a.weight").dequantise()
+    found = QuantisedCheckpoint(held, layout.config(grid)).tensor("a.weight").dequantise()
     np.testing.assert_array_equal(found, rounded.values().numpy())
 
 
@@ -115,9 +115,9 @@ def base(tmp_path_factory):
 
 
 def arguments(base, name, **more) -> ExportArguments:
-    more = {"quant_bits": 4, "quant_group_size": 32, "quant_n_samples": 6, "quant_seqlen": 64} | more
+    more = {"quant_bits": 4, "quant_group_size": 32} | more
     if more.get("quant_method") != "rtn":
-        more["dataset"] = (str(base / "texts.jsonl"),)
+        more = {"quant_n_samples": 6, "quant_seqlen": 64, "dataset": (str(base / "texts.jsonl"),)} | more
     return ExportArguments(model=str(base / name), **more)
 
 
@@ -223,7 +223,11 @@ def test_eight_bits_are_close(base, tmp_path):
         ({"quant_method": "awq", "quant_bits": 8}, "awq rounds to 4 bits, not 8"),
         ({"quant_method": "gptq", "quant_bits": 3}, "gptq rounds to 4 or 8 bits"),
         ({"quant_method": "gptq", "quant_group_size": 128}, "64, 96 inputs have no whole groups of 128; .* 32, -1"),
-        ({"quant_method": "rtn", "quant_act_order": True}, "belongs to --quant_method gptq"),
+        ({"quant_method": "rtn", "quant_act_order": False}, "quant_act_order belongs to --quant_method gptq"),
+        ({"quant_method": "rtn", "quant_n_samples": 4}, "quant_n_samples belongs to --quant_bits by gptq or awq"),
+        ({"quant_method": "gptq", "quant_seqlen": 0}, "quant_seqlen must be at least 1, got 0"),
+        ({"quant_method": "gptq", "quant_device_map": "gpu"}, "must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"quant_method": "gptq", "gguf_type": "q4_0"}, "gguf_type belongs to --to gguf"),
         ({"quant_method": "awq", "quant_seqlen": 512}, "512 is more than the 256 positions"),
         ({"quant_method": "awq", "to": "gguf"}, "neither --to nor"),
     ],

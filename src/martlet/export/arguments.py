@@ -43,7 +43,7 @@ class ExportArguments(SourceArguments):
     quant_group_size: int | None = flag(
         "inputs that share a scale, -1 for all of a row (default: 128; rtn to 8 bits: all)", None, metavar="N"
     )
-    quant_act_order: bool = flag("gptq: round the inputs that matter most first", False)
+    quant_act_order: bool = flag("gptq: round the inputs that matter most first", True)
     quant_n_samples: int = flag("calibration sequences", 128, metavar="N")
     quant_seqlen: int = flag("their tokens", 512, metavar="N")
     quant_device_map: str = flag("device that calibrates", "cpu", metavar="DEVICE")

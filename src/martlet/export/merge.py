@@ -25,7 +25,7 @@ HASH = "merged_adapter_sha256"
 def merge(source: Source, target: Path, *, dtype: str = "AUTO", replace: bool = False) -> Path:
     """Write the merged model to `target`; nothing is done when it is there and of the same adapter, base and dtype.
 
-    Sums are made in float32 and rounded once. Raises UsageError when the target is of another adapter and `replace`
+    Sums are made in float64 and rounded once. Raises UsageError when the target is of another adapter and `replace`
     is off, or when there is no adapter.
     """
     if source.adapter is None:

@@ -9,6 +9,7 @@ from martlet.errors import UsageError
 from martlet.export import merge as merging
 from martlet.export.arguments import ExportArguments
 from martlet.export.source import Source, find
+from martlet.flag import refuse_strays
 
 Progress = Callable[[int, int], None]
 
@@ -23,8 +24,6 @@ def export(arguments: ExportArguments, progress: Progress | None = None) -> Path
         raise UsageError("nothing to do: --merge_lora, --quant_bits 4, --to_peft_format, --to gguf or --push_to_hub")
     if arguments.quant_bits and (arguments.to or arguments.to_peft_format):
         raise UsageError("--quant_bits goes with neither --to nor --to_peft_format", param="quant_bits")
-    if arguments.quant_output_dir and not arguments.quant_bits:
-        raise UsageError("--quant_output_dir goes with --quant_bits", param="quant_output_dir")
     if sum((arguments.to_peft_format, arguments.to is not None or arguments.merge_lora)) > 1:
         raise UsageError("--to_peft_format goes with no other result; ask for one at a time", param="to_peft_format")
     if arguments.verify and not (arguments.merge_lora or arguments.to or arguments.quant_bits):
@@ -33,6 +32,7 @@ def export(arguments: ExportArguments, progress: Progress | None = None) -> Path
         )
     if arguments.push_to_hub and not arguments.hub_model_id:
         raise UsageError("--push_to_hub needs --hub_model_id NAMESPACE/NAME", param="hub_model_id")
+    _refuse(arguments)
     source = find(arguments)
     result = _write(source, arguments, progress)
     if arguments.push_to_hub:
@@ -42,9 +42,35 @@ def export(arguments: ExportArguments, progress: Progress | None = None) -> Path
     return result
 
 
+QUANTISING = ("quant_method", "quant_group_size", "quant_act_order", "quant_device_map", "quant_output_dir")
+CALIBRATING = ("dataset", "dataset_seed", "quant_n_samples", "quant_seqlen")
+HUB = ("hub_model_id", "hub", "hub_token", "hub_private_repo", "commit_message")
+
+
+def _refuse(arguments: ExportArguments) -> None:
+    """Flags that nothing here would look at, and numbers that cannot be. Raises UsageError."""
+    quantises, method = arguments.quant_bits != 0, arguments.quant_method
+    writes = arguments.to_peft_format or arguments.to or arguments.merge_lora or quantises
+    refuse_strays(
+        arguments,
+        (
+            (("gguf_type",), arguments.to == "gguf", "--to gguf"),
+            (QUANTISING, quantises, "--quant_bits"),
+            (("quant_act_order",), method == "gptq", "--quant_method gptq"),
+            (CALIBRATING, quantises and method != "rtn", "--quant_bits by gptq or awq"),
+            (("dtype",), arguments.merge_lora or quantises, "--merge_lora and --quant_bits"),
+            (("output", "replace_if_exists"), writes, "a result that is written"),
+            (HUB, arguments.push_to_hub, "--push_to_hub"),
+        ),
+    )
+    for name in ("quant_n_samples", "quant_seqlen"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}", param=name)
+
+
 def _write(source: Source, arguments: ExportArguments, progress: Progress | None) -> Path:
     replace, output = arguments.replace_if_exists, arguments.output and Path(arguments.output).expanduser()
-    converts = arguments.to is not None or arguments.quant_bits > 0
+    converts = arguments.to is not None or arguments.quant_bits != 0
     if arguments.to_peft_format:
         return merging.to_peft(source, output or _named(source, "peft"), replace=replace)
     if arguments.merge_lora:

@@ -13,7 +13,7 @@ from martlet.hub.checkpoint import Checkpoint, PackedTensor, Tensor
 
 
 class MergedCheckpoint:
-    """Sums in float32, in the checkpoint's own dtype again afterwards (a quantised tensor stays float32)."""
+    """Sums in float64, rounded once to the checkpoint's own dtype (a quantised tensor becomes float32)."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path):
         """Raises InvalidRequest when the adapter holds a tensor that does not fit one of the checkpoint's."""
@@ -58,11 +58,11 @@ class MergedCheckpoint:
         if lora is None:
             return tensor
         dtype = np.dtype(np.float32) if isinstance(tensor, PackedTensor) else tensor.dtype
-        weight = tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor.astype(np.float32)
-        weight = weight + np.float32(lora.scale) * (lora.b.astype(np.float32) @ lora.a.astype(np.float32))
+        weight = (tensor.dequantise() if isinstance(tensor, PackedTensor) else tensor).astype(np.float64)
+        weight += lora.scale * (lora.b.astype(np.float64) @ lora.a.astype(np.float64))
         if lora.magnitude is not None:  # DoRA: directions of the sum, lengths of their own (arXiv 2402.09353, eq. 5)
             lengths = np.linalg.norm(weight, axis=1, keepdims=True)
-            weight *= lora.magnitude.astype(np.float32)[:, None] / lengths
+            weight *= lora.magnitude.astype(np.float64)[:, None] / lengths
         return weight.astype(dtype)
 
     def close(self) -> None:

@@ -7,11 +7,11 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from martlet.errors import BackendUnavailable, MartletError, UsageError, did_you_mean
+from martlet.flag import refuse_strays
 from martlet.train.arguments import RlhfArguments, SftArguments, json_object
 
 AT_LEAST_ONE = (
@@ -90,13 +90,12 @@ def refuse(arguments: SftArguments) -> None:
 
 
 def _belonging(arguments: SftArguments) -> None:
-    """Flags that this run would not look at. One that is given by its default is not noticed, and changes nothing."""
+    """Flags that this run would not look at."""
     full = arguments.sft_type == "full"
     kind = arguments.rlhf_type if isinstance(arguments, RlhfArguments) else "sft"
-    given = {item.name for item in fields(arguments) if getattr(arguments, item.name) != item.default}
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("NPROC_PER_NODE", "1") != "1"
     about_itself = any(word.startswith("self-cognition") for word in (*arguments.dataset, *arguments.val_dataset))
-    for names, fits, where in (
+    rules = (
         ((*SHAPE, "quantization_bit", "adapter"), not full, "--sft_type lora"),
         (SHAPE, not arguments.adapter, "a new adapter; that of --adapter is as it is"),
         (FREEZING, full, "--sft_type full"),
@@ -117,10 +116,8 @@ def _belonging(arguments: SftArguments) -> None:
             about_itself or arguments.self_cognition_sample,
             "self-cognition rows: --self_cognition_sample N",
         ),
-    ):
-        for name in names:
-            if name in given and not fits:
-                raise UsageError(f"--{name} belongs to {where}", param=name)
+    )
+    refuse_strays(arguments, rules)
 
 
 def _loss_type(arguments: SftArguments) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class Layout:
     left_alone: the key for that."""
 
     tensors: Callable[[Rounded, Grid], Tensors]
-    config: Callable[[Grid, bool], dict[str, Any]]
+    config: Callable[[Grid], dict[str, Any]]
     left_alone: str
 
 
@@ -47,11 +47,11 @@ def gptq(rounded: Rounded, grid: Grid) -> Tensors:
     }
 
 
-def gptq_config(grid: Grid, act_order: bool) -> dict[str, Any]:
+def gptq_config(grid: Grid) -> dict[str, Any]:
+    """desc_act asks a reader to sort inputs by their group. Ours lie so, whatever order they were rounded in."""
     return {
-        "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group, "sym": grid.symmetric,
-        "desc_act": act_order, "static_groups": act_order, "true_sequential": False, "checkpoint_format": "gptq",
-        "lm_head": False,
+        "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group, "sym": grid.symmetric, "desc_act": False,
+        "true_sequential": False, "checkpoint_format": "gptq", "lm_head": False,
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def awq(rounded: Rounded, grid: Grid) -> Tensors:
     }
 
 
-def awq_config(grid: Grid, act_order: bool) -> dict[str, Any]:
+def awq_config(grid: Grid) -> dict[str, Any]:
     return {
         "quant_method": "awq", "bits": 4, "group_size": grid.group, "zero_point": not grid.symmetric, "version": "gemm"
     }  # fmt: skip
@@ -86,8 +86,8 @@ def int8(rounded: Rounded, grid: Grid) -> Tensors:
     return {"weight": (quants ^ np.uint8(0x80)).view(np.int8), "weight_scale": scales.astype(np.float32)}
 
 
-def compressed_config(form: str, **more: Any) -> Callable[[Grid, bool], dict[str, Any]]:
-    def config(grid: Grid, act_order: bool) -> dict[str, Any]:
+def compressed_config(form: str, **more: Any) -> Callable[[Grid], dict[str, Any]]:
+    def config(grid: Grid) -> dict[str, Any]:
         weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "dynamic": False, "observer": "minmax"}
         per = {"strategy": "channel"} if form == "int-quantized" else {"strategy": "group", "group_size": grid.group}
         group = {"targets": ["Linear"], "weights": weights | per, "input_activations": None} | more

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from martlet import chat, hub
-from martlet.errors import UsageError
+from martlet.errors import BackendUnavailable, UsageError
 from martlet.export import folder, merge
 from martlet.export.arguments import ExportArguments
 from martlet.export.quantise import layouts, rounding
@@ -70,8 +70,6 @@ def recipe(arguments: ExportArguments, spec: DecoderSpec) -> Recipe:
             f"--quant_method {method} cannot calibrate mixtures of experts; rtn needs no calibration",
             param="quant_method",
         )
-    if arguments.quant_act_order and method != "gptq":
-        raise UsageError("--quant_act_order belongs to --quant_method gptq", param="quant_act_order")
     group = arguments.quant_group_size
     group = (None if (method, bits) == ("rtn", 8) else 128) if group is None else None if group == -1 else group
     widths = {p.shape[1] for p in weights.parameters(spec) if p.kind == "linear" and p.name != "head"}
@@ -82,14 +80,14 @@ def recipe(arguments: ExportArguments, spec: DecoderSpec) -> Recipe:
             f"--quant_group_size {', '.join(map(str, [*fits, -1]))} would do",
             param="quant_group_size",
         )
-    return Recipe(method, bits, group, arguments.quant_act_order)
+    return Recipe(method, bits, group, act_order=method == "gptq" and arguments.quant_act_order)
 
 
 def write(source: Source, target: Path, arguments: ExportArguments, progress: Progress | None = None) -> Path:
     """The source's model, its adapter merged in, quantised at `target`. progress(done, total) counts layers."""
     card, checkpoint = merged_in_float32(source)
     try:
-        model = LayerWise(card, checkpoint, arguments.quant_device_map)
+        model = LayerWise(card, checkpoint, _device(arguments.quant_device_map))
         how = recipe(arguments, model.spec)
         with folder.staged(target, replace=arguments.replace_if_exists) as beside:
             beside.mkdir()
@@ -97,13 +95,25 @@ def write(source: Source, target: Path, arguments: ExportArguments, progress: Pr
             linears, changed = _quantised(model, how, texts, progress)
             dtype = merge.DTYPES[arguments.dtype] or _sixteen_bits(source.card)
             folder.write_weights(beside, _file(source, dtype, linears, changed))
-            config = how.layout.config(how.grid(-1), how.act_order)
+            config = how.layout.config(how.grid(-1))
             if how.layout.left_alone:
                 config[how.layout.left_alone] = _left_alone(model.spec, source.card)
             folder.write_beside(beside, source.card, dtype=dtype, quantization_config=config)
     finally:
         checkpoint.close()
     return target
+
+
+def _device(name: str) -> str:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"--quant_device_map must be cpu, cuda or cuda:N, got {name!r}", param="quant_device_map")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"--quant_device_map {name}: this torch finds {torch.cuda.device_count()} CUDA devices; cpu would do",
+            param="quant_device_map",
+        )
+    return name
 
 
 def calibration(card: ModelCard, arguments: ExportArguments) -> list[list[int]]:
