@@ -150,3 +150,18 @@ def test_no_room_is_no_reason_not_to_start(model, monkeypatch, packs):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 10)
     assert matrices(model) == first
+
+
+def test_others_hear_of_it_before_weights_are_packed_or_read(model, packs, monkeypatch):
+    heard: list[int] = []
+
+    def start():
+        options = LoadOptions(max_num_seqs=1)
+        CpuRunner(hub.resolve(str(model)), options, reading=lambda: heard.append(packs[0])).close()
+
+    start()
+    assert heard == [0] and packs[0] == 10
+    checksum = packed_cache._checksum
+    monkeypatch.setattr(packed_cache, "_checksum", lambda data: (heard.append(-1), checksum(data))[1])
+    start()
+    assert heard[1] == 10 and -1 in heard[2:] and packs[0] == 10

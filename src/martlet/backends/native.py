@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -90,14 +91,18 @@ def load_native(
     engine: EngineOptions,
     progress: Callable[..., None] | None = None,
 ) -> NativeBackend:
-    """Reads the tokenizer while the runner reads the weights: one keeps Python busy, the other the memory."""
+    """Reads the tokenizer while the runner reads the weights: one keeps Python busy, the other the memory.
+
+    Not before: Python that two threads want at once is handed over every 5 ms, and the weights would wait for it.
+    """
     from martlet import hub, runners
 
     with ThreadPoolExecutor(1) as pool:
-        tokenizer = pool.submit(hub.load_tokenizer, card)
-        runner = runners.load(card, load, progress=progress)
+        tokenizer = functools.cache(lambda: pool.submit(hub.load_tokenizer, card))
+        runner = runners.load(card, load, progress=progress, reading=tokenizer)
+        tokenizer()
     try:
-        return NativeBackend(card, tokenizer.result(), runner, engine, max_lora_rank=load.max_lora_rank)
+        return NativeBackend(card, tokenizer().result(), runner, engine, max_lora_rank=load.max_lora_rank)
     except BaseException:
         runner.close()
         raise

@@ -17,8 +17,16 @@ log = logging.getLogger("martlet")
 Progress = Callable[[int, int], None]
 
 
-def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = None) -> Runner:
+def load(
+    card: ModelCard,
+    options: LoadOptions,
+    *,
+    progress: Progress | None = None,
+    reading: Callable[[], object] = lambda: None,
+) -> Runner:
     """Load a model onto a device. progress(done, total) counts parameters.
+
+    reading() is called, once or more often, when weights are about to be read: from then on Python has little to do.
 
     On a GPU, the CUDA runner; on a CPU, the C++ runner; torch on the same device where that cannot run the model.
     With several ranks, a ParallelRunner over them. Raises ModelNotFound (no such family), CheckpointError, OutOfMemory,
@@ -27,13 +35,17 @@ def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = N
     if options.tensor_parallel_size != 1:
         from martlet.runners.parallel import ParallelRunner
 
+        reading()
         return ParallelRunner(card, options, progress)
-    if options.device.startswith("cuda") or (options.device == "auto" and _has_cuda()):
-        from martlet.runners.cuda_runner import CudaRunner as Native
-    else:
-        from martlet.runners.cpu_runner import CpuRunner as Native
     try:
-        return Native(card, options, progress)
+        if options.device.startswith("cuda") or (options.device == "auto" and _has_cuda()):
+            from martlet.runners.cuda_runner import CudaRunner
+
+            reading()
+            return CudaRunner(card, options, progress)
+        from martlet.runners.cpu_runner import CpuRunner
+
+        return CpuRunner(card, options, progress, reading)
     except BackendUnavailable as error:
         if error.param == "device":  # torch would not find it either
             raise
@@ -42,6 +54,7 @@ def load(card: ModelCard, options: LoadOptions, *, progress: Progress | None = N
         log.warning("%s; torch runs the model instead, more slowly", error)
     from martlet.runners.torch_runner import TorchRunner
 
+    reading()
     return TorchRunner(card, options, progress)
 
 
@@ -55,6 +68,10 @@ def _has_cuda() -> bool:
 
 
 def _driver_present() -> bool:
-    import ctypes.util
+    import ctypes
 
-    return ctypes.util.find_library("cuda") is not None
+    try:
+        ctypes.CDLL("libcuda.so.1")  # find_library would start processes to find it, which takes 30 ms
+    except OSError:
+        return False
+    return True

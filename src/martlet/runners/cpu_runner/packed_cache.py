@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -40,15 +41,18 @@ Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a mat
 
 
 class PackedCache:
-    """The packed matrices of one model, to be asked for in the order in which they are packed."""
+    """The packed matrices of one model, to be asked for in the order in which they are packed.
 
-    def __init__(self, path: Path):
+    reading: called when all that is left is to copy and to add up, which needs no Python.
+    """
+
+    def __init__(self, path: Path, reading: Callable[[], object]):
         self.path = path
         self._listed: list[tuple[Entry, np.ndarray]] = []  # what the file holds; empty when there is none to be used
         self._packed: list[tuple[Entry, np.ndarray]] = []  # what the model took
         try:
             with path.open("rb", buffering=0) as file:
-                self._listed = _read(file)
+                self._listed = _read(file, reading)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -99,12 +103,14 @@ class PackedCache:
             raise
 
 
-def packed_cache(card: ModelCard, spec: DecoderSpec, precision: object, executor: Executor) -> PackedCache:
+def packed_cache(
+    card: ModelCard, spec: DecoderSpec, precision: object, executor: Executor, reading: Callable[[], object]
+) -> PackedCache:
     """The cache of a checkpoint as it lies on the disk now."""
     known = [fingerprint(card.path), repr(spec), repr(precision), executor.isa, Path(library()._name).name]
     known.append(code_digest())
     digest = hashlib.sha256("\0".join(known).encode()).hexdigest()[:32]
-    return PackedCache(cache_dir() / "packed" / f"{digest}.bin")
+    return PackedCache(cache_dir() / "packed" / f"{digest}.bin", reading)
 
 
 @cache
@@ -139,7 +145,7 @@ def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> None:
         file.write(matrix)
 
 
-def _read(file: BinaryIO) -> list[tuple[Entry, np.ndarray]]:
+def _read(file: BinaryIO, reading: Callable[[], object]) -> list[tuple[Entry, np.ndarray]]:
     """All matrices, in one piece of memory. Raises ValueError when the file is damaged."""
     size, digest = int.from_bytes(file.read(8), "little"), file.read(32)
     header = file.read(min(size, SMALLEST))
@@ -151,6 +157,7 @@ def _read(file: BinaryIO) -> list[tuple[Entry, np.ndarray]]:
         raise ValueError("the file is truncated")
     data = np.frombuffer(huge_pages(int(ends[-1])), np.uint8)
     view, done = memoryview(data), 0
+    reading()
     while done < len(data):  # the system reads at most 2 GiB at a time
         done += file.readinto(view[done:]) or len(data)
     if _checksum(data) != known["checksum"]:

@@ -47,8 +47,14 @@ class CpuRunner:
     max_drafts = 0
     max_prefill_tokens = PREFILL_TOKENS
 
-    def __init__(self, card: ModelCard, options: LoadOptions, progress: Callable[[int, int], None] | None = None):
-        """Load `card`. progress(done, total) is called for each parameter.
+    def __init__(
+        self,
+        card: ModelCard,
+        options: LoadOptions,
+        progress: Callable[[int, int], None] | None = None,
+        reading: Callable[[], object] = lambda: None,
+    ):
+        """Load `card`. progress(done, total) is called for each parameter, reading() before weights are read.
 
         Raises BackendUnavailable when the library or this model cannot run here (torch_runner may), and any other of
         martlet.errors.
@@ -63,7 +69,8 @@ class CpuRunner:
         try:
             stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
             kept = options.packed_cache and card.format != "dummy" and card.merge is None
-            cache = packed_cache(card, spec, precision, self.executor) if kept else None
+            cache = packed_cache(card, spec, precision, self.executor, reading) if kept else None
+            reading()
             self.decoder = Decoder(spec, stream, self.executor, precision, cache)
         finally:
             checkpoint.close()
