@@ -22,6 +22,10 @@ def test_words_are_checked_as_the_command_does(name, monkeypatch):
 def test_objects_reach_the_command(tmp_path):
     with pytest.raises(UsageError, match="there is no folder"):
         swift.merge_lora(swift.ExportArguments(ckpt_dir=str(tmp_path / "none")))
+    with pytest.raises(UsageError, match="there is no folder"):
+        swift.merge_lora(swift.InferArguments(ckpt_dir=str(tmp_path / "none")), device_map="cpu")
+    with pytest.raises(UsageError, match="added up on the CPU"):
+        swift.merge_lora(swift.ExportArguments(), device_map="cuda:0")
     with pytest.raises(UsageError, match="which model is to be trained"):
         swift.dpo_main(swift.RlhfArguments())
     _, model = make_base(tmp_path / "base")

@@ -6,7 +6,6 @@ OUTPUT/1-sft-merged. A run that was stopped goes on where its last complete chec
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from martlet.errors import MartletError, UsageError
 from martlet.recipes.recipe import Progress, Recipe, Step
-from martlet.train import layout
+from martlet.train import checks, layout
 
 
 def commands(recipe: Recipe, output: Path, *, check: bool = False) -> Iterator[list[str]]:
@@ -128,11 +127,4 @@ def _say(text: str) -> None:
 
 def devices() -> int:
     """How many processes train, as the launcher of `martlet sft` will read it."""
-    return _number("NPROC_PER_NODE") * _number("NNODES")
-
-
-def _number(variable: str) -> int:
-    text = os.environ.get(variable, "1")
-    if not text.isdigit() or not int(text):
-        raise UsageError(f"{variable} must be a whole number above 0, got {text!r}", param=variable)
-    return int(text)
+    return checks.number("NPROC_PER_NODE") * checks.number("NNODES")

@@ -94,12 +94,11 @@ def get_vllm_engine(
 
     Raises MartletError naming an option that cannot be had, and what resolving and loading raise.
     """
-    options = {
-        "use_async": (use_async, False, "martlet.backends.load gives a backend with an asynchronous `stream`"),
-    }
-    for name, (value, only, why) in options.items():
-        if value != only:
-            raise MartletError(f"{name}={value!r} cannot be had: {why}", param=name)
+    if use_async:
+        raise MartletError(
+            "use_async=True cannot be had: martlet.backends.load gives a backend with an asynchronous `stream`",
+            param="use_async",
+        )
     for name, value in {**kwargs, **(engine_kwargs or {})}.items():
         raise UsageError(f"get_vllm_engine has no option {name!r} (given {value!r})", param=name)
     dtype = _dtype_name(torch_dtype)

@@ -12,6 +12,7 @@ from typing import Any
 from martlet.cli.deploy import DeployOptions as DeployArguments
 from martlet.cli.flags import parse
 from martlet.cli.infer import InferOptions as InferArguments
+from martlet.errors import UsageError
 from martlet.export.arguments import ExportArguments
 from martlet.train.arguments import RlhfArguments, SftArguments
 
@@ -45,16 +46,24 @@ def export_main(args: Words = None) -> str:
     return str(export(_options("export", args)))
 
 
-def merge_lora(args: Words = None, replace_if_exists: bool = False) -> str:
-    """Merge the adapter of `ckpt_dir` into its base; the `-merged` folder. args: ExportArguments, or its words."""
-    from dataclasses import replace
+def merge_lora(args: Words = None, replace_if_exists: bool = False, device_map: str | None = None) -> str:
+    """Merge the adapter of `ckpt_dir` into its base; the `-merged` folder.
 
+    args: ExportArguments, InferArguments, or words of the command. device_map: merges are added up on the CPU, so
+    nothing but "cpu" or "auto" goes. Raises UsageError.
+    """
+    from dataclasses import fields, replace
+
+    from martlet.export.arguments import SourceArguments
     from martlet.export.run import export
 
+    if device_map not in (None, "cpu", "auto"):
+        raise UsageError(f"device_map {device_map!r}: merges are added up on the CPU", param="device_map")
     options = _options("export", args)
-    return str(
-        export(replace(options, merge_lora=True, replace_if_exists=replace_if_exists or options.replace_if_exists))
-    )
+    if not isinstance(options, ExportArguments):
+        options = ExportArguments(**{field.name: getattr(options, field.name) for field in fields(SourceArguments)})
+    replaces = replace_if_exists or options.replace_if_exists
+    return str(export(replace(options, merge_lora=True, replace_if_exists=replaces)))
 
 
 def merge_lora_main(args: Words = None) -> str:

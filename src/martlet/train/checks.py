@@ -55,6 +55,14 @@ FREEZING = ("freeze_parameters", "freeze_parameters_ratio", "additional_trainabl
 HUB = ("hub_model_id", "hub_private_repo", "hub_token")
 
 
+def number(variable: str) -> int:
+    """A count in the environment, such as NPROC_PER_NODE; 1 where it is not set. Raises UsageError."""
+    text = os.environ.get(variable, "1")
+    if not text.isdigit() or not int(text):
+        raise UsageError(f"{variable} must be a whole number above 0, got {text!r}", param=variable)
+    return int(text)
+
+
 def refuse(arguments: SftArguments) -> None:
     """Raises UsageError naming the flag, and BackendUnavailable for a library that is not here."""
     for name, (fits, wanted) in RANGES.items():
@@ -93,7 +101,7 @@ def _belonging(arguments: SftArguments) -> None:
     """Flags that this run would not look at."""
     full = arguments.sft_type == "full"
     kind = arguments.rlhf_type if isinstance(arguments, RlhfArguments) else "sft"
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("NPROC_PER_NODE", "1") != "1"
+    several = number("WORLD_SIZE") > 1 or number("NPROC_PER_NODE") * number("NNODES") > 1
     about_itself = any(word.startswith("self-cognition") for word in (*arguments.dataset, *arguments.val_dataset))
     rules = (
         ((*SHAPE, "quantization_bit", "adapter"), not full, "--sft_type lora"),

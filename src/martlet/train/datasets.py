@@ -236,7 +236,7 @@ def _from_file(path: Path) -> Iterator[Record]:
             text = path.read_text("utf-8-sig")
             try:
                 rows = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if text.lstrip().startswith("{"):  # many a .json holds a row a line
                     yield from _from_lines(path)
                     return
@@ -262,11 +262,13 @@ def _from_lines(path: Path) -> Iterator[Record]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield str(path), number, json.loads(text)
+                    yield str(path), number, json.loads(text.rstrip())
             except UnicodeDecodeError as error:
                 yield str(path), number, RowError(f"not UTF-8: {error}")
-            except ValueError as error:
-                yield str(path), number, RowError(f"not JSON: {error}")
+            except json.JSONDecodeError as error:
+                yield str(path), number, RowError(f"not JSON: {error.msg} at column {error.colno}")
+            except RecursionError:
+                yield str(path), number, RowError("its JSON is nested too deep")
 
 
 def _from_parquet(path: Path) -> Iterator[Record]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from martlet import errors
-from martlet.errors import MartletError, UsageError
+from martlet.errors import MartletError
 from martlet.train import checks, layout
 from martlet.train.arguments import RlhfArguments, SftArguments
 from martlet.train.run import Result, place, prepare_only, restored, train
@@ -30,8 +30,8 @@ KINDS = {kind.__name__: kind for kind in (SftArguments, RlhfArguments)}
 
 def launch(arguments: SftArguments) -> Result | None:
     """Train with as many processes as the environment asks for; None with --check. Raises what `train` does."""
-    processes = _number("NPROC_PER_NODE")
-    nodes = _number("NNODES")
+    processes = checks.number("NPROC_PER_NODE")
+    nodes = checks.number("NNODES")
     if (processes == 1 and nodes == 1) or "LOCAL_RANK" in os.environ:
         return train(arguments)
     arguments = restored(arguments)
@@ -54,13 +54,6 @@ def launch(arguments: SftArguments) -> Result | None:
             raise MartletError(f"training ended with code {code}; what happened stands above")
         result = told / RESULT
         return Result(**json.loads(result.read_text("utf-8"))) if result.exists() else None
-
-
-def _number(variable: str) -> int:
-    text = os.environ.get(variable, "1")
-    if not text.isdigit() or not int(text):
-        raise UsageError(f"{variable} must be a whole number above 0, got {text!r}", param=variable)
-    return int(text)
 
 
 def _run_workers(folder: str, processes: int, nodes: int) -> int:

@@ -96,8 +96,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = checkpoints(path) if path.is_dir() else []
     if not found:
+        runs = sorted({one.parent for one in path.glob("*/v*-*/checkpoint-*")}, key=lambda run: run.stat().st_mtime)
+        hint = f"; its last run is {runs[-1]}" if runs else ""
         raise UsageError(
-            f"{path} is no checkpoint that training can go on from, nor a run that holds one",
+            f"{path} is no checkpoint that training can go on from, nor a run that holds one{hint}",
             param="resume_from_checkpoint",
         )
     return found[-1]
