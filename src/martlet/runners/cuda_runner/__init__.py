@@ -30,7 +30,7 @@ from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.adapters import Slots, beside, bytes_for
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
-from martlet.runners.cuda_runner.graphs import Graphs
+from martlet.runners.cuda_runner.graphs import Graphs, step_limit
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep
 from martlet.runners.cuda_runner.pieces import LEAST, Joined, pieces
@@ -82,11 +82,11 @@ class CudaRunner:
         self.device = _device(options.device)
         self.kv_dtype = _kv_dtype(options, DTYPES[options.dtype])
         self.dtype = DTYPES[options.dtype]
-        self.max_step_tokens = self.max_prefill_tokens = step_tokens
         self.group = ranks or Alone()
         self.spec = spec = split(read_spec(card), self.group.rank, self.group.size)
         if lacks := cuda_lacks(spec):
             raise BackendUnavailable(f"the CUDA runner has no {lacks}")
+        self.max_prefill_tokens, self.max_step_tokens = step_tokens, min(step_tokens, step_limit(spec))
         self.vocab_size = spec.vocab_size
         clock = _Clock()
         if self._on_gpu:  # its choices are better by a tenth for 64 rows, and the same for 256 and 8,192
@@ -133,7 +133,7 @@ class CudaRunner:
         memory = None
         if self._on_gpu and options.symmetric_memory:
             memory = partial(shared_memory, self.group, device=self.device)
-        return Ranks(self.group, self.spec, self.dtype, self.max_step_tokens, rows, memory)
+        return Ranks(self.group, self.spec, self.dtype, self.max_prefill_tokens, rows, memory)
 
     def _plan(self, options: LoadOptions, free: int, loaded: Weights) -> MemoryPlan:
         spec, element = self.spec, self.dtype.itemsize
@@ -142,7 +142,7 @@ class CudaRunner:
         rows = options.max_num_seqs or DEFAULT_ROWS
         state = 4 * rows * (longest + -(-longest // options.block_size)) + 8 * rows * spec.vocab_size
         widest = max(2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + 3 * layer.mlp.hidden for layer in spec.layers)
-        activations = self.max_step_tokens * (widest + 4 * spec.width) * element
+        activations = self.max_prefill_tokens * (widest + 4 * spec.width) * element
         adapters = bytes_for(spec, loaded.blocks, options.max_adapters, options.max_lora_rank, element)
         left = (_free_memory(self.device) if self._on_gpu else free) - state - activations - adapters
         left = self.group.least(left)

@@ -34,6 +34,7 @@ MIXED_TOKENS = (64, 128, 256, 512, 1024, 2048)
 MIXED_DECODES = (0, 16, 64, 256)
 LAUNCHES_MS = 6.0  # of a step outside a graph
 HIDDEN_MS = 2.0  # of padding that a long step outside a graph would lose as well before the GPU is busy
+MIXED_MS = 100.0  # how long a step may keep those waiting who decode
 FLOPS = 6e14  # a GPU's rate for products of this size
 
 
@@ -53,7 +54,7 @@ class Graphs:
         self.decoder, self.state = decoder, state
         self.sizes = ladder(max_rows)
         self.decodes = [size for size in MIXED_DECODES if size < max_rows] + [max_rows]
-        self.ms_a_token = 2e3 * _parameters(decoder.spec) / FLOPS
+        self.ms_a_token = ms_a_token(decoder.spec)
         words = max(4 * _room(max_rows), Mixed(max_rows, MIXED_TOKENS[-1], decoder.queries).words)
         self.inbox = torch.full((words,), -1, dtype=torch.int32, device=decoder.device)
         self.out = torch.empty(max_rows, dtype=torch.int32, device=decoder.device)
@@ -196,10 +197,16 @@ def _room(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _parameters(spec: DecoderSpec) -> int:
-    """Numbers in the matrices of the layers."""
-    return sum(
+def ms_a_token(spec: DecoderSpec) -> float:
+    """Of a long step: what the matrices of the layers cost."""
+    parameters = sum(
         spec.width
         * (2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + (3 if layer.mlp.gated else 2) * layer.mlp.hidden)
         for layer in spec.layers
     )
+    return 2e3 * parameters / FLOPS
+
+
+def step_limit(spec: DecoderSpec) -> int:
+    """Tokens of a step of MIXED_MS, in whole units that products like."""
+    return max(1, int(MIXED_MS / ms_a_token(spec)) // 1024) * 1024
