@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from martlet import hub
+from martlet.engine.engine import Engine, drain
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
 from martlet.errors import BackendUnavailable, UsageError
 from martlet.hub.card import ModelCard
 from martlet.kernels.cpu import build
@@ -144,6 +147,19 @@ def test_guesses_give_the_tokens_of_single_steps(temperature):
     assert driver.step([(1, 4, True)], drafts=drafts).tokens.tolist() == [tokens[4:8]]
     assert driver.step([(1, 1, True)]).tokens.tolist() == [tokens[8]]
     runner.close()
+
+
+def test_an_engine_that_guesses_gives_the_same_tokens_in_fewer_steps():
+    found = []
+    for guesses in (0, 3):
+        engine = Engine(load("llama", quant="int8"), None, EngineOptions(speculative_tokens=guesses))
+        (output,) = drain(engine, [Request("r", TOKENS[:20], SamplingParams(temperature=0, max_tokens=100))])
+        found.append((output.token_ids, engine.stats()))
+        engine.close()
+    (plain, without), (guessed, stats) = found
+    assert guessed == plain and len(plain) == 100
+    assert without.guesses == 0 and stats.guesses > 0
+    assert stats.steps == without.steps - sum(stats.right_guesses) < without.steps
 
 
 def test_copied_blocks_continue_like_their_source():

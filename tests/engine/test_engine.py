@@ -244,6 +244,15 @@ def test_right_guesses_save_steps_and_change_nothing():
     assert stats.step_tokens.total == 3 + (stats.steps - 1) + stats.guessed_tokens  # the prompt, then known and guessed
 
 
+def test_a_runner_that_verifies_no_guesses_is_said_to(caplog):
+    runner = Scripted("abab", 3)
+    runner.max_drafts = 0
+    engine = Engine(runner, ByteTokenizer(), EngineOptions(speculative_tokens=4))
+    assert "speculative_tokens is 4, but this runner verifies at most 0 guesses" in caplog.text
+    drain(engine, [Request("r", [1, 2, 3], SamplingParams(max_tokens=9))])
+    assert engine.stats().guesses == 0
+
+
 def test_a_stop_string_among_right_guesses_ends_the_answer_there():
     engine = Engine(Guessed("ab ab ab ab. no more", 3), ByteTokenizer(), EngineOptions(speculative_tokens=4))
     (output,) = drain(engine, [Request("r", [1, 2, 3], SamplingParams(stop=["b. "], max_tokens=50))])

@@ -76,7 +76,8 @@ class EngineFlags:
     )
     enable_prefix_caching: bool = flag("keep the KV of prompts for requests that begin the same", True)
     speculative_tokens: int = flag(
-        "guess this many tokens a step from the text so far and verify them together; answers stay the same", 0
+        "on a CPU, guess this many tokens a step from the text so far and verify them together; answers stay the same",
+        0,
     )
     tensor_parallel_size: int = flag("GPUs that share the model, each with a part of every layer", 1)
 

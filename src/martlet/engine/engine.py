@@ -61,6 +61,9 @@ class Engine:
             speculative_tokens=min(options.speculative_tokens, runner.max_drafts),
             adapters=AdapterSlots(runner.max_adapters, lambda slot, adapter: runner.load_adapter(slot, adapter)),
         )
+        if options.speculative_tokens > runner.max_drafts:
+            said = "speculative_tokens is %d, but this runner verifies at most %d guesses a step"
+            log.warning(said, options.speculative_tokens, runner.max_drafts)
         self._follows_runner = options.max_num_batched_tokens is None
         if constraints is None and tokenizer is not None and tokenizer.eos_ids:
             constraints = constraints_for(tokenizer, runner.vocab_size, memory.max_rows)

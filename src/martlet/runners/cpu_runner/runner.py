@@ -44,7 +44,6 @@ class CpuRunner:
     """Runs one model on this machine's cores, at once: its lag is 0. Contract: martlet.runners.base.Runner."""
 
     lag = 0
-    max_drafts = 0
     max_prefill_tokens = PREFILL_TOKENS
 
     def __init__(
@@ -91,6 +90,7 @@ class CpuRunner:
         self.blocks = np.zeros((rows, -(-longest // self.memory.block_size)), np.int32)
         self.sampling = np.zeros(rows, c.SAMPLING)
         self.logprobs, self.prompt_logprobs = np.full(rows, -1, np.int32), np.full(rows, -1, np.int32)
+        self.max_drafts = 0 if spec.recurrent else MAX_DRAFTS  # a state cannot forget a wrong guess
         self.max_adapters = options.max_adapters
         self.adapters = np.zeros(rows, np.int32)  # slot of each row's adapter
         self.adapter_tables = self.decoder.adapter_tables(options.max_adapters)
