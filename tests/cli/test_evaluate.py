@@ -91,6 +91,16 @@ def test_preferences_and_earlier_turns(echo, tmp_path):
     assert found["history"] == [["a", "b"]] and found["label"] == "d" and found["system"] is None
 
 
+def test_prompts_that_the_run_cut_are_among_what_it_held_back(echo, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"query": f"{n}" + "x" * 200, "response": "d", "rejected_response": "e"} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = RlhfArguments(dataset=(str(file),), dataset_test_ratio=0.5, max_prompt_length=20, max_length=60)
+    path = checkpoint(tmp_path, arguments)
+    assert cli.main(["infer", "--ckpt_dir", str(path), "--load_dataset_config"]) == 0
+    assert len(results(path / "infer_result")) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
