@@ -115,6 +115,8 @@ WRONG = {
     "sft.beta=1": "sft has no flag --beta",
     "rl.beta=1": "has no step 'rl', only sft, dpo",
     "dpo.beta=much": "step dpo: --beta wants a number, got 'much'",
+    "dpo.beta=-1": "step dpo: --beta must be above 0, got -1.0",
+    "dpo.packing=true": "step dpo: --packing belongs to supervised training",
     "output_dir=x": "--set output_dir",
     "beta": "FLAG=VALUE",
 }

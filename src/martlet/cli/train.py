@@ -16,6 +16,7 @@ from martlet.flag import flag
 from martlet.recipes import recipe as recipes
 from martlet.recipes import run as running
 from martlet.recipes.recipe import Recipe, Step, Value
+from martlet.train import checks
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _flags(step: Step) -> dict[str, tuple[str, bool]]:
 def _parsed(step: Step) -> None:
     command, more = _command(step)
     try:
-        parse(command.options, [*more, *step.words()], not_yet=command.not_yet)
+        checks.refuse_values(parse(command.options, [*more, *step.words()], not_yet=command.not_yet))
     except UsageError as error:
         raise UsageError(f"step {step.name}: {error.message}", param=error.param) from error
 

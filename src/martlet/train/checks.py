@@ -65,6 +65,25 @@ def number(variable: str) -> int:
 
 def refuse(arguments: SftArguments) -> None:
     """Raises UsageError naming the flag, and BackendUnavailable for a library that is not here."""
+    refuse_values(arguments)
+    if arguments.logging_dir is not None:
+        try:
+            Path(arguments.logging_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--logging_dir {arguments.logging_dir}: no folder can be made there: {error.strerror}",
+                param="logging_dir",
+            ) from error
+    for name, needed, wanted in (
+        ("bitsandbytes", arguments.quantization_bit, "quantization_bit"),
+        ("deepspeed", arguments.deepspeed, "deepspeed"),
+    ):
+        if needed and importlib.util.find_spec(name) is None:
+            raise BackendUnavailable(f"--{wanted} needs {name}: pip install {name}", param=wanted)
+
+
+def refuse_values(arguments: SftArguments) -> None:
+    """What no machine could run. Raises UsageError naming the flag."""
     for name, (fits, wanted) in RANGES.items():
         value = getattr(arguments, name, None)
         if value is not None and not fits(value):
@@ -74,14 +93,6 @@ def refuse(arguments: SftArguments) -> None:
         raise UsageError("--push_to_hub needs --hub_model_id NAMESPACE/NAME", param="hub_model_id")
     if arguments.packing and arguments.max_length == -1:
         raise UsageError("--packing fills sequences of --max_length tokens; give one", param="max_length")
-    if arguments.logging_dir is not None:
-        try:
-            Path(arguments.logging_dir).expanduser().mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--logging_dir {arguments.logging_dir}: no folder can be made there: {error.strerror}",
-                param="logging_dir",
-            ) from error
     if arguments.target_regex:
         try:
             re.compile(arguments.target_regex)
@@ -89,12 +100,6 @@ def refuse(arguments: SftArguments) -> None:
             raise UsageError(
                 f"--target_regex {arguments.target_regex!r} is no regular expression: {error}", param="target_regex"
             ) from error
-    for name, needed, wanted in (
-        ("bitsandbytes", arguments.quantization_bit, "quantization_bit"),
-        ("deepspeed", arguments.deepspeed, "deepspeed"),
-    ):
-        if needed and importlib.util.find_spec(name) is None:
-            raise BackendUnavailable(f"--{wanted} needs {name}: pip install {name}", param=wanted)
 
 
 def _belonging(arguments: SftArguments) -> None:
