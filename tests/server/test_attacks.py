@@ -154,6 +154,36 @@ def test_much_of_a_field_is_refused_or_harmless(web, more):
     assert sum(len(k) + len(v) for k, v in answer.headers.items()) < 8192
 
 
+GIANT = "<" * 1_000_000
+TOOL = {"type": "function", "function": {"name": "f", "description": GIANT}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": GIANT}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": GIANT}]}]}, "messages"),
+        (CHAT, {"messages": HI, "tools": [TOOL]}, "messages"),
+        (RESPONSES, {"input": GIANT}, "input"),
+        ("/v1/completions", {"prompt": ["a", GIANT]}, "prompt[1]"),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_before_its_tokens_are_counted(web, path, body, param):
+    answer = web.post(path, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and error["code"] == "context_length_exceeded"
+    assert error["message"].startswith(f"{param}: 1000") and "characters" in error["message"]
+
+
+def test_long_lists_end_early(web):
+    for name, body in (
+        ("messages", {"messages": HI * 5000}),
+        ("tools", {"messages": HI, "tools": [{"function": {"name": "f"}}] * 129}),
+    ):
+        error = web.post(CHAT, json=body).json()["error"]
+        assert error["param"] == name and "should have at most" in error["message"]
+
+
 def test_numbers_that_are_none(web):
     for value in ("NaN", "Infinity", "-Infinity", "1e999", "1" * 5000):
         content = f'{{"messages": [{{"role": "user", "content": "hi"}}], "temperature": {value}}}'

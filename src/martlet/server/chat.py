@@ -18,7 +18,7 @@ from martlet.server.chunks import ChunkedShape
 from martlet.server.errors import ApiError
 from martlet.server.generation import Choice, Job, answer
 from martlet.server.logprobs import chat_entries
-from martlet.server.prompts import chat_messages, off_loop, prompt_style, text_size
+from martlet.server.prompts import characters, chat_messages, off_loop, prompt_style
 from martlet.server.routing import JsonRoute
 from martlet.server.sampling import (
     asked_stops,
@@ -101,9 +101,11 @@ async def chat_prompt(service: Service, body: ChatBody, tools: Tools | None = No
     """Token ids of a conversation. tools: of the body, if they have been read."""
     listed = (tools or read_tools(body)).listed
     template = chat_template(service, service.model_name(body.model))
-    messages = chat_messages(body, service.limits)
+    messages = chat_messages(body)
+    size = characters((messages, listed))
+    service.check_characters(size, "messages")
     style = prompt_style(body)
-    ids = await off_loop(text_size(body), lambda: template.render(messages, tools=listed, **style))
+    ids = await off_loop(size, lambda: template.render(messages, tools=listed, **style))
     if not ids:
         raise InvalidRequest("messages make an empty prompt", param="messages")
     return ids

@@ -41,7 +41,7 @@ async def completion_job(service: Service, body: CompletionBody, request_id: str
     scoring = echo and body.max_tokens == 0  # only the prompt's log-probabilities are wanted
     logprobs = completion_logprobs(body, service.backend.max_logprobs)
     tokenizer = service.backend.tokenizer
-    prompts = await completion_prompts(body.prompt, tokenizer, service.backend.vocab_size, service.limits)
+    prompts = await completion_prompts(body.prompt, service)
     longest = max(len(ids) for ids, _ in prompts)
     max_tokens = 1 if scoring else body.max_tokens
     if max_tokens is None:

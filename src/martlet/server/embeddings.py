@@ -28,7 +28,7 @@ async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
     backend, record = service.backend, http.scope["martlet.record"]
     model = service.model_name(body.model)
     ignored = extra_fields(body)
-    prompts = await completion_prompts(body.input, backend.tokenizer, backend.vocab_size, service.limits, "input")
+    prompts = await completion_prompts(body.input, service, "input")
     ids = [ids for ids, _ in prompts]
     vectors = fit(await asyncio.to_thread(backend.embed, ids), body.dimensions)
     form = _base64 if body.encoding_format == "base64" else np.ndarray.tolist

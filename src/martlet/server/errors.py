@@ -129,4 +129,11 @@ _UNION_MEMBERS = {"str", "int", "float", "bool", "none"}
 
 
 def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Input should be", "should be")
+    for long, short in (
+        ("Value error, ", ""),
+        ("Input should", "should"),
+        ("List should", "should"),
+        (" after validation", ""),
+    ):
+        message = message.replace(long, short)
+    return message

@@ -19,7 +19,7 @@ from martlet.server.generation import answer
 from martlet.server.message_blocks import MessageShape
 from martlet.server.routing import JsonRoute, json_answer
 from martlet.server.sampling import extra_fields
-from martlet.server.schema import Body, ChatBody, SamplingBody, Strings
+from martlet.server.schema import MAX_MESSAGES, Body, ChatBody, SamplingBody, Strings
 from martlet.server.service import Service
 from martlet.server.translation import member, shared_fields, text_parts, told_as, translated_job
 
@@ -34,7 +34,7 @@ class Turn(Body):
 
 
 class CountBody(SamplingBody):
-    messages: Annotated[list[Turn], Field(fail_fast=True)]
+    messages: Annotated[list[Turn], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     system: str | Blocks | None = None
     tools: Blocks | None = None
     tool_choice: dict[str, Any] | None = None

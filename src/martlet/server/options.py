@@ -24,7 +24,6 @@ class Limits:
     max_body_bytes: int = 16 * 2**20
     max_prompts: int = 2048  # prompts in one completion request
     max_sequences: int = 4096  # prompts times n
-    max_messages: int = 4096
     max_requests_per_key: int | None = None
     body_seconds: float = 60.0
     request_seconds: float | None = None

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from martlet.errors import InvalidRequest
-from martlet.hub.tokenizer import Tokenizer
 from martlet.server.errors import ApiError
-from martlet.server.options import Limits
 from martlet.server.schema import ChatBody, TokenizeBody
+from martlet.server.service import Service
 
 T = TypeVar("T")
 
@@ -22,20 +21,22 @@ async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
 
 
 async def completion_prompts(
-    prompt: Any, tokenizer: Tokenizer, vocab_size: int, limits: Limits, param: str = "prompt"
+    prompt: Any, service: Service, param: str = "prompt"
 ) -> list[tuple[list[int], str | None]]:
     """(ids, text or None) of each prompt of "text", ["text"], [ids] or [[ids]]. param: the field it came in."""
     prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
     if not isinstance(prompts, list) or not prompts:
         raise InvalidRequest(f"{param} must be a text, a list of texts, token ids or a list of these", param=param)
-    if len(prompts) > limits.max_prompts:
-        raise InvalidRequest(f"{len(prompts)} texts; at most {limits.max_prompts} in one request", param=param)
+    if len(prompts) > (most := service.limits.max_prompts):
+        raise InvalidRequest(f"{param}: {len(prompts)} texts; at most {most} in one request", param=param)
+    encode, vocab_size = service.backend.tokenizer.encode_prompt, service.backend.vocab_size
     read = []
     for at, item in enumerate(prompts):
         name = param if prompts is not prompt else f"{param}[{at}]"
         if isinstance(item, str):
             check_text(item, name)
-            ids, text = await off_loop(len(item), tokenizer.encode_prompt, item), item
+            service.check_characters(len(item), name)
+            ids, text = await off_loop(len(item), encode, item), item
         elif _is_ids(item):
             check_ids(item, vocab_size, name)
             ids, text = item, None
@@ -47,17 +48,18 @@ async def completion_prompts(
     return read
 
 
-def chat_messages(body: ChatBody | TokenizeBody, limits: Limits) -> list[dict[str, Any]]:
+def chat_messages(body: ChatBody | TokenizeBody) -> list[dict[str, Any]]:
     """Messages for Template.render, which checks what they hold."""
-    if len(body.messages) > limits.max_messages:
-        raise InvalidRequest(f"{len(body.messages)} messages; at most {limits.max_messages}", param="messages")
     return [message.model_dump(exclude_unset=True) for message in body.messages]
 
 
-def text_size(body: ChatBody | TokenizeBody) -> int:
-    """Characters to tokenise, about."""
-    contents = [message.content or "" for message in body.messages]
-    return sum(len(c) if isinstance(c, str) else sum(len(part.text or "") for part in c) for c in contents)
+def characters(value: Any) -> int:
+    """Of all texts in JSON data."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(name) + characters(item) for name, item in value.items())
+    return sum(map(characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def prompt_style(body: ChatBody | TokenizeBody) -> dict[str, Any]:

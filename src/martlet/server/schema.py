@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
+MAX_MESSAGES, MAX_TOOLS = 4096, 128
+
 # Lists stop at the first bad element: a hostile body must not make millions of error objects.
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Integers = Annotated[list[int], Field(fail_fast=True, max_length=2**18)]
@@ -128,17 +130,22 @@ class NamedTool(Body):
     function: FunctionName
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+Functions = Annotated[list[Function], Field(fail_fast=True, max_length=MAX_TOOLS)]
+
+
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(fail_fast=True)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(fail_fast=True)] | None = None
+    functions: Functions | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -149,11 +156,11 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 

@@ -15,6 +15,8 @@ from martlet.server.errors import ApiError
 from martlet.server.metrics import Metrics
 from martlet.server.options import Limits
 
+LONGEST_TOKEN = 128  # characters; vocabularies have runs of so many spaces, and no text is made of longer tokens
+
 
 class Traffic:
     """The HTTP requests being answered, and whether more are taken."""
@@ -102,6 +104,13 @@ class Service(Traffic):
             param=param,
             code="context_length_exceeded",
         )
+
+    def check_characters(self, count: int, param: str) -> None:
+        """Refuse a text that can never fit before its tokens are counted, which takes seconds for megabytes."""
+        most = self.backend.max_model_len
+        if count > LONGEST_TOKEN * most:
+            said = f"{param}: {count} characters are more than the {most} tokens that this model holds"
+            raise ApiError(400, said, param=param, code="context_length_exceeded")
 
     def check_sequences(self, prompts: int, n: int) -> None:
         if prompts * n > self.limits.max_sequences:

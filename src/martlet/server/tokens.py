@@ -10,7 +10,7 @@ from martlet.errors import InvalidRequest
 from martlet.server.answers import Text, Tokens, answers
 from martlet.server.errors import ApiError
 from martlet.server.logprobs import token_name
-from martlet.server.prompts import chat_messages, check_ids, check_text, off_loop, prompt_style, text_size
+from martlet.server.prompts import characters, chat_messages, check_ids, check_text, off_loop, prompt_style
 from martlet.server.routing import JsonRoute, json_answer
 from martlet.server.sampling import extra_fields
 from martlet.server.schema import DetokenizeBody, TokenizeBody
@@ -53,10 +53,10 @@ async def _ids(service: Service, body: TokenizeBody) -> list[int]:
     if service.template is None:
         raise ApiError(400, "this model has no chat template; send a prompt", param="messages")
     template, style = service.template, prompt_style(body)
-    messages = chat_messages(body, service.limits)
+    messages = chat_messages(body)
     check_history(body.messages or ())
     tools = read_listed(body.tools)
-    return await off_loop(text_size(body), lambda: template.render(messages, tools=tools, **style))
+    return await off_loop(characters((messages, tools)), lambda: template.render(messages, tools=tools, **style))
 
 
 @router.post("/detokenize", summary="The text that token ids spell", responses=answers(Text))

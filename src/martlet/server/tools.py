@@ -10,7 +10,6 @@ from typing import Any, Literal
 from martlet.errors import InvalidRequest, did_you_mean
 from martlet.server.schema import ChatBody, Function, FunctionName, Message, NamedTool, Tool
 
-MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -113,8 +112,6 @@ def _plain(function: Function) -> dict[str, Any]:
 
 def _check(functions: Sequence[Function], field: str, inner: str) -> list[dict[str, Any]]:
     """Schemas of the parameters."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"{len(functions)} {field}; at most {MAX_TOOLS}", param=field)
     seen: set[str] = set()
     schemas = []
     for at, function in enumerate(functions):
