@@ -172,7 +172,7 @@ inline void bf16_tiles(const uint8_t* panel, int k, const uint8_t* acts, int64_t
     _tile_zero(TILE_C3);
     for (int t = 0; t < tiles; ++t) {
       const uint8_t* b = t < whole ? panel + (int64_t)t * sizeof last : last;
-      if (row == 0) fetch(b + kAhead, sizeof last);
+      if (row == 0) fetch<3>(b + kAhead, sizeof last);  // a step 4 % faster than by the second cache; int8's is slower
       _tile_loadd(TILE_B, b, kStep);
       _tile_loadd(TILE_A, a0 + t * kTileBytes, stride);
       _tile_dpbf16ps(TILE_C0, TILE_A, TILE_B);

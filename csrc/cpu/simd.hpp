@@ -56,9 +56,10 @@ INLINE T scalar(const void* p) {
   return t;
 }
 
-// Asks for memory that will be read soon. Any address will do.
+// Asks for memory that will be read soon, into the second cache (kNear 2) or the first (3). Any address will do.
+template <int kNear = 2>
 INLINE void fetch(const uint8_t* at, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, kNear);
 }
 
 INLINE F splat(float x) { return x - F{}; }
