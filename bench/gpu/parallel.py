@@ -397,20 +397,24 @@ def victim(args: argparse.Namespace) -> None:
     from martlet.runners import load
     from martlet.sampling_params import SamplingParams
 
-    class Box(list):
-        put = list.extend
+    class Box:
+        def __init__(self):
+            self.outputs = []
+
+        def put(self, outputs):
+            self.outputs += outputs
 
     options = settings(args, dtype="bfloat16", max_model_len=8192, max_num_seqs=64, tensor_parallel_size=args.ranks)
     runner = load(card("qwen3-0.6b"), options)
     engine, box = AsyncEngine(Engine(runner)), Box()
     params = SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True, detokenize=False)
     engine.submit([Request(str(i), list(range(5, 105 + i)), params, stream=True) for i in range(32)], box)
-    while len(box) < 3200:
+    while len(box.outputs) < 3200:
         time.sleep(0.01)
     print(json.dumps({"pids": [process.pid for process in runner._ranks._processes]}), flush=True)
-    while not box[-1].last:
+    while not box.outputs[-1].last:
         time.sleep(0.01)
-    ended = [output for output in list(box) if output.last]
+    ended = [output for output in list(box.outputs) if output.last]
     say("kill", failed_requests=len(ended), error=str(ended[-1].error), health=engine.stats().error)
     closing = threading.Thread(target=engine.close, daemon=True)
     closing.start()
