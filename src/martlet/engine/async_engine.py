@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
@@ -134,14 +133,14 @@ class AsyncEngine:
         return not self._closing
 
     def _deliver(self, outputs: list[Output]) -> None:
-        news: defaultdict[Sink, list[Output]] = defaultdict(list)
+        news: dict[int, tuple[Sink, list[Output]]] = {}
         with self._wake:
             for output in outputs:
                 sink = self._sinks.get(output.request_id)
                 if sink is None:  # it was failed when the runner was lost
                     continue
-                news[sink].append(output)
+                news.setdefault(id(sink), (sink, []))[1].append(output)
                 if output.last:
                     del self._sinks[output.request_id]
-        for sink, batch in news.items():
+        for sink, batch in news.values():
             sink.put(batch)
