@@ -263,6 +263,17 @@ def test_wrong_words_reach_whoever_starts_several_processes(tiny_model, tmp_path
     assert not list(tmp_path.iterdir()) and "Traceback" not in capfd.readouterr().err
 
 
+def test_deepspeed_is_started_by_torchrun_even_for_one_process(tiny_model, tmp_path, monkeypatch):
+    known, started = importlib.util.find_spec, []
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: known("torch" if name == "deepspeed" else name)
+    )
+    monkeypatch.setattr("martlet.train.launch._run_workers", lambda _, *counts: started.append(counts) or 0)
+    arguments = SHORT | {"deepspeed": "default-zero2"}
+    launch(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **arguments))
+    assert started == [(1, 1)]
+
+
 @pytest.mark.parametrize(
     ("library", "asked"), [("bitsandbytes", {"quantization_bit": 4}), ("deepspeed", {"deepspeed": "default-zero2"})]
 )

@@ -29,12 +29,15 @@ KINDS = {kind.__name__: kind for kind in (SftArguments, RlhfArguments)}
 
 
 def launch(arguments: SftArguments) -> Result | None:
-    """Train with as many processes as the environment asks for; None with --check. Raises what `train` does."""
+    """Train with as many processes as the environment asks for; None with --check. Raises what `train` does.
+
+    DeepSpeed wants torchrun even for one: without its variables it looks for MPI.
+    """
     processes = checks.number("NPROC_PER_NODE")
     nodes = checks.number("NNODES")
-    if (processes == 1 and nodes == 1) or "LOCAL_RANK" in os.environ:
-        return train(arguments)
     arguments = restored(arguments)
+    if (processes == 1 and nodes == 1 and not arguments.deepspeed) or "LOCAL_RANK" in os.environ:
+        return train(arguments)
     checks.refuse(arguments)
     if arguments.check:
         return prepare_only(arguments)
