@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from martlet.errors import CheckpointError
+from martlet.hub import gguf_strings
 
 MAX_DIMS = 4
 MAX_ITEMS = 1 << 26  # of a metadata array; the largest real ones are merge lists of about half a million
@@ -28,6 +30,7 @@ _SCALARS = {  # metadata value type -> numpy dtype
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+T = TypeVar("T")
 
 
 class BlockType(NamedTuple):
@@ -97,6 +100,13 @@ class GGUFHeader:
         """A metadata value with arrays read out, or `default`."""
         value = self.metadata.get(key, default)
         return value.read() if isinstance(value, LazyArray) else value
+
+    def pairs(self, key: str) -> list[tuple[str, ...]]:
+        """An array of strings, each cut at its first space; [] when it is absent."""
+        value = self.metadata.get(key)
+        if value is not None and not (isinstance(value, LazyArray) and value.kind == _STRING):
+            raise CheckpointError(f"{self.path}: {key} is no list of strings")
+        return [] if value is None else value.pairs()
 
     def count(self, key: str) -> int:
         """Length of a metadata array, 0 when it is absent or no array; does not read it."""
@@ -174,13 +184,17 @@ def _place(
 
 @dataclass(frozen=True, slots=True)
 class LazyArray:
-    """A metadata array that stays in the file until `read`: vocabularies are large and often not needed."""
+    """A metadata array that stays in the file until `read`: vocabularies are large and often not needed.
+
+    places: of strings, what gguf_strings.find found.
+    """
 
     cursor: _Cursor
     key: str
     kind: int
     count: int
     start: int
+    places: np.ndarray | None = None
 
     def read(self) -> np.ndarray | list[Any]:
         """Numbers as a numpy array, strings as a list of str."""
@@ -188,9 +202,16 @@ class LazyArray:
         if dtype := _SCALARS.get(self.kind):
             return np.frombuffer(cursor.data, dtype, self.count, self.start)
         if self.kind == _STRING:
-            return cursor.strings(self.count, self.key)
+            found = None if self.places is None else cursor.text(gguf_strings.cut, self.places, self.key)
+            return cursor.strings(self.count, self.key) if found is None else found
         items = [cursor.value(self.kind, self.key) for _ in range(self.count)]
         return [item.read() if isinstance(item, LazyArray) else item for item in items]
+
+    def pairs(self) -> list[tuple[str, ...]]:
+        """Strings, each cut at its first space."""
+        places = self.places
+        found = None if places is None else self.cursor.text(gguf_strings.cut_in_two, places, self.key)
+        return [tuple(text.split(" ", 1)) for text in self.read()] if found is None else found
 
 
 class _Cursor:
@@ -236,6 +257,12 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} (not UTF-8)") from error
 
+    def text(self, cut: Callable[[mmap.mmap, np.ndarray], T], places: np.ndarray, what: str) -> T:
+        try:
+            return cut(self.data, places)
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} (not UTF-8)") from error
+
     def strings(self, count: int, what: str) -> list[str]:
         at, data, found = self.at, self.data, []
         for _ in range(count):  # lengths were checked by skip_strings
@@ -270,15 +297,19 @@ class _Cursor:
         dtype = _SCALARS.get(item_kind)
         size = np.dtype(dtype).itemsize if dtype else 8
         count = self.count(key, smallest=size)
-        array = LazyArray(self, key, item_kind, count, self.at)
+        start, places = self.at, None
         if dtype:
             self.need(count * size, key)
         elif item_kind == _STRING:
-            self.skip_strings(count, key)
+            places = gguf_strings.find(self.data, start, count)
+            if places is None:
+                self.skip_strings(count, key)
+            else:
+                self.at = int(places[-1])
         else:
             for _ in range(count):
                 self.value(item_kind, key, depth + 1)
-        return array
+        return LazyArray(self, key, item_kind, count, start, places)
 
     def tensor(self, index: int) -> tuple[str, int, tuple[int, ...], int]:
         name = self.string(f"name of tensor {index}")

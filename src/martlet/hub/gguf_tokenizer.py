@@ -81,7 +81,7 @@ def _tokens(header: GGUFHeader) -> tuple[list[str], np.ndarray]:
     tokens = header.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens is missing or no list of strings")
-    if any(len(token) > MAX_TOKEN for token in tokens):
+    if max(map(len, tokens)) > MAX_TOKEN:
         raise CheckpointError(f"{header.path}: a token has more than {MAX_TOKEN} characters; the file is corrupt")
     types = header.get("tokenizer.ggml.token_type")
     types = np.ones(len(tokens), np.int32) if types is None else np.asarray(types)
@@ -91,7 +91,7 @@ def _tokens(header: GGUFHeader) -> tuple[list[str], np.ndarray]:
 
 
 def _vocabulary(header: GGUFHeader, tokens: list[str]) -> dict[str, int]:
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocabulary) != len(tokens):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens holds {len(tokens) - len(vocabulary)} duplicates")
     return vocabulary
@@ -106,10 +106,9 @@ def _byte_level(header: GGUFHeader) -> Tokenizer:
             "Prompts of ids still work"
         )
     tokens, types = _tokens(header)
-    merges = header.get("tokenizer.ggml.merges") or []
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    merges = header.pairs("tokenizer.ggml.merges")
     try:
-        model = models.BPE(_vocabulary(header, tokens), pairs, fuse_unk=False, ignore_merges=pre in WHOLE_WORDS_FIRST)
+        model = models.BPE(_vocabulary(header, tokens), merges, fuse_unk=False, ignore_merges=pre in WHOLE_WORDS_FIRST)
     except Exception as error:  # the library raises bare Exception: a merge of pieces that are not tokens
         raise CheckpointError(f"{header.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
     tokenizer = Tokenizer(model)
