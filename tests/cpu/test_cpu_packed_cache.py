@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import safetensors.numpy
 
 from martlet import hub
 from martlet.hub.dummy import DummyCheckpoint
-from martlet.kernels.cpu.library import Executor
+from martlet.kernels.cpu.library import Executor, library
 from martlet.model import families, weights
 from martlet.runners.base import LoadOptions
 from martlet.runners.cpu_runner import CpuRunner, packed_cache
@@ -47,6 +49,7 @@ def save(folder, seed):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
+    library()  # opened where it was built, before the cache is elsewhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 10)
     save(tmp_path / "model", 1)
@@ -86,6 +89,91 @@ def test_the_second_start_packs_nothing_and_has_the_same_weights(model, packs):
     assert packs[0] == 10 and len(files(model)) == 1
     assert matrices(model) == first and packs[0] == 10
     assert matrices(model, packed_cache=False) == first and packs[0] == 20
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_weights_are_shared_where_the_page_cache_has_huge_pages_and_copied_where_not(model, packs, monkeypatch, huge):
+    first = matrices(model)
+    monkeypatch.setattr(packed_cache, "_is_in_huge_pages", lambda data: huge)
+    runner = CpuRunner(hub.resolve(str(model)), LoadOptions(max_num_seqs=1))
+    address = runner.decoder.head.memory.ctypes.data
+    with open("/proc/self/maps") as maps:
+        (line,) = [line for line in maps if contains(line, address)]
+    assert line.rstrip().endswith(".bin") == huge and (" r--s " in line) == huge
+    (file,) = files(model)
+    file.unlink()  # as another model's weights may need its room: who has it open keeps it
+    assert bytes(runner.decoder.head.memory) == first[1] and packs[0] == 10
+    runner.close()
+
+
+def contains(line: str, address: int) -> bool:
+    begin, end = (int(word, 16) for word in line.split()[0].split("-"))
+    return begin <= address < end
+
+
+def test_what_the_page_cache_shares_is_not_free_for_keys_and_values(model, monkeypatch):
+    matrices(model)
+    left = 4_000_000
+    monkeypatch.setattr("martlet.runners.machine.free_memory", lambda: left)
+
+    def tokens(huge):
+        monkeypatch.setattr(packed_cache, "_is_in_huge_pages", lambda data: huge)
+        runner = CpuRunner(hub.resolve(str(model)), LoadOptions(max_num_seqs=10_000))
+        memory = runner.memory
+        runner.close()
+        return memory.num_blocks * memory.block_size * memory.bytes_per_token
+
+    (file,) = files(model)
+    weights = file.stat().st_size - packed_cache.HUGE
+    assert 0.9 * left - 4096 < tokens(False) <= 0.9 * left
+    assert 0.9 * (left - weights) - 4096 < tokens(True) <= 0.9 * (left - weights)
+
+
+def test_two_processes_may_start_at_once(model, packs):
+    """Both find no file, both write one, and whoever is last has written the same."""
+    code = f"""
+import hashlib, os, sys
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+from martlet.kernels.cpu.library import library
+from martlet.runners.cpu_runner import packed_cache
+from test_cpu_packed_cache import matrices
+library()  # from where it was built
+os.environ["XDG_CACHE_HOME"], packed_cache.SMALLEST = {os.environ["XDG_CACHE_HOME"]!r}, 1 << 10
+print("ready", flush=True)
+sys.stdin.readline()
+print(hashlib.sha256(b"".join(matrices(Path({str(model)!r})))).hexdigest())
+"""
+    env = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    running = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[0] for process in running]
+    assert said[0] == said[1] != ""
+    assert len(files(model)) == 1
+    matrices(model)
+    assert packs[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(model, packs, caplog):
+    matrices(model)
+    (file,) = files(model)
+    cache = file.parent
+    first = file.read_bytes()
+    cache.chmod(0o500)
+    try:
+        assert matrices(model) and packs[0] == 10  # reading needs no more
+        if os.getuid():
+            with caplog.at_level(logging.INFO, "martlet"):
+                matrices(model, quant="int8")
+            assert "packed weights are not kept" in caplog.text
+    finally:
+        cache.chmod(0o700)
+    assert file.read_bytes() == first
 
 
 def test_what_is_different_is_not_found(model, packs, monkeypatch):

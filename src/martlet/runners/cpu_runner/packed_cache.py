@@ -1,10 +1,11 @@
-"""Packed weights kept on disk, so that the next start copies them into memory instead of packing them again.
+"""Packed weights kept on disk, so that the next start maps them into memory instead of packing them again.
 
 A file holds the matrices of one model in the order in which they are packed. Its name is a digest of all they depend
 on: the checkpoint's files (path, inode, size, times, first bytes), the decoder, the precision, the instruction set, the
 library, and the code that decides how weights are laid out. What is different has another name, so nothing stale is
-ever found; a checksum tells a damaged file, which is made again. The weights are copied rather than
-mapped: huge pages stream faster in every step than the page cache's small ones.
+ever found; a checksum tells a damaged file, which is made again. A file is written so that the page cache can hold it
+in huge pages, which every step streams faster than small ones: where it does, all processes share them and nothing is
+copied; where it does not, the weights are copied into huge pages of our own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import json
 import logging
 import mmap
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,6 +34,7 @@ SMALLEST = 16 << 20  # bytes: smaller models are packed at once anyway
 CAPACITY = 4 << 30  # bytes of all files together; the least recently used go first
 MARGIN = 2 << 30  # bytes left free on the disk
 ALIGN = 64  # bytes: a cache line
+HUGE = 2 << 20  # bytes: a huge page
 ROOMS = ("hub", "model", "runners/cpu_runner")  # the code that decides what is packed, and in which order
 
 Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a matrix was packed from and as
@@ -43,20 +43,30 @@ Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a mat
 class PackedCache:
     """The packed matrices of one model, to be asked for in the order in which they are packed.
 
-    reading: called when all that is left is to copy and to add up, which needs no Python.
+    reading: called when all that is left is to read and to add up, which needs no Python. shared: bytes that lie in
+    the page cache, which the system counts as free memory, for it could read them again.
     """
 
     def __init__(self, path: Path, reading: Callable[[], object]):
-        self.path = path
+        self.path, self.shared = path, 0
         self._listed: list[tuple[Entry, np.ndarray]] = []  # what the file holds; empty when there is none to be used
         self._packed: list[tuple[Entry, np.ndarray]] = []  # what the model took
         try:
             with path.open("rb", buffering=0) as file:
-                self._listed = _read(file, reading)
+                data, entries = _read(file, reading)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             log.warning("packed weights in %s cannot be used (%s); they are made again", path, error)
+            return
+        if _is_in_huge_pages(data):
+            self.shared = len(data)
+        else:
+            copy = np.frombuffer(huge_pages(len(data)), np.uint8)
+            copy[:] = data
+            data = copy
+        for entry, start, length in entries:
+            self._listed.append((entry, data[start : start + length]))
 
     def take(self, entry: Entry) -> np.ndarray | None:
         """The next matrix, or None when it has to be packed."""
@@ -87,6 +97,9 @@ class PackedCache:
         size = sum(len(matrix) for _, matrix in self._packed)
         if not SMALLEST <= size <= CAPACITY:
             return
+        import shutil
+        import tempfile
+
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < size + MARGIN:
@@ -132,46 +145,66 @@ def _make_room(folder: Path, size: int) -> None:
             room += stat.st_size
 
 
-# The file: its header's length (8 bytes), the header's SHA-256, the header in JSON, the matrices, each padded to ALIGN.
+# The file: its header's length (8 bytes), the header's SHA-256, the header in JSON; from the next multiple of HUGE on,
+# the matrices, each padded to ALIGN.
 
 
 def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> None:
+    """In pieces of HUGE: the page cache of some file systems then keeps each of them as one page."""
     matrices = [np.pad(matrix, (0, -len(matrix) % ALIGN)) if len(matrix) % ALIGN else matrix for _, matrix in packed]
     checksum = sum(map(_checksum, matrices)) % 2**64
     listed = [[*map(int, entry), len(matrix)] for entry, matrix in packed]
     header = json.dumps({"checksum": checksum, "matrices": listed}).encode()
-    file.write(len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header)
-    for matrix in matrices:
-        file.write(matrix)
+    header = len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header
+    page, used = np.zeros(HUGE, np.uint8), 0
+    for part in (np.frombuffer(header.ljust(_start(len(header)), b"\0"), np.uint8), *matrices):
+        while len(part):
+            fits = part[: HUGE - used]
+            page[used : used + len(fits)] = fits
+            part, used = part[len(fits) :], (used + len(fits)) % HUGE
+            if not used:
+                file.write(page)
+    file.write(page[:used])
 
 
-def _read(file: BinaryIO, reading: Callable[[], object]) -> list[tuple[Entry, np.ndarray]]:
-    """All matrices, in one piece of memory. Raises ValueError when the file is damaged."""
+def _start(header: int) -> int:
+    """Where the matrices begin, behind a header of so many bytes."""
+    return -(-header // HUGE) * HUGE
+
+
+def _read(file: BinaryIO, reading: Callable[[], object]) -> tuple[np.ndarray, list[tuple[Entry, int, int]]]:
+    """All matrices, mapped in one piece, and of each its entry, start and length. ValueError when it is damaged."""
     size, digest = int.from_bytes(file.read(8), "little"), file.read(32)
     header = file.read(min(size, SMALLEST))
     if hashlib.sha256(header).digest() != digest:
         raise ValueError("the header is damaged")
     known = json.loads(header)
     ends = np.cumsum([-(-length // ALIGN) * ALIGN for *_, length in known["matrices"]])
-    if os.fstat(file.fileno()).st_size != 40 + len(header) + int(ends[-1]):
+    start = _start(40 + len(header))
+    if os.fstat(file.fileno()).st_size != start + int(ends[-1]):
         raise ValueError("the file is truncated")
-    data = np.frombuffer(huge_pages(int(ends[-1])), np.uint8)
-    view, done = memoryview(data), 0
+    region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)  # what is not in memory yet is read into huge pages
+    data = np.frombuffer(region, np.uint8)[start:]
     reading()
-    while done < len(data):  # the system reads at most 2 GiB at a time
-        done += file.readinto(view[done:]) or len(data)
     if _checksum(data) != known["checksum"]:
         raise ValueError("the checksum differs")
-    starts = np.append(0, ends).tolist()
-    return [
-        (tuple(entry), data[start : start + length])
-        for (*entry, length), start in zip(known["matrices"], starts, strict=False)
-    ]
+    starts = [0, *ends.tolist()]
+    return data, [(tuple(entry), at, length) for (*entry, length), at in zip(known["matrices"], starts, strict=False)]
 
 
 def _checksum(data: np.ndarray) -> int:
     """Sum of its 64-bit words: sees lost and changed pages, and costs little beside reading them."""
     return int(np.add.reduce(data.view(np.uint64)))
+
+
+def _is_in_huge_pages(data: np.ndarray) -> bool:
+    """Whether most of `data`, a mapped file of which every page was read, lies in huge pages."""
+    rollup = Path("/proc/self/smaps_rollup")
+    lines = rollup.read_text().splitlines() if rollup.exists() else []
+    kilobytes = sum(int(line.split()[1]) for line in lines if line.startswith("FilePmdMapped:"))
+    return kilobytes << 10 > 3 * len(data) // 4
 
 
 def huge_pages(size: int) -> mmap.mmap:
