@@ -11,7 +11,7 @@ import pytest
 import martlet
 
 ROOT = Path(martlet.__file__).parent
-COMMON = {"errors", "lora_request", "flag", "grammar", "sampling_params", "_version"}
+COMMON = {"collection", "errors", "lora_request", "flag", "grammar", "sampling_params", "_version"}
 BELOW_BACKENDS = {"engine", "runners", "model", "kernels", "hub", "chat"}
 ARROWS = {  # room -> the rooms it may import; the modules beside the rooms are rooms of one file
     "hub": set(),

@@ -64,6 +64,28 @@ print(json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules]]))
     assert json.loads(python(code).splitlines()[-1]) == [exit_code, []]
 
 
+def test_a_start_imports_only_what_its_first_token_needs():
+    """What a start does not need costs it milliseconds each: these came in once, for what few requests ask for."""
+    code = """
+import sys
+from martlet import hub
+from martlet.backends.native import load_native
+from martlet.engine.options import EngineOptions
+from martlet.engine.request import Request
+from martlet.runners.base import LoadOptions
+from martlet.sampling_params import SamplingParams
+card = hub.resolve(hub.DEFAULT_MODEL)
+backend = load_native(card, LoadOptions(max_model_len=64), EngineOptions())
+ids = backend.tokenizer.encode_prompt("Hello")
+(answer,) = backend.generate([Request("1", ids, SamplingParams(max_tokens=1), stream=True)])
+assert answer.token_ids
+heavy = {"torch", "jinja2", "ml_dtypes", "orjson", "gguf", "safetensors", "subprocess", "zipfile", "shutil"}
+ours = {"hub.peft", "model.adapters", "runners.cpu_runner.recurrence", "kernels.ops", "grammar.process", "chat"}
+print(sorted((heavy | {f"martlet.{name}" for name in ours}) & set(sys.modules)))
+"""
+    assert python(code).strip() == "[]"
+
+
 def test_import_martlet_is_cheap():
     """Next to nothing is loaded: no library but the standard one, and few of our own modules."""
     code = """

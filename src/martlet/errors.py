@@ -5,7 +5,6 @@ A message says what was asked, what was found and what would work. `param` names
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -74,5 +73,7 @@ class Overloaded(MartletError):
 
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> str:
     """' Did you mean a, b?' for the names nearest to `word`, or '' when none is near."""
+    import difflib
+
     near = difflib.get_close_matches(word[:200], list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(near)}?" if near else ""

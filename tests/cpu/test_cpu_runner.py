@@ -200,7 +200,7 @@ def test_what_it_cannot_run_it_says(monkeypatch, tmp_path):
     odd = card("llama")
     with pytest.raises(BackendUnavailable, match="not 24"):
         CpuRunner(ModelCard("odd", odd.path, "dummy", "llama", config=odd.config | {"head_dim": 24}), LoadOptions())
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "HERE", tmp_path)
     monkeypatch.setattr(build, "sources", lambda: build.Path(__file__).parents[2] / "csrc" / "cpu")

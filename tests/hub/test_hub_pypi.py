@@ -15,7 +15,7 @@ from hub_files import write_gguf, write_safetensors
 
 from martlet import hub
 from martlet.errors import DownloadError, UsageError
-from martlet.hub import cache, pypi, registry
+from martlet.hub import pypi, registry
 from martlet.hub.registry import Entry
 
 
@@ -147,7 +147,7 @@ def test_what_pip_says_is_translated(log, complaint):
 
 
 def test_too_little_room_is_known_before_anything_is_fetched(world, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=5_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=5_000_000))
     with pytest.raises(DownloadError, match=r"tiny needs 17 MB in .*, where 5 MB are free.*XDG_CACHE_HOME"):
         hub.pull("tiny")
     assert left_over(world) == []

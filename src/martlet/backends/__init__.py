@@ -10,6 +10,7 @@ from pathlib import Path
 from martlet import hub
 from martlet.backends.base import Backend, Sink
 from martlet.backends.defaults import generation_defaults
+from martlet.collection import uncollected
 from martlet.engine.options import EngineOptions
 from martlet.errors import BackendUnavailable, UsageError, did_you_mean
 from martlet.hub.card import ModelCard
@@ -24,6 +25,7 @@ NAMES = {"native": "native", "auto": "native", "pt": "transformers", "transforme
 """What users may say (SWIFT's names among them), and what it means."""
 
 
+@uncollected()
 def load(
     model: str | ModelCard,
     *,

@@ -17,7 +17,6 @@ from martlet.errors import InvalidRequest
 from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
 from martlet.hub.tokenizer import Tokenizer
-from martlet.model.adapters import read as read_adapter
 from martlet.model.weights import read_spec
 from martlet.runners.base import LoadOptions, Runner
 from martlet.runners.sizing import size
@@ -59,6 +58,8 @@ class NativeBackend(Backend):
     def load_adapter(self, name: str, path: str | Path) -> None:
         if not self._max_adapters:
             raise InvalidRequest(NO_SLOTS, param="adapters")
+        from martlet.model.adapters import read as read_adapter
+
         check_adapter_name(name)
         began = time.perf_counter()
         adapter = read_adapter(path, self.card, read_spec(self.card), self._max_lora_rank)

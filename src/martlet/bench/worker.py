@@ -15,13 +15,15 @@ from typing import Any
 from martlet.bench import engines, workloads
 from martlet.bench.offline import enough
 from martlet.bench.timeline import Timeline, figures, fingerprint
+from martlet.collection import uncollected
 from martlet.errors import MartletError
 
 
 def work(order: dict[str, Any]) -> list[dict[str, Any]]:
     """order: engine (fields of EngineJob), workloads (names and how often), seconds (enough for one workload, or None),
     spawned (the parent's monotonic clock when it started us). Gives an answer for each workload."""
-    engine = engines.load(engines.EngineJob(**order["engine"]))
+    with uncollected():
+        engine = engines.load(engines.EngineJob(**order["engine"]))
     loaded = time.monotonic() - order["spawned"]
     try:
         return [

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import shutil
 import textwrap
 import types
 import typing
@@ -152,6 +151,8 @@ def parse(options: type[T], words: Sequence[str], *, not_yet: Iterable[str] = ()
 
 def usage(command: str, summary: str, options: type) -> str:
     """The --help text of a command: what it does, then its flags by group with their defaults."""
+    import shutil
+
     flags = flags_of(options)
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     places = "".join(f" {f.metavar}" if f.default is MISSING else f" [{f.metavar}]" for f in flags if f.positional)

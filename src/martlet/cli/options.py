@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from martlet.cli.adapters import AdapterFlags, Chosen, choose, with_slots
 from martlet.cli.flags import flag
+from martlet.collection import uncollected
 from martlet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ def check_sampling(flags: SamplingFlags) -> None:
     SamplingParams(**sampling_settings(flags, {"temperature": 0.0}), stop=flags.stop_words, seed=flags.seed)
 
 
+@uncollected()
 def load(model: ModelFlags, engine: EngineFlags, adapters: AdapterFlags) -> Loaded:
     """Find the model, fetching it when it is not here yet, and load it, with the one adapter to answer with."""
     from martlet import backends, chat

@@ -11,9 +11,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 from martlet.errors import ModelNotFound, did_you_mean
-from martlet.model.adapters import Adapter
+
+if TYPE_CHECKING:
+    from martlet.model.adapters import Adapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,6 @@ import numpy as np
 
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.grammar import Grammar
-from martlet.grammar.process import Worker, vocabulary
 from martlet.hub.tokenizer import Tokenizer
 
 CHECK_SECONDS = 4.0  # to compile a grammar and compute its first masks
@@ -294,9 +293,13 @@ def constraints_for(tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constra
 
     @cache
     def words() -> bytes:
+        from martlet.grammar.process import vocabulary
+
         return vocabulary(tokenizer, vocab_size)
 
     def start(slots: int) -> Port:
+        from martlet.grammar.process import Worker
+
         return Worker(words(), slots, -(-vocab_size // 32))
 
     return Constraints(start, rows)

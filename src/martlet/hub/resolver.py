@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,8 @@ def remove(name: str) -> list[Path]:
         return []
     if path.parent != model_dir("any").parent:
         raise DownloadError(f"{name} lies in a cache that another program owns; delete it there: {path}")
+    import shutil
+
     shutil.rmtree(path)
     return [path]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from martlet.kernels.ops import Ops
+from typing import TYPE_CHECKING
 
-__all__ = ["Ops", "ops_for"]
+if TYPE_CHECKING:
+    from martlet.kernels.ops import Ops
+
+__all__ = ["ops_for"]
 
 
 def ops_for(device: str) -> Ops:

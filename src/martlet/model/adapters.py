@@ -14,11 +14,8 @@ from martlet.hub.card import ModelCard
 from martlet.model import families
 from martlet.model.families.family import Source, split_name
 from martlet.model.shard import Part
-from martlet.model.spec import DecoderSpec
+from martlet.model.spec import TARGETS, DecoderSpec
 from martlet.model.weights import ParameterSpec, parameters, read_spec
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Linears of a layer that may carry an adapter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

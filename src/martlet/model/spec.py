@@ -61,6 +61,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from martlet.model.shard import Part
 
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Linears of a layer that may carry an adapter."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +78,8 @@ def shipped(format: str, quant: str) -> Quality | None:
 
 def keep(card: ModelCard, measured: Sequence[Quality]) -> Path:
     """Write measurements of a model for the next start. Returns the file."""
+    import tempfile
+
     path, mark = _kept(), fingerprint(card.path)
     known = _read(path) | {(mark, one.quant): one for one in measured}
     path.parent.mkdir(parents=True, exist_ok=True)

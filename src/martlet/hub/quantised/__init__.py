@@ -8,13 +8,13 @@ families, adapters and runners know nothing of layouts. Which linears are quanti
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from martlet.errors import CheckpointError
 from martlet.hub.checkpoint import Checkpoint, Tensor, has
-from martlet.hub.quantised import awq, bitsandbytes, compressed_tensors, fp8, gptq
 
 Config = Mapping[str, Any]
 
@@ -37,13 +37,13 @@ class Layout(Protocol):
     def tensor(self, checkpoint: Checkpoint, module: str, config: Config) -> Tensor: ...
 
 
-METHODS: dict[str, Layout] = {
-    "gptq": gptq,
-    "awq": awq,
-    "compressed-tensors": compressed_tensors,
-    "fp8": fp8,
-    "fbgemm_fp8": fp8,
-    "bitsandbytes": bitsandbytes,
+METHODS = {  # and the module that is its Layout
+    "gptq": "gptq",
+    "awq": "awq",
+    "compressed-tensors": "compressed_tensors",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "bitsandbytes": "bitsandbytes",
 }
 _LEFT_ALONE = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
 
@@ -57,7 +57,7 @@ def layout_of(config: Config) -> Layout:
         raise CheckpointError(
             f"quantization_config: quant_method {method!r} is not supported; {', '.join(METHODS)} are"
         )
-    layout = METHODS[method]
+    layout: Layout = importlib.import_module(f"{__name__}.{METHODS[method]}")
     layout.check(config)
     return layout
 

@@ -1,7 +1,8 @@
 """Compiles csrc/cpu into one shared library. Standard library only: setup.py runs this file before martlet exists.
 
 The library's name carries a hash of its sources, so an edited source is never answered by an old build. It is looked
-for beside this file (`pip install` puts it there) and in the user's cache, where `ensure` builds it when need be.
+for beside this file (`pip install` puts it there) and in the user's cache, where `ensure` builds it when need be. What
+only building needs is imported there, since every start looks for the library.
 """
 
 from __future__ import annotations
@@ -9,11 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -70,6 +67,8 @@ def ensure() -> Path:
 
 def compiler() -> str:
     """A C++ compiler. Raises BuildError when the path holds none."""
+    import shutil
+
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
@@ -78,6 +77,10 @@ def compiler() -> str:
 
 def compile_library(target: Path) -> Path:
     """Compile into the folder `target` and return the library. Safe when several processes do it. Raises BuildError."""
+    import shutil
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
     folder, cxx = sources(), compiler()
     machine = platform.machine().lower()
     sets = dict(KERNEL_SETS["x86_64" if machine in ("x86_64", "amd64") else "other"])
@@ -113,11 +116,15 @@ def compile_library(target: Path) -> Path:
 
 def _knows(cxx: str, flags: list[str]) -> bool:
     """Whether the compiler takes these flags."""
+    import subprocess
+
     command = [cxx, *flags, "-x", "c++", "-E", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:
+    import subprocess
+
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")

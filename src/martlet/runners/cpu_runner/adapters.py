@@ -6,21 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
 from martlet.kernels.cpu.library import Executor, panel_bytes
 from martlet.kernels.cpu.program import LORA, PANEL, Epilogue, Format
-from martlet.model.adapters import Adapter, Delta
 from martlet.runners.cpu_runner.packed_cache import huge_pages
 
 if TYPE_CHECKING:
+    from martlet.model.adapters import Adapter, Delta
     from martlet.runners.cpu_runner.decoder import Linear
 
 HALF = PANEL // 2
 BLOCK = 32  # inputs of a block of Q8_0
 LINE = 64  # bytes
-FLOATS = {Format.F32: np.dtype(np.float32), Format.BF16: np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +134,11 @@ def _q8_0(a: np.ndarray) -> np.ndarray:
 
 def _sides(b: np.ndarray, base: Format) -> np.ndarray:
     """uint8: B [halves, 16, rank] as lora.hpp's sides."""
-    if base in FLOATS:
-        return np.ascontiguousarray(b.swapaxes(1, 2).astype(FLOATS[base])).view(np.uint8).reshape(-1)
+    if base in (Format.F32, Format.BF16):
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16 if base == Format.BF16 else np.float32
+        return np.ascontiguousarray(b.swapaxes(1, 2).astype(dtype)).view(np.uint8).reshape(-1)
     scales = np.abs(b).max(axis=2) / np.float32(127)
     quants = np.rint(b / np.where(scales, scales, 1)[:, :, None]).astype(np.int32) + 128
     steps = quants.astype(np.uint8).reshape(len(b), HALF, -1, 4).swapaxes(1, 2).reshape(len(b), -1)

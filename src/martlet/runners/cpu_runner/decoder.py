@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,13 +32,15 @@ from martlet.kernels.cpu.program import (
     RouteOp,
     address,
 )
-from martlet.model.adapters import TARGETS
 from martlet.model.rope import inverse_frequencies, magnitude
-from martlet.model.spec import Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
-from martlet.runners.cpu_runner import recurrence
+from martlet.model.spec import TARGETS, Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
+from martlet.runners.base import MemoryPlan
 from martlet.runners.cpu_runner.adapters import AdapterTables
 from martlet.runners.cpu_runner.packed_cache import PackedCache
 from martlet.runners.cpu_runner.packing import Packer, Precision, floats, in_order, order_of, source_format
+
+if TYPE_CHECKING:
+    from martlet.runners.cpu_runner import recurrence
 
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
 
@@ -117,6 +119,8 @@ class Cache:
 def check(spec: DecoderSpec, block_size: int) -> None:
     """Raise BackendUnavailable for a decoder that the kernels cannot run."""
     if spec.recurrent:
+        from martlet.runners.cpu_runner import recurrence
+
         recurrence.check(spec)
         return
     if block_size % KV_GROUP:
@@ -147,6 +151,9 @@ class Decoder:
         precision: Precision,
         cache: PackedCache | None = None,
     ):
+        if spec.recurrent:
+            from martlet.runners.cpu_runner import recurrence
+
         self.spec, self.precision = spec, precision
         self.blocks: list[Block] | list[recurrence.RecurrentBlock] = []
         self._packer = packer = Packer(executor, cache)
@@ -263,6 +270,12 @@ class Decoder:
         sizes = [mixer.kv_heads * block_size * kind.bytes_per_token(mixer.head_dim) for mixer in mixers]
         return [Cache(*(_aligned_zeros(num_blocks, size) for _ in range(2))) for size in sizes]
 
+    def states(self, plan: MemoryPlan) -> recurrence.States:
+        """What a recurrent decoder has in place of caches."""
+        from martlet.runners.cpu_runner import recurrence
+
+        return recurrence.States(self.spec, plan)
+
     def adapter_tables(self, slots: int) -> AdapterTables:
         linears = (one for block in self.blocks if isinstance(block, Block) for one in block.linears)
         return AdapterTables(linears, slots, self._packer.executor)
@@ -271,7 +284,9 @@ class Decoder:
         self, tokens: int, memory: list[Cache] | recurrence.States, longest: int, adapters: AdapterTables
     ) -> Program:
         """The whole step, for at most `tokens` tokens of sequences of up to `longest`."""
-        if isinstance(memory, recurrence.States):
+        if self.spec.recurrent:
+            from martlet.runners.cpu_runner import recurrence
+
             builder = recurrence.RecurrentProgram(self.spec, tokens, memory)
             return builder.build(self.embed, self.embed_norm, self.blocks, self.last_norm, self.head)
         return _Builder(self, tokens, memory, longest, adapters).build()

@@ -8,7 +8,7 @@ it matters: on the real steps. It changes when things are computed and never wha
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from collections.abc import Iterable
 
 STEP_SECONDS = 0.07  # a mixed step should stay under 80 ms
 LEAST, MOST = 32, 512  # tokens of a step; shorter steps are not learnt from, since reading the weights rules their time
@@ -28,5 +28,11 @@ class Pace:
         """A step of `tokens` tokens took `seconds`."""
         if tokens >= LEAST:
             self._seconds_per_token.append(seconds / tokens)
-            fit = STEP_SECONDS / max(median(self._seconds_per_token), 1e-9)
+            fit = STEP_SECONDS / max(_median(self._seconds_per_token), 1e-9)
             self.tokens = max(LEAST, min(MOST, int(fit) // ROUND * ROUND))
+
+
+def _median(values: Iterable[float]) -> float:
+    """The upper one of two in the middle."""
+    ranked = sorted(values)
+    return ranked[len(ranked) // 2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 
 from martlet.errors import BackendUnavailable
@@ -16,11 +15,7 @@ from martlet.kernels.cpu.program import PANEL, CacheKind, Format, Matrix
 from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
 
 REGION = 32 << 20  # bytes taken from the system at a time
-_ARRAYS = {
-    np.dtype(np.float32): Format.F32,
-    np.dtype(np.float16): Format.F16,
-    np.dtype(ml_dtypes.bfloat16): Format.BF16,
-}
+_ARRAYS = {"float32": Format.F32, "float16": Format.F16, "bfloat16": Format.BF16}
 _BLOCKS = {name: Format[name.upper()] for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")}
 _BLOCKS |= {name: Format[name.upper()] for name in INTEGERS} | {"int8_row": Format.INT8}
 # What has no kernel of its own here is unpacked. Floats of 4 and 8 bits times a scale are made for 16 bits; integers
@@ -34,7 +29,7 @@ def source_format(tensor: Tensor) -> Format:
     if isinstance(tensor, PackedTensor):
         found = Format.F32 if tensor.format in WIDENED else _BLOCKS.get(tensor.format)
     else:
-        found = _ARRAYS.get(tensor.dtype)
+        found = _ARRAYS.get(tensor.dtype.name)
     if found is None:
         kind = tensor.format if isinstance(tensor, PackedTensor) else tensor.dtype
         raise BackendUnavailable(f"the native CPU kernels do not read {kind} weights")

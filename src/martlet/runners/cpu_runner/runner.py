@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels.cpu import program as c
 from martlet.kernels.cpu.library import Executor
 from martlet.model import weights
-from martlet.model.adapters import Adapter
+
+if TYPE_CHECKING:
+    from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
 from martlet.runners import machine, quality
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
@@ -28,7 +30,6 @@ from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
 from martlet.runners.cpu_runner.packed_cache import packed_cache
 from martlet.runners.cpu_runner.packing import PRECISIONS, Precision
-from martlet.runners.cpu_runner.recurrence import States
 from martlet.runners.sizing import kv_dtype, plan_memory
 
 log = logging.getLogger("martlet")
@@ -76,14 +77,14 @@ class CpuRunner:
         self.memory = plan_memory(
             spec,
             options,
-            free=machine.free_memory(),
+            free=max(0, machine.free_memory() - (cache.shared if cache else 0)),
             weights=self.decoder.weight_bytes,
             element_size=KV_BYTES[precision.kv],
             scale_size=4 if precision.kv == c.CacheKind.INT8 else 0,
             default_rows=DEFAULT_ROWS,
         )
         self.vocab_size = spec.vocab_size
-        self.states = States(spec, self.memory) if spec.recurrent else None
+        self.states = self.decoder.states(self.memory) if spec.recurrent else None
         self.caches = [] if self.states else self.decoder.caches(self.memory.num_blocks, self.memory.block_size)
         rows, longest = self.memory.max_rows, self.memory.max_model_len
         self.tokens = np.zeros((rows, longest + 1), np.int32)
