@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,39 @@ def test_a_server_that_refuses_or_is_not_there_is_one_line(url, model, capsys):
     assert cli.main(["bench", "http", "--url", where, "--model", model]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"martlet: error: {where}/chat/completions") and said.count("\n") == 1
+
+
+CHUNKS = (
+    {"choices": [{"delta": {"content": "a"}}]},
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+)
+
+
+def closing_server(requests: list[bytes]) -> socket.socket:
+    """Answers one request a connection with a stream, promises to keep the connection, and drops it at the next."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection: socket.socket) -> None:
+        with connection:
+            requests.append(connection.recv(65536))
+            body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in CHUNKS) + "data: [DONE]\n\n"
+            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: keep-alive\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            connection.recv(65536)  # the next request, or its end
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=answer, args=listener.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener
+
+
+def test_a_server_that_drops_connections_it_promised_to_keep_is_measured_all_the_same():
+    requests: list[bytes] = []
+    workload = Workload("W5", "chats", 1, 2, chats=tuple("abcdef"))
+    with closing_server(requests) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        timelines = http.measure(http.Endpoint(url, "any"), workload)
+    assert [t.new_tokens for t in timelines] == [1] * 6 and len(requests) == 6

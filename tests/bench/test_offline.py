@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,12 +13,12 @@ import pytest
 
 from fake_backend import FakeBackend
 from martlet import backends, cli
-from martlet.bench import engines, offline, servers, session, workloads
+from martlet.bench import engines, goals, machine, offline, servers, session, workloads
 from martlet.bench.backend_engine import BackendEngine
 from martlet.bench.engines import EngineJob
 from martlet.bench.precision import bits
 from martlet.cli.options import DTYPES
-from martlet.errors import UsageError
+from martlet.errors import MartletError, UsageError
 
 OPENVINO = """
 import time
@@ -243,3 +244,46 @@ def test_a_session_takes_turns_and_cuts_what_is_long(openvino, monkeypatch):
         ("one", "W1", 1, "1 of 2 runs", None),
     ]
     assert told == results and all(r.model == "m" and r.noise["after"] >= 1 for r in results)
+
+
+def test_an_engine_that_fails_in_any_way_is_a_note_beside_the_others(monkeypatch):
+    """Also when it fails in the middle, and with an error that nobody thought of."""
+    calls = []
+
+    def measure(job, workload, *rest):
+        calls.append((job.label, workload.name))
+        if job.label == "bad":
+            raise ValueError("a line that is | no JSON\nand more")
+        return dataclasses.replace(offline.result_of(job, workload.name), runs=[{"seconds": 1.0, "decode_tok_s": 2.0}])
+
+    monkeypatch.setattr(session, "measure", measure)
+    monkeypatch.setattr(session, "measure_http", measure)
+    jobs = [EngineJob("native", "m", "m", label=label) for label in ("good", "bad", "also good")]
+    results = session.measure_all(jobs, session.Plan(("W1", "W5"), 1), lambda result: None)
+    assert len(calls) == 6
+    assert [(r.engine, r.error is None) for r in results] == 2 * [("good", True), ("bad", False), ("also good", True)]
+    rows = [dataclasses.asdict(r) | {"time": "", "command": "", "machine": machine.describe()} for r in results]
+    text = goals.markdown(rows)
+    assert "W1: failed: ValueError: a line that is / no JSON; W5: failed" in text and "| failed |" in text
+
+
+def test_a_server_that_dies_after_some_runs_keeps_their_figures(monkeypatch):
+    from martlet.bench import http, serving
+
+    server = serving.Server(1, None, 2.0)
+    monkeypatch.setattr(serving.Server, "peak_mb", 7.0)
+    monkeypatch.setattr(serving, "serving", lambda words, env: contextlib.nullcontext(server))
+    answers = iter([[], [], [], MartletError("it is gone\nand here is why")])
+
+    def measure(*words):
+        answer = next(answers)
+        if isinstance(answer, MartletError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(http, "measure", measure)
+    monkeypatch.setattr(http, "check", lambda *words: None)
+    monkeypatch.setattr(servers, "figures", lambda timelines: {"seconds": 1.0})
+    result = servers.measure_http(EngineJob("native", "m", "m"), workloads.load("W5"), 5)
+    assert result.error is None and len(result.runs) == 2 and result.peak_mb == 7.0
+    assert result.note == "run 3 failed: it is gone"

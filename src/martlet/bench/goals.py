@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from martlet.bench.engines import OURS
+from martlet.bench.offline import first_line
 from martlet.bench.precision import bits
 from martlet.bench.timeline import medians
 from martlet.errors import UsageError
@@ -196,7 +197,10 @@ def _engines(rows: Sequence[Row]) -> str:
         about: dict[str, str] = {}
         for row in those:
             about |= row["about"]
-        notes = "; ".join(f"{row['workload']}: {row['note']}" for row in those if row["note"])
+        said = [
+            (row["workload"], f"failed: {first_line(row['error'])}" if row["error"] else row["note"]) for row in those
+        ]
+        notes = "; ".join(f"{workload}: {note}" for workload, note in said if note)
         size = f"{those[0]['installed_mb']:,.0f}" if those[0]["installed_mb"] else "-"
         cells = (name, about.get("version", "-"), those[0]["model"], those[0]["weights"], size, notes)
         lines.append(f"| {' | '.join(cells)} |")

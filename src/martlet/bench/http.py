@@ -16,6 +16,9 @@ from martlet.bench.workloads import Workload
 from martlet.errors import MartletError
 
 LIMIT = httpx.Timeout(600.0, connect=10.0)
+# A connection each request, for every engine: llama-server closes some after a stream without saying so, and a request
+# that goes out on such a one is lost.
+ALONE = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,7 @@ async def _measure(endpoint: Endpoint, workload: Workload, more: dict[str, Any])
         path, bodies = "completions", [{**common, "prompt": text} for text in workload.texts]
     url = f"{endpoint.url.rstrip('/')}/{path}"
     turn = asyncio.Semaphore(workload.concurrency)
-    limits = httpx.Limits(max_connections=workload.concurrency)
-    async with httpx.AsyncClient(timeout=LIMIT, limits=limits, headers=endpoint.headers) as client:
+    async with httpx.AsyncClient(timeout=LIMIT, limits=ALONE, headers=endpoint.headers) as client:
 
         async def one(body: dict[str, Any]) -> Timeline:
             async with turn:

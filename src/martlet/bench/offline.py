@@ -58,6 +58,12 @@ def result_of(job: EngineJob, workload: str) -> Result:
     )
 
 
+def first_line(error: object) -> str:
+    """The beginning of an error, for one cell of a table."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160].replace("|", "/")
+
+
 def enough(runs: Sequence[dict[str, float]], seconds: float | None) -> bool:
     """Whether one more run would take these runs past `seconds` in all. The first run is always made."""
     spent = sum(run["seconds"] for run in runs)
@@ -114,6 +120,7 @@ def worker(
     order = {"engine": dataclasses.asdict(job), "workloads": counts, "seconds": seconds}
     with source_path(python) as path:
         env = {**os.environ, **path}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled, and so is what starts are measured of
         if job.engine == "vllm":
             from martlet.bench.vllm_engine import environment
 

@@ -65,11 +65,11 @@ class LlamaServer:
     async def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Timeline]:
         import httpx
 
-        from martlet.bench.http import LIMIT, events, together
+        from martlet.bench.http import ALONE, LIMIT, events, together
 
         url = f"http://127.0.0.1:{self._server.port}/completion"
         turn = asyncio.Semaphore(self._job.concurrency)
-        async with httpx.AsyncClient(timeout=LIMIT, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(timeout=LIMIT, limits=ALONE) as client:
 
             async def one(prompt: Sequence[int]) -> Timeline:
                 body = {"prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from martlet.bench.engines import BACKENDS, EngineJob
-from martlet.bench.offline import Result, enough, result_of
+from martlet.bench.offline import Result, enough, first_line, result_of
 from martlet.bench.timeline import figures
 from martlet.bench.workloads import Workload
 from martlet.errors import MartletError
@@ -63,7 +63,10 @@ def measure_http(
                 timelines = http.measure(endpoint, workload, salt)
                 result.runs.append(figures(timelines))
                 result.note = http.check(timelines, workload)
-            result.peak_mb, result.load_seconds = server.peak_mb, server.ready_seconds
+                result.peak_mb, result.load_seconds = server.peak_mb, server.ready_seconds
     except MartletError as error:
-        result.error = str(error)
+        if result.runs:  # what was measured before stays
+            result.note = f"run {len(result.runs) + 1} failed: {first_line(error)}"
+        else:
+            result.error = str(error)
     return result

@@ -11,7 +11,7 @@ from martlet.bench import workloads
 from martlet.bench.engines import EngineJob
 from martlet.bench.footprint import installed_mb
 from martlet.bench.noise import Noise
-from martlet.bench.offline import Result, measure, measure_together
+from martlet.bench.offline import Result, measure, measure_together, result_of
 from martlet.bench.servers import WITHOUT, measure_http
 
 SLOW_TO_START = ("vllm",)  # all offline workloads in one process
@@ -43,7 +43,11 @@ def measure_all(jobs: Sequence[EngineJob], plan: Plan, tell: Callable[[Result], 
 
     def keep(job: EngineJob, call: Callable[..., Any], *words: Any) -> list[Result]:
         before = noise.wait(plan.quiet_seconds)
-        found = call(job, *words)
+        try:
+            found = call(job, *words)
+        except Exception as error:  # whatever became of one engine, what was measured of the others stays
+            names = words[0] if isinstance(words[0], list) else [words[0].name]
+            found = [failed(job, name, error) for name in names]
         found = [found] if isinstance(found, Result) else found
         around = {**before, "after": round(noise.slowdown(), 3)}
         for result in found:
@@ -79,6 +83,12 @@ def measure_all(jobs: Sequence[EngineJob], plan: Plan, tell: Callable[[Result], 
         if names:
             publish(keep(job, measure_together, names, plan.runs, python, plan.seconds))
     return results
+
+
+def failed(job: EngineJob, workload: str, error: Exception) -> Result:
+    result = result_of(job, workload)
+    result.error = f"{type(error).__name__}: {error}"
+    return result
 
 
 def _starts(jobs: Sequence[EngineJob], plan: Plan, keep) -> list[Result]:
