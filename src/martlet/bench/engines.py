@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +136,8 @@ def job(
 def missing(name: str) -> str | None:
     """Why an engine cannot be measured with this Python, or None."""
     if name == "llama.cpp":
+        import shutil
+
         here = shutil.which("llama-server") or importlib.util.find_spec("llama_cpp")
         return None if here else "no llama-server on the PATH and no package llama_cpp"
     module = {"native": "martlet", "reference": "torch", "openvino": "openvino_genai"}.get(name, name)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,9 @@ def total_memory() -> int:
 
 def gpus() -> list[str]:
     """'NAME, memory, driver' of every NVIDIA GPU, asked of the driver's own tool. Empty where there is none."""
+    import shutil
+    import subprocess
+
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -56,6 +57,9 @@ def library_version(name: str) -> str | None:
 def commit() -> str | None:
     """The git commit of the source tree Martlet runs from, with a + when files differ from it; None when installed."""
     root = Path(__file__).parents[3]
+    import shutil
+    import subprocess
+
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
 

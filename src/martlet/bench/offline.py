@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from martlet.bench.engines import BACKENDS, EngineJob
-from martlet.bench.timeline import medians
+from martlet.bench.timeline import enough, medians
 from martlet.bench.workloads import Workload
 
 
@@ -62,12 +62,6 @@ def first_line(error: object) -> str:
     """The beginning of an error, for one cell of a table."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160].replace("|", "/")
-
-
-def enough(runs: Sequence[dict[str, float]], seconds: float | None) -> bool:
-    """Whether one more run would take these runs past `seconds` in all. The first run is always made."""
-    spent = sum(run["seconds"] for run in runs)
-    return seconds is not None and bool(runs) and spent + spent / len(runs) > seconds
 
 
 def measure(

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from martlet.bench.engines import BACKENDS, EngineJob
-from martlet.bench.offline import Result, enough, first_line, result_of
-from martlet.bench.timeline import figures
+from martlet.bench.offline import Result, first_line, result_of
+from martlet.bench.timeline import enough, figures
 from martlet.bench.workloads import Workload
 from martlet.errors import MartletError
 

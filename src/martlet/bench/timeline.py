@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +47,8 @@ def figures(timelines: Sequence[Timeline]) -> dict[str, float]:
     prefill_tok_s counts the prompt over the time to first token, so it is a lower bound: sampling is in it. Raises
     MartletError when a request got no token.
     """
+    import statistics
+
     if not all(t.times for t in timelines):
         raise MartletError("a request of the benchmark was answered with no token")
     began = min(t.submitted for t in timelines)
@@ -74,4 +75,12 @@ def fingerprint(timelines: Sequence[Timeline]) -> str:
 
 
 def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    import statistics
+
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def enough(runs: Sequence[dict[str, float]], seconds: float | None) -> bool:
+    """Whether one more run would take these runs past `seconds` in all. The first run is always made."""
+    spent = sum(run["seconds"] for run in runs)
+    return seconds is not None and bool(runs) and spent + spent / len(runs) > seconds

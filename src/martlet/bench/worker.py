@@ -1,7 +1,7 @@
 """One engine, one process, most often one workload: so that peak memory and start time are the engine's own.
 
 Reads an order as JSON from the standard input and writes the result as JSON to the standard output; whatever libraries
-print goes to stderr. Started by martlet.bench.offline.
+print goes to stderr. Started by martlet.bench.offline. What is imported here is time of the start that is measured.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import time
 from typing import Any
 
 from martlet.bench import engines, workloads
-from martlet.bench.offline import enough
-from martlet.bench.timeline import Timeline, figures, fingerprint
+from martlet.bench.timeline import Timeline, enough, figures, fingerprint
 from martlet.collection import uncollected
 from martlet.errors import MartletError
 
@@ -22,7 +21,7 @@ from martlet.errors import MartletError
 def work(order: dict[str, Any]) -> list[dict[str, Any]]:
     """order: engine (fields of EngineJob), workloads (names and how often), seconds (enough for one workload, or None),
     spawned (the parent's monotonic clock when it started us). Gives an answer for each workload."""
-    with uncollected():
+    with uncollected(freeze=True):
         engine = engines.load(engines.EngineJob(**order["engine"]))
     loaded = time.monotonic() - order["spawned"]
     try:

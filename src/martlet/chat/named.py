@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from martlet.chat.chatglm3 import ChatGLM3
 from martlet.chat.reasoning import reasoning_format
@@ -92,7 +92,7 @@ def named(
 
 @functools.cache
 def _source(file: str) -> str:
-    return resources.files("martlet.chat").joinpath("templates", f"{file}.jinja").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "templates" / f"{file}.jinja").read_text(encoding="utf-8")
 
 
 def template_for(

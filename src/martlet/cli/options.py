@@ -231,7 +231,7 @@ def check_sampling(flags: SamplingFlags) -> None:
     SamplingParams(**sampling_settings(flags, {"temperature": 0.0}), stop=flags.stop_words, seed=flags.seed)
 
 
-@uncollected()
+@uncollected(freeze=True)
 def load(model: ModelFlags, engine: EngineFlags, adapters: AdapterFlags) -> Loaded:
     """Find the model, fetching it when it is not here yet, and load it, with the one adapter to answer with."""
     from martlet import backends, chat
