@@ -11,6 +11,7 @@ from martlet.cli import swift_flags
 from martlet.cli.adapters import AdapterFlags, choose, with_slots
 from martlet.cli.flags import Command, flag
 from martlet.cli.options import EngineFlags, ModelFlags, engine_options, load_options, resolve_model, template_name
+from martlet.collection import uncollected
 from martlet.errors import UsageError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -110,7 +111,8 @@ def run(options: DeployOptions) -> int:
     replicas = _replicas(options)
     keys = (*options.api_key, *_read_keys(options.api_key_file))
     limits = _limits(options, keys)
-    from martlet import chat, server
+    with uncollected():
+        from martlet import chat, server
 
     chosen = choose(options, options)
     more = options.adapter_dir is not None

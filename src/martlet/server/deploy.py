@@ -16,6 +16,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from martlet.collection import uncollected
 from martlet.errors import MartletError, UsageError
 from martlet.server.app import create_app
 from martlet.server.logs import log_throughput, set_up
@@ -60,6 +61,7 @@ def run(options: ServerOptions) -> int:
         return code
 
 
+@uncollected()
 def open_app(options: ServerOptions, stack: contextlib.ExitStack) -> FastAPI:
     """Load the model and make the application; `stack` closes the engine."""
     from martlet import backends, chat, hub
