@@ -154,7 +154,7 @@ def test_bfloat16_stays_close(runner):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quant": "int8"}, UsageError, "int8"),
+        ({"quant": "int3"}, UsageError, "int3.*int8"),
         ({"dtype": "int3"}, UsageError, "int3.*bfloat16"),
         ({"device": "tpu"}, BackendUnavailable, "tpu"),
     ],

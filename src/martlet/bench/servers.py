@@ -19,7 +19,7 @@ REFERENCE = """
 import sys
 from martlet import cli, runners
 from martlet.runners.torch_runner import TorchRunner
-runners.load = lambda card, options, *, progress=None: TorchRunner(card, options, progress)
+runners.load = lambda card, options, *, progress=None, **_: TorchRunner(card, options, progress)
 sys.exit(cli.main(sys.argv[1:]))
 """
 

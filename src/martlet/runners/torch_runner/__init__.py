@@ -27,6 +27,7 @@ from martlet.runners.torch_runner.adapters import Groups, Layers, upload
 from martlet.runners.torch_runner.collectives import Alone, Collectives
 from martlet.runners.torch_runner.decoder import Decoder
 from martlet.runners.torch_runner.recurrence import States
+from martlet.runners.torch_runner.rounding import LINEARS_AND_TABLES, dtype_of, rounded
 
 __all__ = ["TorchRunner", "default_device"]
 
@@ -55,28 +56,24 @@ class TorchRunner:
 
         progress(done, total) is called for each parameter. Raises any of martlet.errors.
         """
-        if options.quant is not None:
-            raise UsageError(
-                f"quant {options.quant!r}: the torch runner computes in float32, bfloat16 or float16 only; "
-                "a quantised checkpoint is unpacked when it is loaded",
-                param="quant",
-            )
         kv_dtype(options, "the torch runner")
         self.ranks = ranks or Alone()
         self.device = _device(options.device)
         if self.device == "cpu":
             torch.set_num_threads(max(1, machine.usable_cores() // self.ranks.size))
-        self.dtype, reason = _dtype(options.dtype, self.device)
+        self.dtype, reason = _dtype(dtype_of(options.quant, options.dtype, self.device), self.device)
         began = time.perf_counter()
         self.spec = spec = split(weights.read_spec(card), self.ranks.rank, self.ranks.size)
         self.ops = ops_for(self.device)
         with torch.inference_mode():
             checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
             try:
-                stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
+                stream = _counted(rounded(weights.load(card, spec, checkpoint), spec, options.quant), spec, progress)
                 self.decoder = Decoder(spec, stream, self.ops, self.device, self.dtype, self.ranks)
             finally:
                 checkpoint.close()
+            if options.quant in LINEARS_AND_TABLES:
+                log.info("weights are rounded to %s and kept as floats", options.quant)
             log.info(
                 "loaded %s in %.2f s: %s, torch on %s, %d threads, %s (%s)",
                 card.name,
