@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import httpx
 import pytest
 
@@ -56,3 +59,27 @@ def test_refusals_name_the_field(url, path, body, param):
 
 def test_an_unknown_model_is_a_404(url):
     assert post(url, "/tokenize", {"model": "ecko", "prompt": "a"}).status_code == 404
+
+
+def test_texts_longer_than_prompts_are_read_in_one_thread_that_gives_way_to_all_others():
+    """And give the ids that they give anywhere else. In a process of its own: priorities are not taken back."""
+    code = """
+import asyncio, json, os, sys, threading
+from martlet import hub
+from martlet.server import prompts
+encode = hub.load_tokenizer(hub.resolve(hub.DEFAULT_MODEL)).encode
+text = "Seven swifts, 7 martlets; " * 40_000
+priority = lambda *_: (threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+async def main():
+    nice = [await prompts.off_loop(size, priority) for size in (1, 10_000, len(text), len(text))]
+    ids, others = await asyncio.gather(prompts.off_loop(len(text), encode, text), asyncio.sleep(0, priority()))
+    return nice, ids == encode(text), others
+
+(short, long, first, second), same, others = asyncio.run(main())
+assert first == second and len({short[0], long[0], first[0]}) == 3
+usual = os.getpriority(os.PRIO_PROCESS, 0)
+print({short[1], long[1], others[1]} == {usual}, same, first[1] == (19 if sys.platform == "linux" else usual))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True"] * 3, done.stderr

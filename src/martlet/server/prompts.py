@@ -1,9 +1,17 @@
-"""From a request body to token ids. Long texts are tokenised off the event loop, so that streams keep flowing."""
+"""From a request body to token ids. Long texts are tokenised off the event loop, so that streams keep flowing.
+
+Longer ones than any prompt (/tokenize takes them) are seconds of work: they get a thread of their own, one after the
+other, and of the processor only what nobody else wants.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from martlet.errors import InvalidRequest
@@ -16,7 +24,23 @@ T = TypeVar("T")
 _LONG = 8192  # characters; tokenising fewer takes less than a thread switch is worth
 
 
+_ENDLESS = 500_000  # characters; prompts of 128,000 tokens have so many
+
+
+def _give_way() -> None:
+    """Let all other threads go first. Linux alone has priorities of single threads, and none can be taken back."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        # Else the tokenizer library gives a single text, too, to threads that it shares among all callers.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+_PATIENT = ThreadPoolExecutor(1, "martlet-tokenize", _give_way)
+
+
 async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    if size > _ENDLESS:
+        return await asyncio.get_running_loop().run_in_executor(_PATIENT, work, *args)
     return await asyncio.to_thread(work, *args) if size > _LONG else work(*args)
 
 
