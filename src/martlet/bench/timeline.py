@@ -7,8 +7,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from martlet.errors import MartletError
 
 
@@ -69,6 +67,8 @@ def figures(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 def fingerprint(timelines: Sequence[Timeline]) -> str:
     """Changes when any token of any answer does; '' where the engine does not tell its tokens."""
+    import numpy as np
+
     if not all(t.tokens for t in timelines):
         return ""
     return f"{zlib.crc32(np.concatenate([np.asarray(t.tokens, '<i4') for t in timelines]).tobytes()):08x}"
