@@ -5,7 +5,7 @@ import pytest
 from martlet.chat.named import names as chat_templates
 from martlet.errors import CheckpointError, ModelNotFound
 from martlet.hub import registry
-from martlet.model import encoder, families, weights
+from martlet.model import families, weights
 from martlet.model.spec import Rope, RopeScaling
 
 SMALL = {
@@ -37,7 +37,7 @@ def test_a_page_is_complete(name):
     assert spec.family in (name, "gemma3_text") and 2 <= len(spec.layers) <= 4
 
 
-OTHERS = encoder.FAMILIES
+OTHERS = families.ENCODERS
 DECODERS = [entry for entry in registry.registered() if not entry.family.startswith(OTHERS)]
 
 

@@ -14,7 +14,7 @@ from martlet.collection import uncollected
 from martlet.engine.options import EngineOptions
 from martlet.errors import BackendUnavailable, UsageError, did_you_mean
 from martlet.hub.card import ModelCard
-from martlet.model import encoder as encoders
+from martlet.model import families
 from martlet.runners.base import LoadOptions
 
 __all__ = ["NAMES", "Backend", "Sink", "generation_defaults", "load"]
@@ -71,7 +71,7 @@ def _load(
     engine: EngineOptions,
     progress: Callable[..., None] | None,
 ) -> Backend:
-    if card.family in encoders.FAMILIES:
+    if card.family in families.ENCODERS:
         if kind != "native":
             raise UsageError(f"{card.name} is an encoder; only the native backend runs those", param="infer_backend")
         from martlet.backends.encoder import load_encoder

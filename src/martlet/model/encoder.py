@@ -20,9 +20,8 @@ from martlet.hub.card import ModelCard
 from martlet.hub.checkpoint import Checkpoint, PackedTensor
 from martlet.hub.dummy import DummyCheckpoint
 from martlet.hub.files import read_json
+from martlet.model.families import ENCODERS
 from martlet.model.families.family import need, read_activation
-
-FAMILIES = ("bert",)
 
 Pooling = Literal["mean", "cls", "max"]
 
@@ -47,8 +46,8 @@ class EncoderSpec:
 def read_encoder(card: ModelCard) -> EncoderSpec:
     """The encoder of a card. Raises CheckpointError for one we cannot run."""
     config = card.config
-    if card.family not in FAMILIES:
-        raise CheckpointError(f"{card.name} is of family {card.family!r}; embeddings come from {', '.join(FAMILIES)}")
+    if card.family not in ENCODERS:
+        raise CheckpointError(f"{card.name} is of family {card.family!r}; embeddings come from {', '.join(ENCODERS)}")
     kind = config.get("position_embedding_type") or "absolute"
     if kind != "absolute":
         raise CheckpointError(f"{card.name}: position_embedding_type {kind!r} is not supported; absolute is")

@@ -7,13 +7,16 @@ from importlib import import_module
 from martlet.errors import ModelNotFound, did_you_mean
 from martlet.model.families.family import Config, Family, Source
 
-__all__ = ["COMMON", "Family", "Source", "example", "get", "names"]
+__all__ = ["COMMON", "ENCODERS", "Family", "Source", "example", "get", "names"]
 
 _PAGES = (
     "baichuan", "chatglm", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "internlm2", "llama", "mistral",
     "mixtral", "phi3", "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "rwkv5", "rwkv6", "rwkv7",
     "smollm3",
 )  # fmt: skip
+
+ENCODERS = ("bert",)
+"""Families of martlet.model.encoder, which are no decoders and have no page."""
 
 COMMON: Config = {
     "hidden_size": 64,

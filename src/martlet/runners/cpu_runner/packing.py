@@ -9,15 +9,14 @@ import numpy as np
 
 from martlet.errors import BackendUnavailable
 from martlet.hub.checkpoint import PackedTensor, Tensor
-from martlet.hub.quantised.blocks import INTEGERS
 from martlet.kernels.cpu.library import Executor, panel_bytes
 from martlet.kernels.cpu.program import PANEL, CacheKind, Format, Matrix
 from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
 
 REGION = 32 << 20  # bytes taken from the system at a time
 _ARRAYS = {"float32": Format.F32, "float16": Format.F16, "bfloat16": Format.BF16}
-_BLOCKS = {name: Format[name.upper()] for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")}
-_BLOCKS |= {name: Format[name.upper()] for name in INTEGERS} | {"int8_row": Format.INT8}
+_BLOCKS = {form.name.lower(): form for form in Format if form.name.startswith(("Q", "INT4_"))}
+_BLOCKS |= {"int8_row": Format.INT8}
 # What has no kernel of its own here is unpacked. Floats of 4 and 8 bits times a scale are made for 16 bits; integers
 # that fit no block of ours keep every bit.
 WIDENED = {"fp8": Format.BF16, "fp8_row": Format.BF16, "nf4": Format.BF16, "int": Format.F32}

@@ -24,7 +24,7 @@ from martlet.model import weights
 if TYPE_CHECKING:
     from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
-from martlet.runners import machine, quality
+from martlet.runners import machine
 from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
 from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
@@ -310,6 +310,8 @@ def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
         raise BackendUnavailable(f"the native CPU kernels do not run on device {options.device!r}")
     quant = options.quant
     if quant == "auto":
+        from martlet.runners import quality
+
         quantised = card.format == "gguf" or card.config.get("quantization_config")
         quant = quality.choose(card, ("stored",) if quantised else ("int8", "bf16"))
     if quant is None:
