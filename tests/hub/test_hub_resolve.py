@@ -81,6 +81,7 @@ def test_a_folder(tmp_path):
     card = hub.resolve(str(folder))
     assert (card.name, card.path, card.format, card.family) == ("my-model", folder, "safetensors", "llama")
     assert card.capabilities == ("chat", "completion") and card.generation_config == {"temperature": 0.6}
+    assert card.generation_for_transformers() == {"do_sample": True, "temperature": 0.6}
     assert card.config["hidden_size"] == 8 and card.model_type is None
     named = hub.resolve(str(folder), model_type="qwen_7b_chat")
     assert (named.model_type, named.template, named.lora_target_modules) == ("qwen-7b-chat", "qwen", ("c_attn",))

@@ -55,6 +55,7 @@ def test_a_run_learns_and_leaves_what_swift_leaves(run, tiny_model):
     folder, last = layout.Path(result.output_dir), layout.Path(result.last_model_checkpoint)
     assert folder.parent.name == "tiny" and folder.name.startswith("v0-") and last == folder / "checkpoint-6"
     assert result.best_model_checkpoint in (str(last), str(folder / "checkpoint-3"))
+    assert json.loads((last / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == found, lines
     assert (folder / "images" / "loss.png").stat().st_size > 1000

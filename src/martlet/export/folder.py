@@ -102,5 +102,5 @@ def write_beside(folder: Path, card: ModelCard, **changes: Any) -> None:
         config.setdefault("architectures", [CLASSES[config["model_type"]]])
     write_json(folder / "config.json", config | changes)
     if card.generation_config:
-        write_json(folder / "generation_config.json", dict(card.generation_config))
+        write_json(folder / "generation_config.json", card.generation_for_transformers())
     hub.load_tokenizer(card).save(folder)

@@ -36,6 +36,11 @@ class ModelCard:
     config: dict[str, Any] = field(default_factory=dict, repr=False)  # Hugging Face config.json, also for GGUF
     generation_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def generation_for_transformers(self) -> dict[str, Any]:
+        """generation_config with do_sample said, without which transformers leaves settings of sampling alone."""
+        samples = any(name in self.generation_config for name in ("temperature", "top_p", "top_k"))
+        return {"do_sample": samples, **self.generation_config}
+
     @property
     def is_chat(self) -> bool:
         return "chat" in self.capabilities

@@ -17,3 +17,11 @@ def quiet() -> None:
         import datasets
 
         datasets.disable_progress_bars()
+
+
+def end_bars() -> None:
+    """An exception leaves the bar of a training open: it would be drawn once more, over what is said of the error."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

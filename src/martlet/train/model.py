@@ -33,11 +33,10 @@ def load(card: ModelCard, arguments: SftArguments) -> PreTrainedModel:
     if arguments.sft_type == "full" and dtype != "float32":
         dtype = "float32"
     model = load_model(card, LoadOptions(device=arguments.device, dtype=dtype))
-    model.config._name_or_path = base_name(card)
+    model.config._name_or_path = model.name_or_path = base_name(card)  # peft writes the latter into adapters
     model.config.use_cache = False
     if card.generation_config:  # goes into checkpoints of all weights
-        samples = any(name in card.generation_config for name in ("temperature", "top_p", "top_k"))
-        model.generation_config = GenerationConfig(**{"do_sample": samples, **card.generation_config})
+        model.generation_config = GenerationConfig(**card.generation_for_transformers())
     return model.train()
 
 

@@ -165,6 +165,7 @@ def _train_into(
                 log.info("stopped; --resume_from_checkpoint %s goes on after %s", run, whole[-1].name)
         raise
     except Exception as error:
+        console.end_bars()
         why = layout.no_room(error, run)
         removed = layout.remove_incomplete(run) if main else []
         if why:
