@@ -215,9 +215,9 @@ def train(model: RWKV, training: Tensor, held_out: Tensor, options: argparse.Nam
             loss = held_out_loss(model, held_out, options.context, options.batch, device)
             if loss < best:
                 best, kept = loss, {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-            recent = sum(shown) / len(shown) if shown else math.nan
+            recent = f"{sum(shown) / len(shown):5.3f}" if shown else "    -"
             spent, shown = time.perf_counter() - began, []
-            print(f"{spent:6.1f} s  step {step:5d}  training {recent:.3f}  held out {loss:.3f}", flush=True)
+            print(f"{spent:6.1f} s  step {step:5d}  training {recent}  held out {loss:.3f}", flush=True)
             next_look = done + 1 / options.looks
         if done >= 1:
             print(f"best held-out loss {best:.3f} nats a token")

@@ -34,7 +34,7 @@ MIXED_TOKENS = (64, 128, 256, 512, 1024, 2048)
 MIXED_DECODES = (0, 16, 64, 256)
 LAUNCHES_MS = 6.0  # of a step outside a graph
 HIDDEN_MS = 2.0  # of padding that a long step outside a graph would lose as well before the GPU is busy
-MIXED_MS = 100.0  # how long a step may keep those waiting who decode
+MIXED_MS = 50.0  # how long a step may keep those waiting who decode
 FLOPS = 6e14  # a GPU's rate for products of this size
 
 
