@@ -286,6 +286,9 @@ def test_a_library_that_is_not_here_is_named(library, asked, tiny_model, tmp_pat
     with pytest.raises(BackendUnavailable, match=f"pip install {library}"):
         train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path / "out"), **SHORT | asked))
     assert not (tmp_path / "out").exists()
+    only_looks = SHORT | asked | {"check": True}
+    for look in (train, launch):
+        assert look(SftArguments(model=str(tiny_model), output_dir=str(tmp_path / "out"), **only_looks)) is None
 
 
 def test_a_full_disk_leaves_complete_checkpoints_only(tiny_model, tmp_path, monkeypatch):

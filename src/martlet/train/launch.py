@@ -38,9 +38,10 @@ def launch(arguments: SftArguments) -> Result | None:
     arguments = restored(arguments)
     if (processes == 1 and nodes == 1 and not arguments.deepspeed) or "LOCAL_RANK" in os.environ:
         return train(arguments)
-    checks.refuse(arguments)
     if arguments.check:
+        checks.refuse_values(arguments)
         return prepare_only(arguments)
+    checks.refuse(arguments)
     resumed, run = place(arguments)
     words = {"kind": type(arguments).__name__, "arguments": dataclasses.asdict(arguments), "run": str(run)}
     with (

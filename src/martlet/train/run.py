@@ -65,8 +65,10 @@ def train(arguments: SftArguments, run: Path | None = None) -> Result | None:
     Raises UsageError and its kin for whatever is wrong before the first step, naming the flag.
     """
     arguments = restored(arguments)
-    checks.refuse(arguments)
-    if not arguments.check:
+    if arguments.check:  # looks at the data, which needs none of the libraries that training would
+        checks.refuse_values(arguments)
+    else:
+        checks.refuse(arguments)
         checks.refuse_names(arguments)
     card, tokenizer, template = _model_text(arguments)
     prepared = prepare(arguments, template, tokenizer, say=_say)
