@@ -5,6 +5,7 @@ Where there is no GPU one small case runs under Triton's interpreter: all of the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,9 @@ def test_a_step_spread_over_the_places_of_a_graph_is_the_same_step():
     mixed = Mixed(4, 64, queries)
     spread = mixed.tensors(there(mixed.words_of(step)))
     want, got = runner.decoder.forward(packed, state), runner.decoder.forward(spread, state)
+    whole = runner.decoder.forward(replace(packed, picks=None), state)
+    none = runner.decoder.forward(replace(packed, picks=there(np.empty(0))), state)
+    assert torch.allclose(want, whole[[0, 39, 6]], atol=1e-5) and len(none) == 0
     padding = runner.decoder.forward(mixed.tensors(there(mixed.padding())), state)
     assert len(got) == 4 + MIXED_SEQUENCES == len(padding)
     assert torch.allclose(got[:3], want, atol=1e-5) and want.abs().max() > 0.1

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import launch
-from martlet.kernels.cuda.fp8 import INTERPRETED, LIFT, LIFTED, unpacked_bf16
+from martlet.kernels.cuda.fp8 import in_units, log2_of, unpacked
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
@@ -81,8 +81,8 @@ def _attend(
             # Two neighbours of a head are one number of 16 bits, so memory moves as it does for bfloat16: `e` counts
             # these, and whatever has heads in it comes in two halves, even and odd elements.
             e = tl.arange(0, BLOCK_D // 2)
-            work: tl.constexpr = tl.float32 if INTERPRETED or query.dtype == tl.float32 else tl.bfloat16
-            query = (query.to(tl.float32) * LIFT).to(work)
+            query, unit = in_units(query)
+            factor = unit * scale
             query_even, query_odd = tl.split(query.reshape(BLOCK_G, BLOCK_D // 2, 2))
             acc_even = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
             acc_odd = tl.zeros([BLOCK_G, BLOCK_D // 2], tl.float32)
@@ -99,36 +99,40 @@ def _attend(
             token = block * cache_stride + (head * BLOCK_SIZE + at % BLOCK_SIZE) * (DIM // 2 if SCALED else DIM)
             if SCALED:
                 mask = inside[:, None] & (e < DIM // 2)[None, :]
-                even, odd = unpacked_bf16(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0))
+                even, odd = unpacked(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0))
                 beside = block * (KV_HEADS * BLOCK_SIZE) + head * BLOCK_SIZE + at % BLOCK_SIZE
                 key_scale = tl.load(k_scales + beside, mask=inside, other=0.0)
-                scores = tl.dot(query_even, even.to(work).T, input_precision=PRECISION)
-                scores = tl.dot(query_odd, odd.to(work).T, scores, input_precision=PRECISION)
-                scores *= (key_scale * (scale * LIFTED))[None, :]
+                scores = tl.dot(query_even, even.to(query.dtype).T, input_precision=PRECISION)
+                scores = tl.dot(query_odd, odd.to(query.dtype).T, scores, input_precision=PRECISION)
+                scores *= factor[:, None] * key_scale[None, :]
             else:
                 mask = inside[:, None] & (d < DIM)[None, :]
                 key = tl.load(k_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
                 scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
             if CAP > 0:
                 scores = CAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+            if SCALED:
+                # A value's scale stands in the exponent: weights stay below 1, as float16 needs, whatever the scales.
+                size = log2_of(tl.load(v_scales + beside, mask=inside, other=1.0))
+                scores += size[None, :]
             scores = tl.where(inside[None, :], scores, float("-inf"))
             top = tl.maximum(best, tl.max(scores, 1))
             weight = tl.exp2(scores - top[:, None])
             fade = tl.exp2(best - top)
             best = top
-            weights = weights * fade[:, None] + weight
             if SCALED:
-                even, odd = unpacked_bf16(tl.load(v_cache + token[:, None] + e[None, :], mask=mask, other=0))
-                value_scale = tl.load(v_scales + beside, mask=inside, other=0.0)
-                scaled = (weight * (value_scale * LIFT)[None, :]).to(work)
-                acc_even = tl.dot(scaled, even.to(work), acc_even * fade[:, None], input_precision=PRECISION)
-                acc_odd = tl.dot(scaled, odd.to(work), acc_odd * fade[:, None], input_precision=PRECISION)
+                weights = weights * fade[:, None] + weight * tl.exp2(-size)[None, :]
+                even, odd = unpacked(tl.load(v_cache + token[:, None] + e[None, :], mask=mask, other=0))
+                weight = weight.to(query.dtype)
+                acc_even = tl.dot(weight, even.to(query.dtype), acc_even * fade[:, None], input_precision=PRECISION)
+                acc_odd = tl.dot(weight, odd.to(query.dtype), acc_odd * fade[:, None], input_precision=PRECISION)
             else:
+                weights = weights * fade[:, None] + weight
                 value = tl.load(v_cache + token[:, None] + d[None, :], mask=mask, other=0.0)
                 acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
         total = tl.sum(weights, 1)
         if SCALED:
-            acc = tl.join(acc_even, acc_odd).reshape(BLOCK_G, BLOCK_D) * LIFTED
+            acc = tl.join(acc_even, acc_odd).reshape(BLOCK_G, BLOCK_D)
         if SPLIT:
             # Each part leaves its sum, weighted by exp2 of its scores less their maximum, and that sum's weight.
             slot = ((b * KV_HEADS + head) * PARTS + part).to(tl.int64) * GROUP + g
@@ -170,8 +174,8 @@ class Tile:
 def tile_for(batch: int, spec: Attention, *, fp8: bool = False) -> Tile:
     """One part a sequence where that gives each multiprocessor two programs or more, else enough parts for four."""
     programs, sms = batch * spec.kv_heads, launch.num_sms()
-    if programs >= 8 * sms and spec.head_dim <= 128 and spec.heads <= 16 * spec.kv_heads:
-        return Tile(tokens=128, parts=1, warps=4, stages=5 if fp8 else 3)
+    if programs >= 8 * sms and not fp8 and spec.head_dim <= 128 and spec.heads <= 16 * spec.kv_heads:
+        return Tile(tokens=128, parts=1, warps=4, stages=3)
     if programs >= 2 * sms:
         return Tile(tokens=64, parts=1, warps=2, stages=5 if fp8 else 4)
     return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * sms, programs)), warps=4, stages=3)

@@ -11,31 +11,24 @@ import triton.language as tl
 from martlet.kernels.cuda import launch
 
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
-PAIR_SCALE = tl.constexpr(256.0)  # what `unpacked` leaves to be multiplied with
-LIFT = tl.constexpr(2.0**100)  # for what is multiplied with `unpacked_bf16`, so that products are of a usual size
-LIFTED = tl.constexpr(2.0**20)  # what such products are then to be multiplied with
 
 
 @triton.jit
-def unpacked(pairs, dtype: tl.constexpr):
-    """(first, second) e4m3 of each int16, over 256: their bits are float16's, but for the exponent's base."""
-    if INTERPRETED:
-        first = (((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-        second = ((pairs & -0x8000) | ((pairs & 0x7F00) >> 1)).to(tl.int16).to(tl.float16, bitcast=True)
-    else:  # the same, two pairs at a time
+def unpacked(pairs):
+    """(first, second) e4m3 of each int16, in float16, which holds them exactly."""
+    if INTERPRETED:  # from the bits: they are float16's, but for the exponent's base
+        first = (((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+        second = ((pairs & -0x8000) | ((pairs & 0x7F00) >> 1)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    else:  # two pairs at a time, their first ones side by side and their second ones
         first, second = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 bits, sign;
-            shl.b32 bits, $2, 7;
-            and.b32 bits, bits, 0x3F803F80;
-            shl.b32 sign, $2, 8;
-            and.b32 sign, sign, 0x80008000;
-            or.b32 $0, bits, sign;
-            shr.u32 bits, $2, 1;
-            and.b32 bits, bits, 0x3F803F80;
-            and.b32 sign, $2, 0x80008000;
-            or.b32 $1, bits, sign;
+            .reg .b32 sorted;
+            .reg .b16 firsts, seconds;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {firsts, seconds}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, firsts;
+            cvt.rn.f16x2.e4m3x2 $1, seconds;
             }
             """,
             "=r,=r,r",
@@ -44,43 +37,17 @@ def unpacked(pairs, dtype: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    return first.to(dtype), second.to(dtype)
+    return first, second
 
 
 @triton.jit
-def unpacked_bf16(pairs):
-    """(first, second) e4m3 of each int16, times 2 ** -120: their bits are bfloat16's, but for the exponent's base.
-
-    Triton's interpreter, which multiplies no bfloat16, gets the same numbers as float32.
-    """
+def log2_of(x):
+    """The logarithm to base 2, in one instruction where there is one."""
     if INTERPRETED:
-        first = (((pairs & 0x80).to(tl.int32) << 24) | ((pairs & 0x7F).to(tl.int32) << 20)).to(tl.float32, bitcast=True)
-        second = (((pairs & -0x8000).to(tl.int32) << 16) | ((pairs & 0x7F00).to(tl.int32) << 12)).to(
-            tl.float32, bitcast=True
-        )
-    else:  # the same, two pairs at a time
-        first, second = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 bits, sign;
-            shl.b32 bits, $2, 4;
-            and.b32 bits, bits, 0x07F007F0;
-            shl.b32 sign, $2, 8;
-            and.b32 sign, sign, 0x80008000;
-            or.b32 $0, bits, sign;
-            shr.u32 bits, $2, 4;
-            and.b32 bits, bits, 0x07F007F0;
-            and.b32 sign, $2, 0x80008000;
-            or.b32 $1, bits, sign;
-            }
-            """,
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    return first, second
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit

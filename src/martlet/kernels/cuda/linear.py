@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from martlet.kernels.cuda import int4, launch
-from martlet.kernels.cuda.fp8 import PAIR_SCALE, Fp8, unpacked
+from martlet.kernels.cuda.fp8 import Fp8, unpacked
 from martlet.kernels.cuda.int4 import word_products
 from martlet.kernels.cuda.launch import wait
 from martlet.kernels.cuda.layers import activate, in_fp8
@@ -53,13 +53,13 @@ def _add(acc, acc_up, weights, weights_up, v, SCALED: tl.constexpr, GATED: tl.co
     """acc + weights * v, and the same of the up rows. SCALED: weights are pairs, and v has twice their number."""
     if SCALED:
         one, two = tl.split(v.reshape(BLOCK_K, 2))
-        first, second = unpacked(weights, tl.float32)
-        acc += first * one[None, :]
-        acc += second * two[None, :]
+        first, second = unpacked(weights)
+        acc += first.to(tl.float32) * one[None, :]
+        acc += second.to(tl.float32) * two[None, :]
         if GATED:
-            first, second = unpacked(weights_up, tl.float32)
-            acc_up += first * one[None, :]
-            acc_up += second * two[None, :]
+            first, second = unpacked(weights_up)
+            acc_up += first.to(tl.float32) * one[None, :]
+            acc_up += second.to(tl.float32) * two[None, :]
     else:
         acc += weights.to(tl.float32) * v[None, :]
         if GATED:
@@ -82,9 +82,9 @@ def _finish(
         y *= scale
         up *= scale
     if SCALED:
-        y *= tl.load(scales + n, mask=inside, other=0.0) * PAIR_SCALE
+        y *= tl.load(scales + n, mask=inside, other=0.0)
         if GATED:
-            up *= tl.load(scales + N + n, mask=inside, other=0.0) * PAIR_SCALE
+            up *= tl.load(scales + N + n, mask=inside, other=0.0)
     if BIAS:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
         if GATED:

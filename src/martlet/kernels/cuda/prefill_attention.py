@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.decode_attention import score_scale
-from martlet.kernels.cuda.fp8 import in_units
+from martlet.kernels.cuda.fp8 import in_units, log2_of
 from martlet.kernels.cuda.launch import wait
 from martlet.model.spec import Attention
 
@@ -92,6 +92,9 @@ def _attend(
             scores = tl.dot(query, key.T, input_precision=PRECISION) * scale
         if CAP > 0:
             scores = CAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+        if SCALED:  # as in decode attention
+            size = log2_of(tl.load(v_scales + beside, mask=inside, other=1.0))
+            scores += size[None, :]
         seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
             seen &= at[None, :] > position[:, None] - WINDOW
@@ -100,16 +103,10 @@ def _attend(
         weight = tl.where(seen, tl.exp2(scores - top[:, None]), 0.0) if WINDOW > 0 else tl.exp2(scores - top[:, None])
         fade = tl.exp2(best - top)
         best = top
-        total = total * fade + tl.sum(weight, 1)
+        total = total * fade + tl.sum(weight * tl.exp2(-size)[None, :] if SCALED else weight, 1)
         value = tl.load(v_cache + slot[:, None] + d[None, :], mask=mask, other=0.0)
-        if SCALED:
-            value_scale = tl.load(v_scales + beside, mask=inside, other=0.0)
-            largest = tl.maximum(tl.max(value_scale, 0), 1e-30)
-            weight *= (value_scale / largest)[None, :]
-            some = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision=PRECISION)
-            acc = acc * fade[:, None] + some * largest
-        else:
-            acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
+        kind: tl.constexpr = query.dtype if SCALED else value.dtype
+        acc = tl.dot(weight.to(kind), value.to(kind), acc * fade[:, None], input_precision=PRECISION)
     place = out + token * (HEADS * DIM) + head * DIM + d[None, :]
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
@@ -139,8 +136,6 @@ def prefill_attention(
     block_m = block_m or queries_for(q.dtype)
     if q.dtype == torch.float32:
         block_n, warps = min(block_n, 32), 4
-    if scales is not None:
-        stages = min(stages, 2)  # three spill registers
     bytes_a_row = 2 * triton.next_power_of_2(spec.head_dim) * q.element_size()
     while block_n * bytes_a_row * stages + block_m * bytes_a_row // 2 > 200 << 10 and block_n > 16:
         block_n //= 2  # keys and values of all stages, and the queries, share 227 KiB

@@ -221,10 +221,10 @@ class CudaRunner:
             return CudaStep(self.mailbox, np.empty(0, np.int64), 0, None, [], [])
         if replay:
             assert self.graphs is not None
+            order = np.argsort(-batch.start, kind="stable")  # longest first, so that the last to be attended are short
             tokens, logits = self.graphs.run(
-                batch.rows, batch.start, changes, kind, self.mailbox, adapted=self._adapted(batch)
+                batch.rows[order], batch.start[order], changes, kind, self.mailbox, adapted=self._adapted(batch)
             )
-            order = np.arange(total)
             reports: list[sampler.Report] = []
             if kind == sampler.SPECIAL:
                 tokens, reports = self._sample(logits, order, batch)
@@ -261,7 +261,7 @@ class CudaRunner:
 
     def _eager(self, batch: Batch) -> CudaStep:
         """Any step: prefills, chunks, decodes among them, prompt log-probabilities."""
-        order = np.argsort(batch.count > 1, kind="stable")  # sequences of one token first
+        order = np.lexsort((-batch.start, batch.count > 1))  # sequences of one token first, the longest of them first
         rows, start, count = batch.rows[order], batch.start[order].astype(np.int64), batch.count[order].astype(np.int64)
         sample = batch.sample[order]
         decoding = int((count == 1).sum())
@@ -283,9 +283,7 @@ class CudaRunner:
         )
         mixed = None
         if self.graphs is not None and not len(fresh) and not len(scored):
-            mixed = self.graphs.mixed_for(
-                decoding, len(token_rows) - decoding, len(tiled), adapted=self._adapted(batch)
-            )
+            mixed = self.graphs.mixed_for(decoding, len(token_rows), len(tiled), adapted=self._adapted(batch))
         if mixed is not None:
             assert self.graphs is not None
             logits = self.graphs.run_mixed(mixed, mixed.words_of(step), self.mailbox)

@@ -27,7 +27,7 @@ from martlet.runners.cuda_runner.weights import Block, Weights
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """A step on the device. T tokens of B sequences: first the `decoding` sequences of one token, then the others.
+    """A step on the device. T tokens of B sequences: first those of one token, all among the first `decoding` tokens.
 
     rows, positions: int32 [T]. changes: int32 [2, T] for `layers.embed`, or None. tiles, sequences: of the others, as
     `prefill_attention` takes them. fresh: (first token, tokens, tokens with padding) of others that are whole long
@@ -96,12 +96,21 @@ class Decoder:
         """Hidden states ready for the head, [S, W]."""
         x = self._embed(step, state)
         delta, groups = None, self._groups(step.rows, step, state)
+        picks = step.picks
         for number, (layer, block) in enumerate(zip(self.spec.layers, self.weights.blocks, strict=True)):
             if len(x) == 1 and groups is None:
                 self._narrow(x, layer, block, number, step, state)
-            else:
-                delta = self._wide(x, delta, layer, block, number, step, state, groups)
-        return self._add_norm(x, delta, self.weights.norm, step.picks)
+                continue
+            qkv = self._project(x, delta, block, number, step, groups)
+            y = self._attend(qkv, layer.mixer, block, number, step, state)
+            if number == len(self.spec.layers) - 1 and picks is not None:  # of others only keys and values are wanted
+                if not len(picks):
+                    return x[:0]
+                x, y = x.index_select(0, picks), y.index_select(0, picks)
+                groups = self._groups(step.rows.index_select(0, picks), step, state)
+                picks = None
+            delta = self._behind(x, y, layer, block, number, groups)
+        return self._add_norm(x, delta, self.weights.norm, picks)
 
     def _embed(self, step: StepTensors, state: State) -> torch.Tensor:
         """Embeddings, [T, W]."""
@@ -162,21 +171,6 @@ class Decoder:
         else:
             linear(y, weight, residual=x, out=x)
 
-    def _wide(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor | Share | None,
-        layer: Layer,
-        block: Block,
-        number: int,
-        step: StepTensors,
-        state: State,
-        groups: Groups | None,
-    ) -> torch.Tensor | Share:
-        """A layer; x [T, W] misses the last product until the next norm adds it: `delta` in, and returned."""
-        qkv = self._project(x, delta, block, number, step, groups)
-        return self._behind(x, self._attend(qkv, layer.mixer, block, number, step, state), layer, block, number, groups)
-
     def _project(
         self,
         x: torch.Tensor,
@@ -186,7 +180,10 @@ class Decoder:
         step: StepTensors,
         groups: Groups | None,
     ) -> torch.Tensor:
-        """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D]."""
+        """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D].
+
+        x misses a layer's last product until the next norm adds it.
+        """
         y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
         if rows <= len(x):

@@ -5,8 +5,8 @@ captured at the start, the others when first needed, in between steps; all share
 at once.
 
 A step with prompts launches some ten kernels a layer, 6 ms of Python however short the prompts are. So where the GPU
-would have less to do than that, such a step is a graph too, padded: up to `decodes` sequences of one token, then up to
-`tokens` tokens of up to MIXED_SEQUENCES others. It ends at the logits; sampling follows outside.
+would have less to do than that, such a step is a graph too, padded (`Mixed`). It ends at the logits; sampling follows
+outside.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ class Graphs:
         return self.out[:count], self.out if logits is None else logits[:count]
 
     def mixed_for(self, decoding: int, tokens: int, sequences: int, *, adapted: bool = False) -> Mixed | None:
-        """The graph for a step of `decoding` sequences of one token and `tokens` of `sequences` others, if it pays.
+        """The graph for a step of `tokens`: `decoding` sequences of one, and `sequences` others; None if none pays.
 
         Captured when it is wanted the second time: capturing takes longer than one step is worth.
         """
-        if not 0 < tokens <= MIXED_TOKENS[-1] or sequences > MIXED_SEQUENCES:
+        if not sequences or tokens > MIXED_TOKENS[-1] or sequences > MIXED_SEQUENCES:
             return None
         mixed = Mixed(
             self.decodes[bisect.bisect_left(self.decodes, decoding)],
@@ -128,8 +128,7 @@ class Graphs:
             self.decoder.queries,
             adapted,
         )
-        least = self.ms_a_token * (decoding + tokens)
-        if self.ms_a_token * (mixed.decodes + mixed.tokens) > max(LAUNCHES_MS, least + HIDDEN_MS):
+        if self.ms_a_token * mixed.tokens > max(LAUNCHES_MS, self.ms_a_token * tokens + HIDDEN_MS):
             return None
         if mixed in self.captured or mixed in self.seen:
             return mixed

@@ -30,10 +30,11 @@ class HostStep:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """The shape of a graph: `decodes` sequences of one token, then `tokens` tokens of up to MIXED_SEQUENCES others.
+    """The shape of a graph: up to `decodes` sequences of one token, then up to MIXED_SEQUENCES others, `tokens` in all.
 
     queries: tokens of an attention tile. adapted: rows may have adapters.
-    What a step leaves over is padding: rows -1, tiles that begin past the end.
+    What a step leaves over is padding: rows -1, tiles that begin past the end. Where sequences of one token are fewer
+    than `decodes`, others stand behind them at once: they are attended as such too, and again in their tiles, last.
     """
 
     decodes: int
@@ -44,8 +45,8 @@ class Mixed:
     @property
     def sizes(self) -> list[int]:
         """Words of rows, positions, tiles, sequences and picks."""
-        total, tiles = self.decodes + self.tokens, self.tokens // self.queries + MIXED_SEQUENCES
-        return [total, total, 2 * tiles, 4 * MIXED_SEQUENCES, self.decodes + MIXED_SEQUENCES]
+        tiles = self.tokens // self.queries + MIXED_SEQUENCES
+        return [self.tokens, self.tokens, 2 * tiles, 4 * MIXED_SEQUENCES, self.decodes + MIXED_SEQUENCES]
 
     @property
     def words(self) -> int:
@@ -63,15 +64,11 @@ class Mixed:
         """A step spread out, int32 [words]. Its picks come first in the graph's."""
         words = self.padding()
         rows, positions, tiles, sequences, picks = self._parts(words)
-        gap = self.decodes - step.decoding  # by which tokens behind the decodes move
-        for target, source in ((rows, step.rows), (positions, step.positions)):
-            target[: step.decoding] = source[: step.decoding]
-            target[self.decodes : gap + len(source)] = source[step.decoding :]
+        rows[: len(step.rows)] = step.rows
+        positions[: len(step.rows)] = step.positions
         tiles.reshape(2, -1)[:, : step.tiles.shape[1]] = step.tiles
-        there = sequences.reshape(4, -1)[:, : step.sequences.shape[1]]
-        there[:] = step.sequences
-        there[3] += gap
-        picks[: len(step.picks)] = np.where(step.picks < step.decoding, step.picks, step.picks + gap)
+        sequences.reshape(4, -1)[:, : step.sequences.shape[1]] = step.sequences
+        picks[: len(step.picks)] = step.picks
         return words
 
     def tensors(self, inbox: torch.Tensor) -> StepTensors:
