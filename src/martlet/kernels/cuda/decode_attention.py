@@ -172,13 +172,15 @@ class Tile:
 
 
 def tile_for(batch: int, spec: Attention, *, fp8: bool = False) -> Tile:
-    """One part a sequence where that gives each multiprocessor two programs or more, else enough parts for four."""
+    """The fastest tile of those measured on an H200. Joining parts costs as much as reading some hundred tokens."""
     programs, sms = batch * spec.kv_heads, launch.num_sms()
     if programs >= 8 * sms and not fp8 and spec.head_dim <= 128 and spec.heads <= 16 * spec.kv_heads:
         return Tile(tokens=128, parts=1, warps=4, stages=3)
     if programs >= 2 * sms:
         return Tile(tokens=64, parts=1, warps=2, stages=5 if fp8 else 4)
-    return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * sms, programs)), warps=4, stages=3)
+    if 4 * programs > sms:
+        return Tile(tokens=64, parts=max(1, sms // programs), warps=2, stages=5)
+    return Tile(tokens=64, parts=min(MAX_PARTS, triton.cdiv(4 * sms, programs)), warps=2, stages=1)
 
 
 @dataclass(frozen=True, slots=True)

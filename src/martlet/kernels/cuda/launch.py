@@ -42,7 +42,7 @@ def run(
     **more: Any,
 ) -> None:
     """Launch a kernel that has a PDL parameter; inside `compiled_together`, only have it compiled."""
-    pdl = overlap and overlap_allowed and not INTERPRETED and _has_overlap()
+    pdl = overlap and overlap_allowed and is_hopper()
     options = {**more, "PDL": pdl, "num_warps": warps, "num_stages": stages}
     if pdl:
         options["launch_pdl"] = True
@@ -82,8 +82,9 @@ def compiled_together() -> Iterator[None]:
 
 
 @functools.cache
-def _has_overlap() -> bool:
-    return torch.cuda.get_device_capability()[0] >= 9
+def is_hopper() -> bool:
+    """Whether the GPU is one, or a later one."""
+    return not INTERPRETED and torch.cuda.get_device_capability()[0] >= 9
 
 
 @functools.cache

@@ -156,12 +156,19 @@ class Decoder:
         eps, mlp = self.spec.eps, layer.mlp
         qkv = linear(x, block.qkv, gain=block.attn_norm, eps=eps)
         y = self._attend(qkv, layer.mixer, block, number, step, state)
-        self._add(x, y, block.o, block.attn_post_norm, MIXER)
-        hidden = linear(x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated)
-        self._add(x, hidden, block.down, block.mlp_post_norm, MLP)
+        self._add(x, y, block.o, block.attn_post_norm, MIXER, ahead=block.up)
+        hidden = linear(
+            x, block.up, gain=block.mlp_norm, eps=eps, activation=mlp.activation, gated=mlp.gated,
+            ahead=block.down.matrix,
+        )  # fmt: skip
+        blocks = self.weights.blocks
+        following = blocks[number + 1].qkv if number + 1 < len(blocks) else self.weights.head
+        self._add(x, hidden, block.down, block.mlp_post_norm, MLP, ahead=following)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: Linear, post_norm: torch.Tensor | None, at: int) -> None:
-        """x [1, W] += the product of y, normed if there is a norm behind it. at: MIXER or MLP."""
+    def _add(
+        self, x: torch.Tensor, y: torch.Tensor, weight: Linear, post_norm: torch.Tensor | None, at: int, ahead: Linear
+    ) -> None:
+        """x [1, W] += the product of y, normed if there is a norm behind it. at: MIXER or MLP. ahead: what is next."""
         share = None if self.ranks is None else linear(y, weight, out=self.ranks.place(at, 1, self.device))
         if post_norm is not None:
             y = linear(y, weight) if share is None else self.ranks.total(share)
@@ -169,7 +176,7 @@ class Decoder:
         elif share is not None:
             self.ranks.add(x, share)
         else:
-            linear(y, weight, residual=x, out=x)
+            linear(y, weight, residual=x, out=x, ahead=ahead.matrix)
 
     def _project(
         self,
