@@ -71,8 +71,8 @@ def steps(args) -> None:
     tile_for = linear.tile_for
 
     def tiles(programs: int):
-        def persistent(n, k, gated):
-            tile = tile_for(n, k, gated)
+        def persistent(n, k, *kind):
+            tile = tile_for(n, k, *kind)
             return linear.Tile(tile.block_n, tile.block_k, tile.warps, programs) if n * k >= 1 << 24 else tile
 
         return persistent
@@ -80,8 +80,8 @@ def steps(args) -> None:
     def piped(block_n: int, block_k: int, warps: int, stages: int):
         """Large matrices through shared memory, small ones as they are."""
 
-        def tile(n, k, gated):
-            return linear.Tile(block_n, block_k, warps, stages=stages) if n * k >= 1 << 24 else tile_for(n, k, gated)
+        def tile(n, k, *kind):
+            return linear.Tile(block_n, block_k, warps, stages=stages) if n * k >= 1 << 24 else tile_for(n, k, *kind)
 
         return tile
 
@@ -92,9 +92,9 @@ def steps(args) -> None:
         "overlap no product": [(linear, "OVERLAP_BYTES", 0)],
         "4 programs": [(linear, "tile_for", tiles(4))],
         "8 programs": [(linear, "tile_for", tiles(8))],
-        "8x512": [(linear, "tile_for", lambda n, k, gated: linear.Tile(8, 512, 4))],
-        "8x512 4 programs": [(linear, "tile_for", lambda n, k, gated: linear.Tile(8, 512, 4, 4))],
-        "4x1024 w8": [(linear, "tile_for", lambda n, k, gated: linear.Tile(4, 1024, 8))],
+        "8x512": [(linear, "tile_for", lambda *shape: linear.Tile(8, 512, 4))],
+        "8x512 4 programs": [(linear, "tile_for", lambda *shape: linear.Tile(8, 512, 4, 4))],
+        "4x1024 w8": [(linear, "tile_for", lambda *shape: linear.Tile(4, 1024, 8))],
         "piped 4x512 s4": [(linear, "tile_for", piped(4, 512, 4, 4))],
         "piped 8x512 s4": [(linear, "tile_for", piped(8, 512, 4, 4))],
         "piped 8x512 s3, overlap all": [(linear, "tile_for", piped(8, 512, 4, 3)), (linear, "OVERLAP_BYTES", 1 << 40)],
@@ -102,7 +102,7 @@ def steps(args) -> None:
         "piped 4x512 s6": [(linear, "tile_for", piped(4, 512, 4, 6))],
         "8 programs, overlap all": [(linear, "tile_for", tiles(8)), (linear, "OVERLAP_BYTES", 1 << 40)],
         "piped 4x512 s4, overlap all": [(linear, "tile_for", piped(4, 512, 4, 4)), (linear, "OVERLAP_BYTES", 1 << 40)],
-        "piped 4x512 s4 everywhere": [(linear, "tile_for", lambda n, k, gated: linear.Tile(4, 512, 4, stages=4))],
+        "piped 4x512 s4 everywhere": [(linear, "tile_for", lambda *shape: linear.Tile(4, 512, 4, stages=4))],
     }
     many_rows = {"as is": [], "no overlap": [(launch, "overlap_allowed", False)]}
     for model in args.models:

@@ -44,8 +44,8 @@ class Tile:
     stages: int
 
 
-FINISH = Tile(32, 128, 4, 3)
-FINISH_ACTIVATED = Tile(64, 64, 4, 3)
+FINISH = Tile(16, 256, 4, 1)
+FINISH_ACTIVATED = Tile(64, 64, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
