@@ -13,7 +13,7 @@ namespace MARTLET_ISA {
 
 // Query rows that a tile keeps in registers, with 16 keys each or with 4 vectors of a value.
 constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 3 : 1;
-constexpr int kValueRows = L == 16 ? 5 : L == 8 ? 3 : 1;
+constexpr int kValueRows = L == 16 ? 6 : L == 8 ? 3 : 1;
 
 // What the cache holds, and how it meets queries and weights.
 // f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32; s8 times 15-bit integers, in tiles only
@@ -51,23 +51,23 @@ struct Cache {
   }
 };
 
-// scores[r][16] of kRows queries against one tile of 16 keys. Even and odd steps are summed apart: the few queries of a
-// decoding sequence are too short a chain otherwise to keep the multipliers busy.
-template <Kv kKind, int kRows>
-INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* scores) {
+// scores[r][16 * kTogether] of kRows queries against kTogether tiles of 16 keys. Even and odd steps are summed apart: the
+// few queries of a decoding sequence are too short a chain otherwise to keep the multipliers busy.
+template <Kv kKind, int kRows, int kTogether>
+INLINE void score_tile(const uint8_t* q, const uint8_t* const* k_tiles, int dim, float* scores) {
   using C = Cache<kKind>;
-  constexpr int kVectors = 16 / L;
+  constexpr int kInTile = 16 / L, kVectors = kTogether * kInTile;
   F acc[2][kRows][kVectors] = {};
   const int steps = dim / C::kPack;
   for (int d = 0; d < steps; d += 2)
     for (int odd = 0; odd < 2; ++odd)
       for (int v = 0; v < kVectors; ++v) {
-        const typename C::Lane key = C::unpack(k_tile + (d + odd) * 64 + v * 4 * L);
+        const typename C::Lane key = C::unpack(k_tiles[v / kInTile] + (d + odd) * 64 + v % kInTile * 4 * L);
         for (int r = 0; r < kRows; ++r)
           acc[odd][r][v] = C::mad(acc[odd][r][v], key, q + ((int64_t)r * steps + d + odd) * C::kLane);
       }
   for (int v = 0; v < kVectors; ++v) {
-    const F scale = C::kScaled ? load<F>(k_tile + 16 * dim + v * 4 * L) : F{};
+    const F scale = C::kScaled ? load<F>(k_tiles[v / kInTile] + 16 * dim + v % kInTile * 4 * L) : F{};
     for (int r = 0; r < kRows; ++r) {
       const F s = acc[0][r][v] + acc[1][r][v];
       store(scores + r * kChunk + v * L, C::kScaled ? s * scale : s);
@@ -75,14 +75,20 @@ INLINE void score_tile(const uint8_t* q, const uint8_t* k_tile, int dim, float* 
   }
 }
 
+INLINE void ask(const Upcoming* next, int first, int end) {
+  if (next)
+    for (int i = first; i < least(end, next->count); ++i) fetch(next->tiles[i], next->bytes);
+}
+
 // out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
 template <Kv kKind, int kRows, int kVectors>
 INLINE void value_tile(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, int column,
-                       float* out) {
+                       const Upcoming* next, float* out) {
   using C = Cache<kKind>;
   F acc[kRows][kVectors] = {};
   constexpr int kSteps = 16 / C::kPack;
   for (int tile = 0; tile < tiles; ++tile) {
+    ask(next, tile, tile + 1);
     if (!v_tiles[tile]) continue;
     for (int s = 0; s < kSteps; ++s) {
       typename C::Lane value[kVectors];
@@ -98,19 +104,27 @@ INLINE void value_tile(const uint8_t* weights, const uint8_t* const* v_tiles, in
 }
 
 template <Kv kKind, int kRows>
-INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
+INLINE void value_rows(const uint8_t* weights, const uint8_t* const* v_tiles, int tiles, int dim, const Upcoming* next,
+                       float* out) {
   constexpr int kMost = 4;
   int column = 0;
-  for (; column + kMost * L <= dim; column += kMost * L)
-    value_tile<kKind, kRows, kMost>(weights, v_tiles, tiles, dim, column, out);
-  for (; column < dim; column += L) value_tile<kKind, kRows, 1>(weights, v_tiles, tiles, dim, column, out);
+  for (; column + kMost * L <= dim; column += kMost * L, next = nullptr)
+    value_tile<kKind, kRows, kMost>(weights, v_tiles, tiles, dim, column, next, out);
+  for (; column < dim; column += L, next = nullptr)
+    value_tile<kKind, kRows, 1>(weights, v_tiles, tiles, dim, column, next, out);
 }
 
-// Softmax over positions lo ... hi - 1 of a chunk (relative), which may be none; the weights of all others become 0.
-// The weights take the scales of the values with them, where those have any. cap: of the scores, 0 for none.
-template <Kv kKind>
-INLINE void softmax(float* scores, const float* value_scale, int lo, int hi, int tiles, float cap, uint8_t* weights,
-                    float* peak, float* total) {
+// Softmax of a row over positions lo ... hi - 1 of a chunk (relative), which may be none, in two halves: a processor that
+// has the first halves of many rows before it does not wait for each row's peak.
+struct Seen {
+  int lo, hi;
+  INLINE int begin() const { return lo / L * L; }  // of the vectors with anything that is seen
+  INLINE int end() const { return most(begin(), (hi + L - 1) / L * L); }
+};
+
+// The largest score. cap: of the scores, 0 for none; scores that are not seen, in vectors with others that are, become
+// minus infinity.
+INLINE float peak_of(float* scores, Seen seen, float cap) {
   const I lane = [] {
     I v;
     for (int i = 0; i < L; ++i) v[i] = i;
@@ -118,45 +132,59 @@ INLINE void softmax(float* scores, const float* value_scale, int lo, int hi, int
   }();
   const F lowest = splat(-__builtin_inff());
   F best = lowest;
-  for (int i = lo / L * L; i < hi; i += L) {
+  for (int i = seen.begin(); i < seen.end(); i += L) {
     F s = load<F>(scores + i);
     if (cap != 0.0f) s = capped(s, cap);
-    if (i < lo || i + L > hi) {
+    const bool edge = i < seen.lo || i + L > seen.hi;
+    if (edge) {
       const I at = lane + i;
-      s = (at >= lo) & (at < hi) ? s : lowest;
+      s = (at >= seen.lo) & (at < seen.hi) ? s : lowest;
     }
-    store(scores + i, s);
+    if (cap != 0.0f || edge) store(scores + i, s);
     best = max(best, s);
   }
-  *peak = highest(best);
-  F all = {};
-  for (int i = 0; i < tiles * 16; i += L) {
-    F p = {};
-    if (lo < hi && i + L > lo && i < hi) p = exp_below(load<F>(scores + i) - *peak);
-    all += p;
-    if (Cache<kKind>::kScaled) p *= load<F>(value_scale + i);
+  return highest(best);
+}
+
+// The weights, 0 for all that is not seen, and their sum. They take the scales of the values with them, where those have
+// any.
+template <Kv kKind>
+INLINE float weights_of(const float* scores, const float* value_scale, Seen seen, int tiles, float peak,
+                        uint8_t* weights) {
+  const auto put = [&](int i, F p) {
     if (kKind == Kv::kPairs) store(weights + 2 * i, to_bf16(p));
     else store(weights + 4 * i, p);
+  };
+  F all = {};
+  const Shifted<kKind == Kv::kPairs> weight(seen.lo < seen.hi ? peak : 0.0f);
+  for (int i = 0; i < seen.begin(); i += L) put(i, F{});
+  for (int i = seen.begin(); i < seen.end(); i += L) {
+    F p = weight.of(load<F>(scores + i));
+    all += p;
+    if (Cache<kKind>::kScaled) p *= load<F>(value_scale + i);
+    put(i, p);
   }
-  *total = sum(all);
+  for (int i = seen.end(); i < tiles * 16; i += L) put(i, F{});
+  return sum(all);
 }
 
-template <Kv kKind, int M>
-INLINE void scores_of(const uint8_t* q, int rows, const uint8_t* k_tile, int dim, float* scores) {
+template <Kv kKind, int M, int kTogether>
+INLINE void scores_of(const uint8_t* q, int rows, const uint8_t* const* k_tiles, int dim, float* scores) {
   using C = Cache<kKind>;
   for (; rows >= M; rows -= M, q += (int64_t)M * dim * C::kBytes, scores += M * kChunk)
-    score_tile<kKind, M>(q, k_tile, dim, scores);
+    score_tile<kKind, M, kTogether>(q, k_tiles, dim, scores);
   if constexpr (M > 1)
-    if (rows) scores_of<kKind, M - 1>(q, rows, k_tile, dim, scores);
+    if (rows) scores_of<kKind, M - 1, kTogether>(q, rows, k_tiles, dim, scores);
 }
 
 template <Kv kKind, int M>
-INLINE void values_of(const uint8_t* weights, int rows, const uint8_t* const* v_tiles, int tiles, int dim, float* out) {
+INLINE void values_of(const uint8_t* weights, int rows, const uint8_t* const* v_tiles, int tiles, int dim,
+                      const Upcoming* next, float* out) {
   using C = Cache<kKind>;
-  for (; rows >= M; rows -= M, weights += M * kChunk * C::kBytes, out += (int64_t)M * dim)
-    value_rows<kKind, M>(weights, v_tiles, tiles, dim, out);
+  for (; rows >= M; rows -= M, weights += M * kChunk * C::kBytes, out += (int64_t)M * dim, next = nullptr)
+    value_rows<kKind, M>(weights, v_tiles, tiles, dim, next, out);
   if constexpr (M > 1)
-    if (rows) values_of<kKind, M - 1>(weights, rows, v_tiles, tiles, dim, out);
+    if (rows) values_of<kKind, M - 1>(weights, rows, v_tiles, tiles, dim, next, out);
 }
 
 // ---- Many rows: keys and values become f32 once and then meet all rows. The sums run in the same order as above. ----
@@ -263,7 +291,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + room_rows * kChunk);
   float* room = scratch + 2 * room_rows * kChunk;
-  const uint8_t *k_tiles[kChunk / 16 + 1] = {}, *v_tiles[kChunk / 16] = {};
+  const uint8_t *k_tiles[kChunk / 16] = {}, *v_tiles[kChunk / 16] = {};
 
   const int first = most(0, seen_from / 16);
   for (int tile = first; tile < tiles; ++tile) {
@@ -274,10 +302,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     v_tiles[tile] = (const uint8_t*)op.v_cache + index * tile_bytes;
   }
   for (int tile = 0; tile < tiles; ++tile) {
-    if (rows < kQueryRows / 2) {  // few queries wait for memory, and blocks lie anywhere in it
-      if (k_tiles[tile + 1]) fetch(k_tiles[tile + 1], tile_bytes);
-      if (v_tiles[tile]) fetch(v_tiles[tile], tile_bytes);
-    }
+    if (task.next && v_tiles[tile]) fetch(v_tiles[tile], tile_bytes);
     if (!k_tiles[tile]) continue;
     if constexpr (kInTiles) {
       const uint8_t* q = (const uint8_t*)task.q;
@@ -292,7 +317,13 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
         wide_scores<C, kWideScores>((const float*)task.q, rows, room, scale, op.dim, scores + tile * 16);
         continue;
       }
-    scores_of<kKind, kScoreRows>((const uint8_t*)task.q, rows, k_tiles[tile], op.dim, scores + tile * 16);
+    // A key meets all rows at the cost of a load, a row two keys: so many rows take two tiles of keys together.
+    if (kKind == Kv::kPairs && rows >= kScoreRows && tile + 1 < tiles) {
+      scores_of<kKind, kScoreRows, 2>((const uint8_t*)task.q, rows, k_tiles + tile, op.dim, scores + tile * 16);
+      ++tile;
+      continue;
+    }
+    scores_of<kKind, kScoreRows, 1>((const uint8_t*)task.q, rows, k_tiles + tile, op.dim, scores + tile * 16);
   }
   float value_scale[kChunk];  // of each token
   if (C::kScaled)
@@ -300,22 +331,27 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
       for (int i = 0; i < 16; i += L)
         store(value_scale + tile * 16 + i,
               v_tiles[tile] ? load<F>(v_tiles[tile] + 16 * op.dim + 4 * i) : F{});
-  for (int r = 0; r < rows; ++r) {
+  const auto seen_by = [&](int r) {
     const int position = task.position + r / group - begin;
     const int hi = least(position + 1, kChunk), lo = op.window ? most(0, position + 1 - op.window) : 0;
+    return Seen{lo, most(lo, hi)};
+  };
+  for (int r = 0; r < rows; ++r) part.peak[r] = peak_of(scores + r * kChunk, seen_by(r), op.softcap);
+  for (int r = 0; r < rows; ++r) {
     uint8_t* row = weights + (int64_t)r * kChunk * C::kBytes;
-    softmax<kKind>(scores + r * kChunk, value_scale, lo, most(lo, hi), padded, op.softcap, row, part.peak + r,
-                   part.total + r);
+    part.total[r] = weights_of<kKind>(scores + r * kChunk, value_scale, seen_by(r), padded, part.peak[r], row);
     if (kKind == Kv::kSplit)  // in place of the row's scores
       quantise_long((const float*)row, nullptr, 1.0f, padded * 16, (uint8_t*)(scores + r * kChunk));
   }
+  const bool together = kInTiles || wide;  // values that are not walked tile by tile
+  ask(task.next, together ? 0 : tiles, kChunk / 16 + 1);
   if constexpr (kKind == Kv::kSplit)
     return tile_byte_values((const uint8_t*)scores, rows, 4 * kChunk, v_tiles, first, tiles, padded, op.dim,
                             (uint8_t*)room, part.values);
   if constexpr (kInTiles) return tile_values(weights, rows, v_tiles, first, tiles, op.dim, part.values);
   if constexpr (kKind != Kv::kPairs)
     if (wide) return wide_values_of<C>((const float*)weights, rows, v_tiles, first, tiles, op.dim, room, part.values);
-  values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, part.values);
+  values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, task.next, part.values);
 }
 
 // The softmax of a task's queries over one chunk. scratch: attention_scratch floats.
@@ -329,14 +365,25 @@ void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, f
 
 // state = state merged with the next chunk's part.
 void merge_chunk(int rows, int dim, Softmax state, Softmax part) {
-  for (int r = 0; r < rows; ++r) {
-    if (!(part.peak[r] > -__builtin_inff())) continue;  // the chunk lies outside this query's window
-    const float peak = most(state.peak[r], part.peak[r]);
-    const float keep = exp(splat(state.peak[r] - peak))[0], add = exp(splat(part.peak[r] - peak))[0];
-    state.peak[r] = peak;
-    state.total[r] = state.total[r] * keep + part.total[r] * add;
-    float *out = state.values + (int64_t)r * dim, *in = part.values + (int64_t)r * dim;
-    for (int i = 0; i < dim; i += L) store(out + i, fma(load<F>(out + i), splat(keep), load<F>(in + i) * add));
+  float keep[L], add[L];
+  for (int first = 0; first < rows; first += L) {
+    const int count = least(L, rows - first);
+    for (int r = 0; r < L; ++r) keep[r] = r < count ? state.peak[first + r] : 0.0f;
+    for (int r = 0; r < L; ++r) add[r] = r < count ? part.peak[first + r] : 0.0f;
+    const F ours = load<F>(keep), theirs = load<F>(add), peak = max(ours, theirs);
+    float peaks[L];
+    store(peaks, peak);
+    store(keep, exp(ours - peak));
+    store(add, exp(theirs - peak));
+    for (int r = 0; r < count; ++r) {
+      const int row = first + r;
+      if (!(part.peak[row] > -__builtin_inff())) continue;  // the chunk lies outside this query's window
+      state.peak[row] = peaks[r];
+      state.total[row] = state.total[row] * keep[r] + part.total[row] * add[r];
+      float *out = state.values + (int64_t)row * dim, *in = part.values + (int64_t)row * dim;
+      const F k = splat(keep[r]), a = splat(add[r]);
+      for (int i = 0; i < dim; i += L) store(out + i, fma(load<F>(out + i), k, load<F>(in + i) * a));
+    }
   }
 }
 

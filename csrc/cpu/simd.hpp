@@ -88,6 +88,9 @@ INLINE F fma(F a, F b, F c) {
 
 // Sums in a fixed order, so that equal inputs give equal bits wherever they stand in a batch.
 INLINE float sum(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);  // the halves onto each other, as below
+#endif
   float lane[L];
   store(lane, v);
   for (int width = L / 2; width; width /= 2)
@@ -329,6 +332,25 @@ INLINE F exp_below(F x) {
   p = fma(p, r * r, r + 1.0f);
   return (F)((I)(x >= -87.3f) & ((I)p + (I)((U)sum << 23)));
 }
+
+// e^(x - peak) for many x, none above the peak. kRough: to 3e-6, enough for what is rounded to bf16 then: the peak goes
+// into the multiplication by log2(e), and the polynomial for 2^r, |r| <= 1/2, is of the fourth degree.
+template <bool kRough>
+struct Shifted {
+  F start;
+  INLINE explicit Shifted(float peak) : start(splat(kRough ? peak * -1.44269504f : peak)) {}
+  INLINE F of(F x) const {
+    if (!kRough) return exp_below(x - start);
+    const F t = max(fma(x, splat(1.44269504f), start), splat(-126.0f)), sum = t + 12582912.0f;
+    const F r = t - (sum - 12582912.0f);
+    F p = splat(9.560510206e-3f);
+    p = fma(p, r, splat(5.591703917e-2f));
+    p = fma(p, r, splat(2.402498111e-1f));
+    p = fma(p, r, splat(6.931219677e-1f));
+    p = fma(p, r, splat(9.999991909e-1f));
+    return (F)((I)(t > -126.0f) & ((I)p + (I)((U)sum << 23)));
+  }
+};
 
 }  // namespace MARTLET_ISA
 }  // namespace martlet

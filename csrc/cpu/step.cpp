@@ -326,11 +326,33 @@ void Executor::attention(Worker& worker, const AttentionOp& op) {
     });
   const Plan& plan = *plan_of(op);
   worker.each((int)plan.tasks.size(), 1, [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) attend(worker, op, plan, plan.tasks[i]);
+    for (int i = begin; i < end; ++i) attend(worker, op, plan, i);
   });
 }
 
-void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, const Task& task) {
+// What a thread will most likely read after `chunk` (counted within a task): the keys of the next one, or those of the
+// next task, into whose last tiles a new token goes.
+Upcoming Executor::upcoming(const AttentionOp& op, const Plan& plan, int number, int chunk) const {
+  Upcoming next{};
+  next.bytes = cache_tile_bytes(op.cache, op.dim);
+  const bool same = !plan.tiles[plan.tasks[number].tile].split && chunk + 1 < plan.tiles[plan.tasks[number].tile].chunks;
+  if (!same && number + 1 == (int)plan.tasks.size()) return next;
+  const Task& task = plan.tasks[same ? number : number + 1];
+  const Tile& tile = plan.tiles[task.tile];
+  const int64_t per_block = batch_->block_size / 16, last = (tile.position + tile.tokens - 1) / 16;
+  const int64_t first = int64_t(tile.first_chunk + (same ? chunk + 1 : task.chunk)) * (kChunk / 16);
+  const auto add = [&](const void* cache, int64_t at) {
+    const int64_t block = table(tile.seq)[at / per_block];
+    const int64_t index = (block * op.kv_heads + task.kv_head) * per_block + at % per_block;
+    next.tiles[next.count++] = (const uint8_t*)cache + index * next.bytes;
+  };
+  for (int64_t at = first; at <= std::min(last, first + kChunk / 16 - 1); ++at) add(op.k_cache, at);
+  if (decode_ && last < first + kChunk / 16) add(op.v_cache, last);
+  return next;
+}
+
+void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, int number) {
+  const Task& task = plan.tasks[number];
   const Tile& tile = plan.tiles[task.tile];
   const int rows = tile.tokens * plan.group, last_chunk = tile.chunks - 1;
   const int64_t floats = softmax_floats(rows, op.dim);
@@ -343,22 +365,27 @@ void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, c
     kernels_.rotate_queries(op, tile.token, task.kv_head, (void*)q);
     if (!tile.split || task.chunk == last_chunk) store_key_value(op, tile.token, task.kv_head);
   }
-  const AttentionTask what{
-      q, table(tile.seq), batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position};
+  Upcoming next;
+  const AttentionTask what{q, table(tile.seq), batch_->block_size, task.kv_head, tile.token, tile.tokens, tile.position,
+                           rows < kFewQueries ? &next : nullptr};
+  const auto attend_chunk = [&](int chunk, Softmax to) {
+    if (what.next) next = upcoming(op, plan, number, chunk);
+    kernels_.attend_chunk(op, what, tile.first_chunk + chunk, scratch, to);
+  };
   const auto split_part = [&](int chunk) {
     const int64_t number = tile.part + int64_t(task.kv_head) * tile.chunks + chunk;
     return softmax_at((float*)parts_.reserve(0) + number * floats, rows);
   };
   if (tile.split) {
-    kernels_.attend_chunk(op, what, tile.first_chunk + task.chunk, scratch, split_part(task.chunk));
+    attend_chunk(task.chunk, split_part(task.chunk));
     std::atomic<int>& done = done_[tile.counter + task.kv_head];
     if (done.fetch_add(1, std::memory_order_acq_rel) < last_chunk) return;
     done.store(0, std::memory_order_relaxed);  // the last one to finish merges them all
   }
   const Softmax first = tile.split ? split_part(0) : state;
-  if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk, scratch, first);
+  if (!tile.split) attend_chunk(0, first);
   for (int c = 1; c < tile.chunks; ++c) {
-    if (!tile.split) kernels_.attend_chunk(op, what, tile.first_chunk + c, scratch, part);
+    if (!tile.split) attend_chunk(c, part);
     kernels_.merge_chunk(rows, op.dim, first, tile.split ? split_part(c) : part);
   }
   kernels_.finish_attention(op, what, first);

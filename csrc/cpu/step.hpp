@@ -113,7 +113,8 @@ class Executor {
   bool suits(const Matrix&, const Group&) const;
   bool stands_together(const Matrix&, const Group&) const;
   void attention(Worker&, const AttentionOp&);
-  void attend(Worker&, const AttentionOp&, const Plan&, const Task&);
+  void attend(Worker&, const AttentionOp&, const Plan&, int task);
+  Upcoming upcoming(const AttentionOp&, const Plan&, int task, int chunk) const;
   void head(Worker&, const HeadOp&);
   void norm_add(Worker&, const NormAddOp&);
   void route(Worker&, const RouteOp&);

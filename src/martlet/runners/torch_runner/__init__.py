@@ -61,9 +61,10 @@ class TorchRunner:
         self.device = _device(options.device)
         if self.device == "cpu":
             torch.set_num_threads(max(1, machine.usable_cores() // self.ranks.size))
-        self.dtype, reason = _dtype(dtype_of(options.quant, options.dtype, self.device), self.device)
         began = time.perf_counter()
         self.spec = spec = split(weights.read_spec(card), self.ranks.rank, self.ranks.size)
+        blocks = 4 * weights.num_parameters(spec) if card.format == "gguf" else 0
+        self.dtype, reason = _dtype(dtype_of(options.quant, options.dtype, self.device), self.device, blocks)
         self.ops = ops_for(self.device)
         with torch.inference_mode():
             checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
@@ -263,15 +264,21 @@ def _device(asked: str) -> str:
     raise BackendUnavailable(f"device {asked!r} is not here; torch {torch.__version__} sees {there}", param="device")
 
 
-def _dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
+def _dtype(asked: str, device: str, blocks: int = 0) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why. bfloat16 halves the bytes a decoding step reads: with hardware for it, up to
-    twice as fast as float32 at batch 1; without, slower."""
+    twice as fast as float32 at batch 1; without, slower.
+
+    blocks: bytes in float32 of weights that come in blocks of integers, else 0. The C++ kernels keep to those blocks,
+    so float32 answers as they do; what bfloat16 rounds can turn a close choice around.
+    """
     if asked in DTYPES:
         return DTYPES[asked], "as asked"
     if asked != "auto":
         raise UsageError(f"dtype {asked!r} is none of auto, {', '.join(DTYPES)}", param="dtype")
     if device != "cpu":
         return torch.bfloat16, "default of the device"
+    if blocks and blocks < machine.free_memory() // 2:
+        return torch.float32, "weights from blocks of integers"
     if machine.has_fast_bfloat16():
         return torch.bfloat16, "this CPU multiplies bfloat16"
     return torch.float32, "this CPU does not multiply bfloat16"
