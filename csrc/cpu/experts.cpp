@@ -8,7 +8,7 @@
 
 namespace martlet {
 void Executor::norm_add(Worker& worker, const NormAddOp& op) {
-  const int n = (int)tokens_.size();
+  const int n = rows(worker);
   worker.each(n, grain_of(n, team_.size()), [&](int begin, int end) {
     for (int64_t t = begin; t < end; ++t)
       kernels_.norm_add(op.x + t * op.x_stride, op.norm, op.eps, op.n, op.y + t * op.y_stride);
@@ -16,7 +16,7 @@ void Executor::norm_add(Worker& worker, const NormAddOp& op) {
 }
 
 void Executor::route(Worker& worker, const RouteOp& op) {
-  const int n = (int)tokens_.size(), active = op.active;
+  const int n = rows(worker), active = op.active;
   Routing& to = routing_;
   if (worker.rank == 0) {
     to.active = active;
@@ -91,7 +91,7 @@ void Executor::experts(Worker& worker, const ExpertsOp& op) {
 
 void Executor::combine(Worker& worker, const CombineOp& op) {
   const Routing& from = routing_;
-  const int n = (int)tokens_.size();
+  const int n = rows(worker);
   worker.each(n, grain_of(n, team_.size()), [&](int begin, int end) {
     for (int64_t t = begin; t < end; ++t) {
       float* y = op.y + t * op.y_stride;

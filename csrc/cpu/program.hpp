@@ -19,7 +19,7 @@ struct Matrix {
 };
 
 enum OpKind : int32_t { kEmbed, kAngles, kLinear, kAttention, kHead, kNormAdd, kRoute, kExperts, kCombine,
-                        kLayerNorm, kShift, kRecur, kRemember, kGateAdd };
+                        kLayerNorm, kShift, kRecur, kRemember, kGateAdd, kPick };
 
 // y[t] = row tokens[t] of the table, times scale.
 struct EmbedOp {
@@ -219,6 +219,14 @@ struct GateAddOp {
   int64_t x_stride, gate_stride, y_stride;
   int32_t n;
   int32_t reserved;
+};
+
+// From here on only tokens that have a query matter, in the order of the queries: row q of x and of mixed becomes what
+// the row of its token was. Left out where that would save nothing, or where adapters go by token.
+struct PickOp {
+  float *x, *mixed;
+  int64_t x_stride, mixed_stride;
+  int32_t width, mixed_width;
 };
 
 struct Op {

@@ -22,9 +22,10 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
   lay_out(ops, n_ops, batch);
   team_.run([&](Worker& worker) {
     kernels_.enter();
+    own_[worker.rank].rows = (int)tokens_.size();
     for (int i = 0; i < n_ops; ++i) {
       int linears = 0;
-      while (row_blocks_ && i + linears < n_ops && ops[i + linears].kind == kLinear) ++linears;
+      while (row_blocks(rows(worker)) && i + linears < n_ops && ops[i + linears].kind == kLinear) ++linears;
       if (linears) {
         linears_by_rows(worker, ops + i, linears);
         i += linears - 1;
@@ -48,6 +49,7 @@ void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
         case kRecur: recur(worker, *(const RecurOp*)ops[i].op); break;
         case kRemember: remember(worker, *(const RememberOp*)ops[i].op); break;
         case kGateAdd: gate_add(worker, *(const GateAddOp*)ops[i].op); break;
+        case kPick: pick(worker, *(const PickOp*)ops[i].op); break;
       }
     }
     kernels_.leave();
@@ -65,23 +67,23 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   }
   decode_ = (int)tokens_.size() == batch.n_seqs;
   lay_out_adapters(ops, n_ops);
+  picks_ = groups_.empty() && batch.n_queries < (int)tokens_.size();
+  for (int q = 1; q < batch.n_queries; ++q) picks_ = picks_ && batch.queries[q - 1].token < batch.queries[q].token;
   const int64_t n = (int64_t)tokens_.size(), rows = std::max<int64_t>({n, batch.n_queries, kOwnRows});
   int64_t times = 1;  // rows a token has in the linears of experts
-  const int size = team_.size();
-  // Adapters meet the rows of a whole linear, so those steps are shared out by panels.
-  const bool by_rows = groups_.empty() && n >= kRowsForBlocks * size;
-  row_blocks_ = by_rows ? (int)round_up((n + kRowBlock - 1) / kRowBlock, size) : 0;
+  const bool by_rows = row_blocks((int)n) != 0;
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
   const auto reserve_linear = [&](const Matrix& w) {
     const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
     acts = std::max(acts, (times * rows + kSpareRows) * row);
     for (Own& own : own_) {
-      own.acts.reserve(((row_blocks_ ? kRowBlock + kernels_.row_unit : kOwnRows) + kSpareRows) * row);
+      own.acts.reserve(((by_rows ? kRowBlock + kernels_.row_unit : kOwnRows) + kSpareRows) * row);
       own.panel.reserve(widened_bytes(w.k));
       own.products.reserve((times * rows + kSpareRows) * kPanel * 4);
     }
   };
+  bool picks = false;
   for (int i = 0; i < n_ops; ++i) {
     if (ops[i].kind == kLinear) {
       const LinearOp& op = *(const LinearOp*)ops[i].op;
@@ -104,6 +106,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       const int64_t floats = attention_scratch(tile, op.dim) + 2 * softmax_floats(tile, op.dim);
       for (Own& own : own_) own.attention.reserve(4 * floats);
     }
+    picks = picks || (ops[i].kind == kPick && picks_);
     if (ops[i].kind == kHead) {
       const Matrix& w = ((const HeadOp*)ops[i].op)->w;
       reserve_linear(w);
@@ -112,7 +115,8 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
       logit_slot_.resize(batch.n_queries);
       for (int q = 0; q < batch.n_queries; ++q) {
         if (q % kHeadRows == 0) slots = 0;
-        const int token = query_tokens_[q] = batch.queries[q].token;
+        const int token = batch.queries[q].token;
+        query_tokens_[q] = picks ? q : token;
         logit_slot_[q] = needs_logits(batch.queries[q], tokens_[token].position + 1) ? slots++ : -1;
         logits = std::max<int64_t>(logits, slots);
       }
@@ -203,7 +207,8 @@ void Executor::angles(Worker& worker, const AnglesOp& op) {
 }
 
 void Executor::linear(Worker& worker, const LinearOp& op) {
-  const int n = (int)tokens_.size(), panels = panels_of(op.w);
+  const int n = rows(worker), panels = panels_of(op.w);
+  if (!n) return;
   const Format format = Format(op.w.format);
   warm(worker, op.w);
   const int tasks = shrink_tasks(op), shrunk = own_[worker.rank].shrunk += tasks;
@@ -227,15 +232,21 @@ void Executor::linear(Worker& worker, const LinearOp& op) {
   });
 }
 
+// Blocks of rows that linears are shared out by; 0: by panels. Adapters meet the rows of a whole linear.
+int Executor::row_blocks(int rows) const {
+  const int size = team_.size();
+  return groups_.empty() && rows >= kRowsForBlocks * size ? (int)round_up((rows + kRowBlock - 1) / kRowBlock, size) : 0;
+}
+
 void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
-  const int n = (int)tokens_.size(), unit = kernels_.row_unit;
+  const int n = rows(worker), blocks = row_blocks(n), unit = kernels_.row_unit;
   const auto row = [&](int64_t block) {  // whole tiles as far as possible
-    return block == row_blocks_ ? n : int(block * n / row_blocks_ / unit * unit);
+    return block == blocks ? n : int(block * n / blocks / unit * unit);
   };
   Own& own = own_[worker.rank];
   uint8_t *acts = own.acts.reserve(0), *scratch = own.panel.reserve(0);
   float* products = (float*)own.products.reserve(0);
-  worker.each(row_blocks_, 1, [&](int first, int last) {
+  worker.each(blocks, 1, [&](int first, int last) {
     for (int block = first; block < last; ++block)
       for (int i = 0; i < count; ++i) {
         const LinearOp& op = *(const LinearOp*)ops[i].op;
@@ -252,6 +263,19 @@ void Executor::linears_by_rows(Worker& worker, const Op* ops, int count) {
         }
       }
   });
+}
+
+void Executor::pick(Worker& worker, const PickOp& op) {
+  if (!picks_) return;
+  worker.each(2, 1, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      float* to = i ? op.mixed : op.x;
+      const int64_t stride = i ? op.mixed_stride : op.x_stride, width = i ? op.mixed_width : op.width;
+      for (int q = 0; q < batch_->n_queries; ++q)  // tokens rise, so no row is overwritten before it was moved
+        if (q != batch_->queries[q].token) std::copy_n(to + batch_->queries[q].token * stride, width, to + q * stride);
+    }
+  });
+  own_[worker.rank].rows = batch_->n_queries;
 }
 
 // ---- Attention ----
@@ -330,25 +354,30 @@ void Executor::attention(Worker& worker, const AttentionOp& op) {
   });
 }
 
-// What a thread will most likely read after `chunk` (counted within a task): the keys of the next one, or those of the
-// next task, into whose last tiles a new token goes.
-Upcoming Executor::upcoming(const AttentionOp& op, const Plan& plan, int number, int chunk) const {
-  Upcoming next{};
-  next.bytes = cache_tile_bytes(op.cache, op.dim);
-  const bool same = !plan.tiles[plan.tasks[number].tile].split && chunk + 1 < plan.tiles[plan.tasks[number].tile].chunks;
-  if (!same && number + 1 == (int)plan.tasks.size()) return next;
-  const Task& task = plan.tasks[same ? number : number + 1];
+// The keys of a chunk, counted within its task, and the tile of values that a new token goes into.
+Upcoming Executor::keys_of(const AttentionOp& op, const Plan& plan, const Task& task, int chunk) const {
+  Upcoming keys{};
+  keys.bytes = cache_tile_bytes(op.cache, op.dim);
   const Tile& tile = plan.tiles[task.tile];
   const int64_t per_block = batch_->block_size / 16, last = (tile.position + tile.tokens - 1) / 16;
-  const int64_t first = int64_t(tile.first_chunk + (same ? chunk + 1 : task.chunk)) * (kChunk / 16);
+  const int64_t first = int64_t(tile.first_chunk + chunk) * (kChunk / 16), behind = first + kChunk / 16;
   const auto add = [&](const void* cache, int64_t at) {
     const int64_t block = table(tile.seq)[at / per_block];
     const int64_t index = (block * op.kv_heads + task.kv_head) * per_block + at % per_block;
-    next.tiles[next.count++] = (const uint8_t*)cache + index * next.bytes;
+    keys.tiles[keys.count++] = (const uint8_t*)cache + index * keys.bytes;
   };
-  for (int64_t at = first; at <= std::min(last, first + kChunk / 16 - 1); ++at) add(op.k_cache, at);
-  if (decode_ && last < first + kChunk / 16) add(op.v_cache, last);
-  return next;
+  for (int64_t at = first; at < std::min(last + 1, behind); ++at) add(op.k_cache, at);
+  if (decode_ && last < behind) add(op.v_cache, last);
+  return keys;
+}
+
+// What a thread will most likely read after a chunk of a task: the task's next, or the next task's first.
+Upcoming Executor::upcoming(const AttentionOp& op, const Plan& plan, int number, int chunk) const {
+  const Task& task = plan.tasks[number];
+  const Tile& tile = plan.tiles[task.tile];
+  if (!tile.split && chunk + 1 < tile.chunks) return keys_of(op, plan, task, chunk + 1);
+  if (number + 1 == (int)plan.tasks.size()) return {};
+  return keys_of(op, plan, plan.tasks[number + 1], plan.tasks[number + 1].chunk);
 }
 
 void Executor::attend(Worker& worker, const AttentionOp& op, const Plan& plan, int number) {

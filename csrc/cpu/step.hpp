@@ -71,6 +71,7 @@ class Executor {
   // A thread's own memory.
   struct Own {
     Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best;
+    int rows = 0;    // that operations have now: tokens, or picked ones
     int shrunk = 0;  // tasks with A in this step, up to the linear the thread is at
   };
   struct Prepared {
@@ -114,6 +115,7 @@ class Executor {
   bool stands_together(const Matrix&, const Group&) const;
   void attention(Worker&, const AttentionOp&);
   void attend(Worker&, const AttentionOp&, const Plan&, int task);
+  Upcoming keys_of(const AttentionOp&, const Plan&, const Task&, int chunk) const;
   Upcoming upcoming(const AttentionOp&, const Plan&, int task, int chunk) const;
   void head(Worker&, const HeadOp&);
   void norm_add(Worker&, const NormAddOp&);
@@ -125,6 +127,9 @@ class Executor {
   void recur(Worker&, const RecurOp&);
   void remember(Worker&, const RememberOp&);
   void gate_add(Worker&, const GateAddOp&);
+  void pick(Worker&, const PickOp&);
+  int rows(const Worker& worker) const { return own_[worker.rank].rows; }
+  int row_blocks(int rows) const;
   Prepared prepare(Worker&, const Matrix&, const float* x, int64_t stride, const float* norm, float eps,
                const int32_t* index, int rows, const int32_t* order, const LinearOp* adapted = nullptr);
   void prepare_row(Worker&, ActKind, const float* x, const float* norm, float eps, int k, const int32_t* order,
@@ -145,7 +150,7 @@ class Executor {
   std::vector<Token> tokens_;
   std::vector<int32_t> first_;  // [n_seqs + 1], where each sequence's tokens begin
   bool decode_ = false;  // one token of each sequence
-  int row_blocks_ = 0;   // blocks of rows that linears are shared out by; 0: shared out by panels
+  bool picks_ = false;   // rows without a query are left out behind the PickOp
   std::vector<Plan> plans_;
   Routing routing_;
   std::vector<int32_t> adapted_;  // tokens that run with an adapter, by slot

@@ -259,7 +259,19 @@ class GateAddOp(ctypes.Structure):
     ]
 
 
-AttentionOps = AnglesOp | AttentionOp | NormAddOp | RouteOp | ExpertsOp | CombineOp
+class PickOp(ctypes.Structure):
+    KIND = 14
+    _fields_ = [
+        ("x", c_void_p),
+        ("mixed", c_void_p),
+        ("x_stride", c_int64),
+        ("mixed_stride", c_int64),
+        ("width", c_int32),
+        ("mixed_width", c_int32),
+    ]
+
+
+AttentionOps = AnglesOp | AttentionOp | NormAddOp | RouteOp | ExpertsOp | CombineOp | PickOp
 RecurrenceOps = LayerNormOp | ShiftOp | RecurOp | RememberOp | GateAddOp
 AnyOp = EmbedOp | LinearOp | HeadOp | AttentionOps | RecurrenceOps
 

@@ -28,6 +28,7 @@ from martlet.kernels.cpu.program import (
     LinearOp,
     Matrix,
     NormAddOp,
+    PickOp,
     Program,
     RouteOp,
     address,
@@ -330,6 +331,9 @@ class _Builder:
         for layer, block, cache in zip(spec.layers, decoder.blocks, self.caches, strict=True):
             ops += [self._linear(one, self.x, self.qkv, norm=block.attn_norm) for one in block.qkv]
             ops.append(self._attention(layer.mixer, block, cache, angles[layer.mixer.rope]))
+            if block is decoder.blocks[-1]:  # its keys and values are kept; the rest is for those who are asked alone
+                strides = self.x.shape[1], self.mixed.shape[1]
+                ops.append(PickOp(address(self.x), address(self.mixed), *strides, spec.width, layer.mixer.q_size))
             to = self.y if layer.post_norms else self.x
             ops.append(self._linear(block.o, self.mixed, to))
             if block.attn_post_norm is not None:
