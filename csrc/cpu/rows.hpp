@@ -9,13 +9,18 @@ namespace martlet {
 namespace MARTLET_ISA {
 
 INLINE float rms_factor(const float* x, int n, float eps) {
-  F squares = {};
+  F squares[4] = {};  // a single sum would wait for itself
   int i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int j = 0; j < 4; ++j) {
+      const F v = load<F>(x + i + j * L);
+      squares[j] = fma(v, v, squares[j]);
+    }
   for (; i + L <= n; i += L) {
     const F v = load<F>(x + i);
-    squares = fma(v, v, squares);
+    squares[0] = fma(v, v, squares[0]);
   }
-  float total = sum(squares);
+  float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; i < n; ++i) total += x[i] * x[i];
   return 1.0f / __builtin_sqrtf(total / (float)n + eps);
 }
@@ -42,42 +47,56 @@ INLINE void put_lanes(void* out, V v, int64_t bytes) {
   else std::memcpy(out, &v, (size_t)bytes);
 }
 
-template <ActKind kKind>
-INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
-  constexpr bool kLong = kKind == kActSplit32 || kKind == kActWord32;
-  constexpr int kGroup = kLong ? 32 : 64, kVectors = kGroup / L;
-  constexpr float kMost = kLong ? 16256.0f : 127.0f;  // 16256 = 128 * 127
-  uint8_t* groups = out + groups_at(kKind, k);
-  for (int g = 0; g * kGroup < k; ++g) {
-    F v[kVectors], peak = {};
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = g * kGroup + i * L;
-      v[i] = normed(x, norm, factor, at, most(0, least(L, k - at)));
-      peak = max(peak, abs(v[i]));
+// One group of kGroup values from v, as integers of `kind` at `out` (the row's) and what stands behind them.
+template <ActKind kKind, int kGroup>
+INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
+  constexpr int kVectors = kGroup / L;
+  constexpr float kMost = kGroup == 32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
+  F peak = {};
+  for (int i = 0; i < kVectors; ++i) peak = max(peak, abs(v[i]));
+  const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
+  I halves[2] = {};
+  for (int i = 0; i < kVectors; ++i) {
+    const I q = round_to_int(v[i] * inverse);
+    halves[i * 2 / kVectors] += q;
+    if (kKind == kActWord32 || kKind == kActWord64) {
+      store(out + 2 * (g * kGroup + i * L), to_words(q));
+    } else if (kKind == kActByte64) {
+      store(out + g * kGroup + i * L, to_bytes(q));
+    } else {
+      const I high = (q + 64) >> 7;
+      store(out + 2 * g * kGroup + i * L, to_bytes(high));
+      store(out + (2 * g + 1) * kGroup + i * L, to_bytes(q - (high << 7)));
     }
-    const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
-    I halves[2] = {};
-    for (int i = 0; i < kVectors; ++i) {
-      const I q = round_to_int(v[i] * inverse);
-      halves[i * 2 / kVectors] += q;
-      if (kKind == kActWord32 || kKind == kActWord64) {
-        store(out + 2 * (g * kGroup + i * L), to_words(q));
-      } else if (kKind == kActByte64) {
-        store(out + g * kGroup + i * L, to_bytes(q));
-      } else {
-        const I high = (q + 64) >> 7;
-        store(out + 2 * g * kGroup + i * L, to_bytes(high));
-        store(out + (2 * g + 1) * kGroup + i * L, to_bytes(q - (high << 7)));
-      }
-    }
-    Group group;
+  }
+  Group group = {};
+  group.scale = largest / kMost;
+  if (kKind == kActByte64) {  // met by int8 alone, which asks for no halves
+    group.minus_sum = -128 * sum(halves[0] + halves[1]);
+  } else {
     for (int h = 0; h < 2; ++h) group.minus_half[h] = -sum(halves[h]);
-    group.scale = largest / kMost;
     group.minus_sum = group.minus_half[0] + group.minus_half[1];
     group.scaled_sum = -group.scale * (float)group.minus_sum;
-    if (kKind == kActByte64) group.minus_sum *= 128;
-    std::memcpy(groups + g * sizeof(Group), &group, sizeof group);
   }
+  std::memcpy(groups + g * sizeof(Group), &group, sizeof group);
+}
+
+template <ActKind kKind>
+INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
+  constexpr int kGroup = kKind == kActSplit32 || kKind == kActWord32 ? 32 : 64, kVectors = kGroup / L;
+  uint8_t* groups = out + groups_at(kKind, k);
+  F v[kVectors];
+  int g = 0;
+  for (; (g + 1) * kGroup <= k; ++g) {
+    for (int i = 0; i < kVectors; ++i) v[i] = normed(x, norm, factor, g * kGroup + i * L, L);
+    quantise_group<kKind, kGroup>(v, g, out, groups);
+  }
+  if (g * kGroup == k) return;
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = g * kGroup + i * L;
+    v[i] = normed(x, norm, factor, at, most(0, least(L, k - at)));
+  }
+  quantise_group<kKind, kGroup>(v, g, out, groups);
 }
 
 // Groups of 1024: the largest is looked for in a first pass over each.

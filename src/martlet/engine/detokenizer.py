@@ -59,6 +59,9 @@ class Detokenizer:
         return text
 
     def _add(self, data: bytes, *, final: bool = False) -> None:
+        if not self._rest and data.isascii():  # nearly always
+            self._text += data.decode()
+            return
         data = self._rest + data
         text, used = codecs.utf_8_decode(data, "replace", final)
         self._text += text

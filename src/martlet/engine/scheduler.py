@@ -112,8 +112,10 @@ class Scheduler:
         table = self.table
         rows = self._running_rows()
         known = table.known[rows]
-        waits = table.held[rows] | (table.stepwise[rows] & (known > table.arrived[rows]))
-        want = np.where((known < table.limit[rows]) & ~waits, known - table.computed[rows], 0)
+        going = known < table.limit[rows]
+        if table.num_stepwise:
+            going &= ~(table.held[rows] | (table.stepwise[rows] & (known > table.arrived[rows])))
+        want = (known - table.computed[rows]) * going
         if alone is not None:
             want[rows != alone.row] = 0
 
@@ -121,30 +123,35 @@ class Scheduler:
         # the budget in order; a quarter of it is theirs even when decodes alone would fill a step. When nobody decodes,
         # nobody minds a longer step.
         is_decode = want == 1
-        decodes = int(is_decode.sum())
+        decodes = np.count_nonzero(is_decode)
         budget = (
             max(self.max_step_tokens - decodes, self.max_step_tokens // 4, 1) if decodes else self.max_prefill_tokens
         )
-        queued = np.where(is_decode, 0, want)
-        share = np.clip(budget - (np.cumsum(queued) - queued), 0, queued)
-        count = np.where(is_decode, 1, share)
-        budget -= int(share.sum())
+        count = want
+        if decodes < len(rows):
+            queued = np.where(is_decode, 0, want)
+            share = np.clip(budget - (np.cumsum(queued) - queued), 0, queued)
+            count = np.where(is_decode, 1, share)
+            budget -= int(share.sum())
         drafts = self._guess(rows, is_decode)
         if drafts is not None:
             count += (drafts >= 0).sum(1)
 
         if self._make_room(rows, table.computed[rows] + count):
             count[[table.sequences[row] is None for row in rows]] = 0  # some were preempted
-        elif self.waiting and admits and (alone is None or alone.row < 0):
+        elif self.waiting and table.num_free and admits and (alone is None or alone.row < 0):
             admitted, counts = self._admit(budget, alone)
             rows, count = np.append(rows, admitted), np.append(count, counts)
             if drafts is not None:
                 drafts = np.pad(drafts, ((0, len(admitted)), (0, 0)), constant_values=-1)
 
-        chosen = np.flatnonzero(count)
-        if not len(chosen):
+        if np.count_nonzero(count) < len(count):
+            chosen = np.flatnonzero(count)
+            rows, count = rows[chosen], count[chosen]
+            drafts = None if drafts is None else drafts[chosen]
+        if not len(rows):
             return None
-        rows, count = rows[chosen].astype(np.int32), count[chosen].astype(np.int32)
+        rows, count = rows.astype(np.int32, copy=False), count.astype(np.int32, copy=False)
         start = table.computed[rows]
         after = start + count
         sample = after >= table.known[rows]
@@ -156,7 +163,7 @@ class Scheduler:
             start=start,
             count=count,
             sample=sample,
-            drafts=None if drafts is None else drafts[chosen],
+            drafts=drafts,
             new_rows=self._new_rows,
             block_rows=updates[0],
             block_slots=updates[1],
@@ -176,22 +183,22 @@ class Scheduler:
         table, batch = self.table, plan.batch
         live = self._is_live(plan)
         ended = np.zeros(len(batch.rows), bool)
-        position = batch.start + batch.count  # of the next token to arrive
+        after = position = batch.start + batch.count  # of the next token to arrive
         if batch.drafts is not None:
-            position -= (batch.drafts >= 0).sum(1).astype(np.int32)
+            position = position - (batch.drafts >= 0).sum(1).astype(np.int32)
         for column in tokens.reshape(len(batch.rows), -1).T:
             got = live & batch.sample & (column >= 0) & ~ended
             rows, token = batch.rows[got], column[got]
             table.tokens[rows, position[got]] = token
-            position[got] += 1
-            table.arrived[rows] = position[got]
-            ended[got] = (position[got] >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
-        after = batch.start + batch.count
+            position = position + got
+            table.arrived[rows] = reached = position[got]
+            ended[got] = (reached >= table.limit[rows]) | (table.end_ids[rows] == token[:, None]).any(1)
         again = live & batch.sample
         if batch.drafts is None:
             again &= tokens < 0  # its mask was late; else wrong guesses were computed for nothing
         else:
             self._count_guesses(batch.drafts[again], tokens[again])
+            after = after.copy()
             after[again] = table.arrived[batch.rows[again]] - 1
         self.memory.computed(batch.rows[live], batch.start[live], after[live])
         if again.any():
@@ -233,6 +240,8 @@ class Scheduler:
         """Give running rows the blocks to hold `target` tokens. True when somebody had to be preempted for it."""
         table = self.table
         short = target > table.capacity[rows]
+        if not short.any():
+            return False
         preempted = False
         for row, tokens in zip(rows[short].tolist(), target[short].tolist(), strict=True):
             seq = table.sequences[row]

@@ -82,6 +82,7 @@ class RowTable:
         self.watched = np.zeros(max_rows, bool)  # Python wants to see every token: streaming, stop strings, logprobs
         self.stepwise = np.zeros(max_rows, bool)  # has a grammar: its newest token must be known before the next step
         self.held = np.zeros(max_rows, bool)  # its mask was late: it waits
+        self.num_stepwise = 0  # rows that are
         self.guessable = np.zeros(max_rows, bool)  # its next tokens may be guessed and verified together
         self.end_ids = np.full((max_rows, 4), -1, np.int32)  # tokens that end the sequence, padded with -1
         self.epoch = np.zeros(max_rows, np.int64)
@@ -103,6 +104,7 @@ class RowTable:
         params = seq.request.params
         self.watched[row] = seq.request.stream or bool(params.stop) or params.logprobs is not None
         self.stepwise[row], self.held[row] = params.grammar is not None, False
+        self.num_stepwise += int(self.stepwise[row])
         self.guessable[row] = not (
             params.has_penalties or params.logprobs is not None or params.min_tokens or params.grammar is not None
         )
@@ -120,6 +122,7 @@ class RowTable:
         row = seq.row
         seq.tokens = self.tokens[row, : self.arrived[row]].copy()
         self.epoch[row] += 1
+        self.num_stepwise -= int(self.stepwise[row])
         if seq.constraint is not None:
             seq.constraint.slot = -1
         self.sequences[row] = None

@@ -38,6 +38,7 @@ DEFAULT_ROWS = 32
 PREFILL_TOKENS = 512  # weights are read once for so many: prompts alone go 1.2 to 1.3 times as fast as in steps of 128
 MAX_DRAFTS = 8
 KV_DTYPES = {"bf16": c.CacheKind.BF16, "int8": c.CacheKind.INT8}  # that LoadOptions.kv_dtype may name
+NOTHING = c.BEFORE_HEAD()
 KV_BYTES = {c.CacheKind.F32: 4, c.CacheKind.BF16: 2, c.CacheKind.INT8: 1}
 
 
@@ -96,6 +97,14 @@ class CpuRunner:
         self.adapters = np.zeros(rows, np.int32)  # slot of each row's adapter
         self.adapter_tables = self.decoder.adapter_tables(options.max_adapters)
         self._lists: dict[int, tuple[np.ndarray, ...]] = {}  # keeps alive what `sampling` points at
+        self._tables = (
+            self.tokens.ctypes.data,
+            self.tokens.shape[1],
+            self.blocks.ctypes.data,
+            self.blocks.shape[1],
+            self.memory.block_size,
+        )
+        self._sampling = self.sampling.ctypes.data
         self._capacity = 0
         self._pace = Pace()
         log.info(
@@ -171,18 +180,19 @@ class CpuRunner:
             self.program = self.decoder.program(self._capacity, memory, self.memory.max_model_len, self.adapter_tables)
         kept = self.states.begin(batch, self.blocks) if self.states else None
         sequences = np.flatnonzero(batch.sample)
-        drafted = np.zeros(len(rows), np.int32) if batch.drafts is None else self._put_drafts(batch, rows)
+        drafted = None if batch.drafts is None else self._put_drafts(batch, rows)
         queries, owners = self._sample_queries(rows, ends, sequences, drafted)
         sampled = len(queries)
-        if (self.prompt_logprobs[rows] >= 0).any():
+        if self.prompt_logprobs.max() >= 0 and (self.prompt_logprobs[rows] >= 0).any():
             prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
             queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
 
         answers = np.zeros(len(queries), c.ANSWER)
-        most = max(0, int(queries["top"].max(initial=0)))
+        most = int(queries["top"].max(initial=-1))  # -1: nobody asks for log-probabilities
+        asks, most = most >= 0, max(0, most)
         top_ids, top_logprobs = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
         failures: list[Exception] = []
-        slots = np.ascontiguousarray(self.adapters[rows])
+        slots = self.adapters[rows]
         self.executor.run(
             self.program,
             c.Batch(
@@ -191,17 +201,13 @@ class CpuRunner:
                 rows.ctypes.data,
                 start.ctypes.data,
                 count.ctypes.data,
-                self.tokens.ctypes.data,
-                self.tokens.shape[1],
-                self.blocks.ctypes.data,
-                self.blocks.shape[1],
-                self.memory.block_size,
+                *self._tables,
                 most,
                 queries.ctypes.data,
-                self.sampling.ctypes.data,
+                self._sampling,
                 answers.ctypes.data,
-                top_ids.ctypes.data,
-                top_logprobs.ctypes.data,
+                top_ids.ctypes.data if asks else None,
+                top_logprobs.ctypes.data if asks else None,
                 self._before_head(batch, rows, failures),
                 slots.ctypes.data if slots.any() else None,
                 kept,
@@ -209,7 +215,8 @@ class CpuRunner:
         )
         if self.states:
             self.states.slots.end(batch)
-        self.sampling["mask"][rows] = 0
+        if batch.masks is not None:
+            self.sampling["mask"][rows] = 0
         if failures:
             raise failures[0]
         chosen = answers["token"][:sampled]
@@ -219,7 +226,7 @@ class CpuRunner:
         else:
             tokens = _accepted(batch.drafts, sequences, drafted, chosen)
         result = StepResult(tokens)
-        for i in np.flatnonzero(queries["top"] >= 0).tolist():
+        for i in np.flatnonzero(queries["top"] >= 0).tolist() if asks else ():
             token, rank, logprob, _ = answers[i].item()
             k = min(int(queries["top"][i]), self.vocab_size)
             entry = TokenLogprobs(token, logprob, rank, top_ids[i, :k], top_logprobs[i, :k])
@@ -232,7 +239,7 @@ class CpuRunner:
     def _before_head(self, batch: Batch, rows: np.ndarray, failures: list[Exception]) -> Any:
         """What C++ calls before it samples: waits for the masks and points the rows at them."""
         if batch.masks is None:
-            return c.BEFORE_HEAD()
+            return NOTHING
         masks = batch.masks
 
         def take() -> None:
@@ -255,15 +262,18 @@ class CpuRunner:
         return drafted
 
     def _sample_queries(
-        self, rows: np.ndarray, ends: np.ndarray, sequences: np.ndarray, drafted: np.ndarray
+        self, rows: np.ndarray, ends: np.ndarray, sequences: np.ndarray, drafted: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """A query for the last token of each sequence that samples, and for those its guesses follow; owners too."""
-        wanted = drafted[sequences] + 1
-        owner = np.repeat(sequences, wanted)
-        before = np.repeat(np.cumsum(wanted), wanted) - np.arange(len(owner))  # 1 for the last token of a sequence
+        owner, before = sequences, 1  # 1 for the last token of a sequence
+        if drafted is not None:
+            wanted = drafted[sequences] + 1
+            owner = np.repeat(sequences, wanted)
+            before = np.repeat(np.cumsum(wanted), wanted) - np.arange(len(owner))
         queries = np.empty(len(owner), c.QUERY)
-        queries["token"], queries["row"] = ends[owner] - before, rows[owner]
-        queries["target"], queries["top"] = -1, self.logprobs[rows[owner]]
+        asking = rows[owner]
+        queries["token"], queries["row"] = ends[owner] - before, asking
+        queries["target"], queries["top"] = -1, self.logprobs[asking]
         return queries, owner
 
     def _prompt_queries(
