@@ -317,8 +317,9 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
         wide_scores<C, kWideScores>((const float*)task.q, rows, room, scale, op.dim, scores + tile * 16);
         continue;
       }
-    // A key meets all rows at the cost of a load, a row two keys: so many rows take two tiles of keys together.
+    // With two tiles of keys together an element of a query is loaded once for 32 keys, not for 16.
     if (kKind == Kv::kPairs && rows >= kScoreRows && tile + 1 < tiles) {
+      if (task.next) fetch(v_tiles[tile + 1], tile_bytes);
       scores_of<kKind, kScoreRows, 2>((const uint8_t*)task.q, rows, k_tiles + tile, op.dim, scores + tile * 16);
       ++tile;
       continue;
