@@ -67,7 +67,10 @@ class Case:
         return OPS.plan(self.layout(), self.spec, table, self.cache.dtype)
 
     def rotate(
-        self, cache: torch.Tensor | None = None, scales: torch.Tensor | None = None
+        self,
+        cache: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, cache after the step); `cache` is the case's own unless given."""
         cos, sin = rotation_table(self.spec.rope, 256)
@@ -84,6 +87,7 @@ class Case:
             cache,
             self.spec,
             scales,
+            out,
         )
         return q, cache
 

@@ -48,6 +48,9 @@ def joined(ranks: Ranks, rank: int) -> None:
             normed = ranks.add_rms_norm(ours, mine(), gain, 1e-5, which)
             assert torch.allclose(normed, layers.add_rms_norm(theirs, shares.sum(0), gain, 1e-5, which), atol=1e-5)
             assert torch.allclose(ours, theirs, atol=1e-5)
+        half = ranks.add_rms_norm(x.clone(), mine(), gain.half(), 1e-5)
+        assert half.dtype == torch.float16
+        assert torch.allclose(half, layers.add_rms_norm(x.clone(), shares.sum(0), gain.half(), 1e-5), atol=1e-2)
 
 
 def main(rank: int, size: int, folder: str) -> None:

@@ -40,6 +40,30 @@ def test_norm_with_residual(dtype, count, width):
     assert close(layers.add_rms_norm(x, None, gain, 1e-5), OPS.rms_norm(x, gain, 1e-5))
 
 
+def test_a_float32_residual_loses_nothing_to_what_stands_around_products():
+    half = torch.float16
+    x, delta, gain = randn(3, 200), randn(3, 200), randn(200, dtype=half)
+    want, total = OPS.add_rms_norm(delta.clone(), x.clone(), gain.float(), 1e-5)
+    got = layers.add_rms_norm(x, delta, gain, 1e-5)
+    assert got.dtype == half and close(got, want)
+    assert x.dtype == torch.float32 and close(x, total)
+    wide = layers.add_rms_norm(x, None, gain, 1e-5, dtype=x.dtype)
+    assert wide.dtype == torch.float32 and close(wide, OPS.rms_norm(x, gain.float(), 1e-5))
+    act = layers.activation(x, "silu", True, dtype=half)
+    assert act.dtype == half and close(act, OPS.activation(x.clone(), FeedForward(100)))
+
+    matrix, bias, y = randn(37, 200, dtype=half, scale=200**-0.5), randn(37, dtype=half), x.to(half)
+    want = y.float() @ matrix.float().T
+    out = torch.empty(3, 37, device=DEVICE)
+    assert linear.product(y, linear.Linear(matrix), torch.float32, out=out) is out and close(out, want)
+    assert close(linear.product(y, linear.Linear(matrix, bias), torch.float32), want + bias.float())
+
+    residual = randn(1, 37)
+    want = residual + OPS.rms_norm(x[:1], gain.float(), 1e-5) @ matrix.float().T
+    linear.linear(x[:1], linear.Linear(matrix), gain=gain, eps=1e-5, residual=residual, out=residual)
+    assert close(residual, want)
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activation(kind, gated):
@@ -58,6 +82,9 @@ def test_embedding_reads_the_rows_and_writes_changes():
     got = layers.embed(tokens, rows, positions, table, changes=changes, state=state)
     assert torch.equal(got[0], table[tokens[2, 3]]) and torch.equal(got[2], table[tokens[0, 8]])
     assert state.nonzero().flatten().tolist() == [1, 13] and state[[13, 1]].tolist() == [4, 2]
+    table, here = table.half(), tokens[[2, 0], [3, 8]]
+    got = layers.embed(tokens, rows, positions, table, scale=0.3, dtype=torch.float32)
+    assert torch.allclose(got[[0, 2]], table[here].float() * 0.3) and got.dtype == torch.float32
 
 
 def test_scatter():
@@ -141,6 +168,17 @@ def test_rotation_norm_and_cache_write(name):
     assert close(q, want_q)
     for row, length in zip(case.rows, case.start + case.count, strict=True):
         assert close(case.keys_and_values(cache, row, length), case.reference_keys_and_values(want_cache, row, length))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_rotation_of_float32_rounds_once(name):
+    case = make_case(name, start=[3, 0, 17, 5], count=[1, 6, 1, 2])
+    values, before = case.qkv[:, -case.spec.kv_size :], case.qkv.clone()
+    out = torch.full_like(case.qkv, float("nan"), dtype=torch.float16)
+    q, cache = case.rotate(case.cache.half(), out=out)
+    want_q, want_cache = case.rotate()
+    assert torch.equal(q, want_q.half()) and torch.equal(cache, want_cache.half())
+    assert torch.equal(out[:, -case.spec.kv_size :], values.half()) and torch.equal(case.qkv, before)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

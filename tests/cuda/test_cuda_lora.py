@@ -107,6 +107,22 @@ def test_one_product_with_matrix_and_adapters_gives_the_same(tokens, inputs, out
     assert torch.equal(finish(y, low, case.stack, case.groups)[case.without], y[case.without])
 
 
+@pytest.mark.parametrize("tokens", [3, FEW + 6])
+def test_adapters_of_16_bits_add_to_float32(tokens):
+    case = adapted(tokens, 72, (50, 50), 32, torch.float16)
+    y = case.x.float() @ case.wide.float().T
+    outputs = y[:, : case.want.shape[1]].clone()
+    lora(case.x, outputs, case.stack, case.groups)
+    assert (outputs - case.want).norm() < 1e-3 * case.want.norm()
+    if case.groups.few:
+        residual = torch.randn_like(case.want)
+        want = residual + case.want
+        finish(*parted(y, case.stack), case.stack, case.groups, out=residual, onto=True)
+        assert (residual - want).norm() < 1e-3 * want.norm()
+        got = finish_activated(*parted(y, case.stack), case.stack, case.groups, "silu", True)
+        assert got.dtype == torch.float16 and close(got, OPS.activation(case.want, FeedForward(50)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 17, 65])
 @pytest.mark.parametrize("gated", [True, False])

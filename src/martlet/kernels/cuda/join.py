@@ -170,7 +170,7 @@ class Memory:
     ) -> torch.Tensor | Fp8:  # fmt: skip
         """`layers.add_rms_norm` of x and the sum of all ranks' shares."""
         count, width = len(x) if picks is None else len(picks), x.shape[1]
-        out = room_for(count, width, x.device) if fp8 else x.new_empty(count, width)
+        out = room_for(count, width, x.device) if fp8 else gain.new_empty(count, width)
         block = triton.next_power_of_2(width)
         launch.run(
             _sum, (max(self._programs(count), 1),),

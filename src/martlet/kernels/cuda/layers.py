@@ -57,8 +57,8 @@ def _embed(
         else:
             value = tl.load(table + token * WIDTH + k, mask=k < WIDTH)
         if SCALED:
-            value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
-        tl.store(out + t.to(tl.int64) * WIDTH + k, value, mask=k < WIDTH)
+            value = value.to(tl.float32) * scale
+        tl.store(out + t.to(tl.int64) * WIDTH + k, value.to(out.dtype.element_ty), mask=k < WIDTH)
 
 
 def embed(
@@ -71,16 +71,17 @@ def embed(
     changes: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     first: int | None = None,
+    dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Embeddings [T, W] of tokens[rows[t], positions[t]], times scale; rows -1 are padding.
+    """Embeddings [T, W] of tokens[rows[t], positions[t]], times scale; rows -1 are padding. dtype: the table's if None.
 
     tokens int32 [rows, length]; rows, positions int32 [T]; table [V, W]. changes: int32 [2, T], places in the flat
     int32 `state` and what to write there, place -1 for nothing; the kernels behind this one see them.
     first: where the table is part of a larger one, the token of its first row; other tokens' embeddings are zeros.
     """
     count, width = len(rows), table.shape[1]
-    out = table.new_empty(count, width) if out is None else out
+    out = table.new_empty(count, width, dtype=dtype) if out is None else out
     launch.run(
         _embed, (count,),
         tokens, rows, positions, rows if changes is None else changes, rows if state is None else state, table, out,
@@ -135,13 +136,14 @@ def add_rms_norm(
     eps: float,
     picks: torch.Tensor | None = None,
     fp8: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor | Fp8:
     """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone.
 
-    fp8: as Fp8.
+    fp8: as Fp8; else in `dtype`, the gain's if None, whatever x is kept in.
     """
     count, width = len(x) if picks is None else len(picks), x.shape[1]
-    out = room_for(count, width, x.device) if fp8 else x.new_empty(count, width)
+    out = room_for(count, width, x.device) if fp8 else gain.new_empty(count, width, dtype=dtype)
     if count:
         block = triton.next_power_of_2(width)
         launch.run(
@@ -173,10 +175,15 @@ def _activation(x, out, scales, HIDDEN, GATED: tl.constexpr, ACTIVATION: tl.cons
         tl.store(out + t * HIDDEN + k, y.to(out.dtype.element_ty), mask=mask)
 
 
-def activation(x: torch.Tensor, kind: str, gated: bool, fp8: bool = False) -> torch.Tensor | Fp8:
-    """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x). fp8: as Fp8."""
+def activation(
+    x: torch.Tensor, kind: str, gated: bool, fp8: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor | Fp8:
+    """Gated: x [T, 2 * hidden] is gate then up -> act(gate) * up [T, hidden]; else act(x).
+
+    fp8: as Fp8; else in `dtype`, x's if None.
+    """
     count, hidden = x.shape[0], x.shape[1] // (2 if gated else 1)
-    out = room_for(count, hidden, x.device) if fp8 else x.new_empty(count, hidden)
+    out = room_for(count, hidden, x.device) if fp8 else x.new_empty(count, hidden, dtype=dtype)
     block = triton.next_power_of_2(hidden)
     block = block if fp8 else min(block, 1024)  # a row's scale takes all of it
     launch.run(

@@ -334,7 +334,7 @@ def linear(
 
 
 def product(x: torch.Tensor | Fp8, weight: Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ matrix.T + bias for many rows -> [T, N] of `dtype`, in `out` if given. FP8 weights turn x into FP8.
+    """x @ matrix.T + bias for many rows -> [T, N] of `dtype`, in `out` (of it) if given. FP8 weights turn x into FP8.
 
     cuBLAS for plain weights; for FP8 ones torch's product of rows with scales, which wants sizes in multiples of 16;
     for int4 a kernel of their own, or cuBLAS with the matrix unpacked where rows are many.
@@ -347,6 +347,9 @@ def product(x: torch.Tensor | Fp8, weight: Linear, dtype: torch.dtype, out: torc
         weight = Linear(int4.unpacked(weight.matrix, weight.int4, x.dtype), weight.bias)
     if weight.scales is None:
         assert isinstance(x, torch.Tensor)
+        if dtype != x.dtype:
+            y = _in_float32(x, weight.matrix, out)
+            return y if weight.bias is None else y.add_(weight.bias)
         if out is None:
             return F.linear(x, weight.matrix, weight.bias)
         if weight.bias is None:
@@ -362,3 +365,10 @@ def product(x: torch.Tensor | Fp8, weight: Linear, dtype: torch.dtype, out: torc
     if weight.bias is not None:
         result = result + weight.bias
     return result.to(dtype) if out is None else out.copy_(result)
+
+
+def _in_float32(x: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """x @ matrix.T of numbers of 16 bits, their sums left as they are, float32, in `out` if given."""
+    if x.is_cuda:
+        return torch.mm(x, matrix.T, out_dtype=torch.float32, out=out)
+    return torch.mm(x.float(), matrix.float().T, out=out)  # under the interpreter: torch has the other on GPUs alone

@@ -360,10 +360,10 @@ def finish(
 
 
 def finish_activated(y: torch.Tensor, low: Low, stack: Stack, groups: Groups, kind: str, gated: bool) -> torch.Tensor:
-    """`layers.activation` of what `finish` gives."""
+    """`layers.activation` of what `finish` gives, in the matrices' dtype."""
     assert groups.units is not None and groups.slots is not None
     count, hidden = y.shape[0], y.shape[1] // (2 if gated else 1)
-    out = y.new_empty(count, hidden)
+    out = stack.b.new_empty(count, hidden)
     tokens, tile = _tokens(count), FINISH_ACTIVATED if len(low.values) == 1 else _of_split(FINISH_ACTIVATED)
     launch.run(
         _finish_activated, (triton.cdiv(hidden, tile.columns), triton.cdiv(count, tokens)),

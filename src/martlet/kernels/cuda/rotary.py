@@ -17,10 +17,10 @@ MANY_TOKENS = 1024
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _rotate(
-    qkv, norms, table, rows, positions, block_table, cache, scales,
+    qkv, norms, table, rows, positions, block_table, cache, scales, out,
     eps, block_stride, cache_stride, value_stride, value_scale_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, COPY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -60,11 +60,13 @@ def _rotate(
             rest *= scale * tl.load(gains + unturned, mask=mask_rest & is_qk, other=1.0)
     x, y = tl.where(is_qk, x * cos - y * sin, x), tl.where(is_qk, y * cos + x * sin, y)
 
-    kind = qkv.dtype.element_ty
-    tl.store(line + one, x.to(kind), mask=mask & is_qk)
-    tl.store(line + two, y.to(kind), mask=mask & is_qk)
+    kind = out.dtype.element_ty
+    changed = is_qk | COPY
+    line = out + t.to(tl.int64) * ALL * DIM + head * DIM
+    tl.store(line + one, x.to(kind), mask=mask & changed)
+    tl.store(line + two, y.to(kind), mask=mask & changed)
     if BLOCK_P > 0:
-        tl.store(line + unturned, rest.to(kind), mask=mask_rest & is_qk)
+        tl.store(line + unturned, rest.to(kind), mask=mask_rest & changed)
     if row >= 0:
         block = tl.load(block_table + row.to(tl.int64) * block_stride + position // BLOCK_SIZE).to(tl.int64)
         place = cache + block * cache_stride + (position % BLOCK_SIZE) * DIM
@@ -98,23 +100,27 @@ def rotate_and_write(
     cache: torch.Tensor,
     spec: Attention,
     scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalise (if norms) and rotate q and k in place, write k and v to the cache; returns q [T, H, D], part of qkv.
+    """Normalise (if norms) and rotate q and k, write k and v to the cache; returns q [T, H, D], part of `out`.
 
+    out: as qkv, perhaps in another dtype; None for qkv itself.
     qkv [T, (H + 2 K) * D]; norms float32 [H + K, D]; table float32 [length, rope.dim], cos then sin; rows, positions
     int32 [T], rows -1 are padding; block_table int32 [rows, P]; cache [2, blocks, K, block_size, D]. With scales
     float32 [2, blocks, K, block_size] the cache is float8_e4m3fn, to be multiplied by them: a scale a token and head.
     """
     count, heads, rest = len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim - spec.rope.dim
+    out = qkv if out is None else out
     block_h = HEADS_A_PROGRAM * (2 if count >= MANY_TOKENS else 1)
     launch.run(
         _rotate, (count, triton.cdiv(heads, block_h)),
         qkv, table if norms is None else norms, table, rows, positions, block_table, cache,
-        table if scales is None else scales,
+        table if scales is None else scales, out,
         eps, block_table.stride(0), cache.stride(1), cache.stride(0), 0 if scales is None else scales.stride(0),
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, ROT=spec.rope.dim,
         INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, SCALED=scales is not None,
-        BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h, BLOCK_R=triton.next_power_of_2(max(spec.rope.dim // 2, 1)),
+        COPY=out is not qkv, BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h,
+        BLOCK_R=triton.next_power_of_2(max(spec.rope.dim // 2, 1)),
         BLOCK_P=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip
-    return qkv[:, : spec.q_size].view(count, spec.heads, spec.head_dim)
+    return out[:, : spec.q_size].view(count, spec.heads, spec.head_dim)
