@@ -146,7 +146,7 @@ def kernels(args) -> None:
             expect(f"linear {tile} {k}x{n} {gated} {dtype} {fp8}", got, want)
 
         def wide(k, n, dtype=dtype):
-            """FP8 by FP8, against the same numbers multiplied in float32."""
+            """FP8 by FP8, and plain numbers with float32 sums, against the same numbers multiplied in float32."""
             x, bias = (torch.randn(*size, device="cuda").to(dtype) for size in ((65, k), (n,)))
             values, scales = in_fp8(torch.randn(n, k, device="cuda") * k**-0.5)
             rows = layers.in_fp8(x)
@@ -155,6 +155,9 @@ def kernels(args) -> None:
             weight = linear.Linear(values, bias, scales)
             if not launch.compiling:
                 expect(f"fp8 product {k}x{n} {dtype}", linear.product(rows, weight, dtype), want, 1e-2)
+                matrix = (torch.randn(n, k, device="cuda") * k**-0.5).to(dtype)
+                got = linear.product(x, linear.Linear(matrix, bias), torch.float32)
+                expect(f"float32 product {k}x{n} {dtype}", got, x.float() @ matrix.float().T + bias.float(), 1e-5)
 
         def light(dtype=dtype):
             x, delta, gain = (torch.randn(5, 1024, device="cuda").to(dtype) for _ in range(3))
@@ -257,13 +260,14 @@ def engine(args) -> None:
             tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
         same = tokens == {key: entry[0] for key, entry in want.items()}
         say("engine", family=family, preemptions=running.stats().preemptions, same=same)
-    _long_prompts()
+    for width in (256, 1024):  # sums in float32 and in bfloat16
+        _long_prompts(width)
     _fp8()
 
 
-def _long_prompts() -> None:
+def _long_prompts(width: int) -> None:
     """Long prompts together, in bfloat16: by cuDNN and by our own kernel, which float32 has checked."""
-    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 4096,
+    config = {"model_type": "llama", "hidden_size": width, "num_hidden_layers": 2, "max_position_embeddings": 4096,
               "vocab_size": 1000, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
               "intermediate_size": 512}  # fmt: skip
     numbers = np.random.default_rng(0)
@@ -282,7 +286,7 @@ def _long_prompts() -> None:
         runner.close()
     prefill_attention.FRESH = fresh
     worst = max(abs(found[0][i].logprob - found[1][i].logprob) for i in found[0])
-    say("engine", long_prompts=len(found[0]), worst_logprob=worst, ok=worst < 2e-2)
+    say("engine", long_prompts=len(found[0]), width=width, worst_logprob=worst, ok=worst < 2e-2)
 
 
 FP8 = {"fp8 kv": {"kv_dtype": "fp8"}, "fp8 weights": {"quant": "fp8"}, "both": {"kv_dtype": "fp8", "quant": "fp8"}}

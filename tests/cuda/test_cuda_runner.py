@@ -24,7 +24,7 @@ from martlet.hub.card import ModelCard
 from martlet.kernels.cuda import prefill_attention
 from martlet.model import families
 from martlet.model.weights import read_spec
-from martlet.runners.cuda_runner import CudaRunner, weights
+from martlet.runners.cuda_runner import CudaRunner, decoder, weights
 from martlet.runners.cuda_runner.decoder import StepTensors
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep, Mixed
 from martlet.runners.torch_runner import TorchRunner
@@ -50,6 +50,27 @@ def test_the_engine_answers_as_on_the_reference(family, first):
     runner = CudaRunner(card(family), options(DEVICE), step_tokens=64)
     check(answers(runner, max_tokens=2, first=first), reference(family, max_tokens=2, first=first))
     runner.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])  # the second with biases, the third with norms behind
+def test_sums_of_a_narrow_model_are_float32(family, monkeypatch):
+    def logprobs(runner) -> np.ndarray:
+        params = SamplingParams(temperature=0, max_tokens=2, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+        outputs = drain(Engine(runner), [Request("0", list(range(30, 49)), params)])
+        assert not [o.error for o in outputs if o.error]
+        found = [e.logprob for o in outputs for e in [*(o.prompt_logprobs or [])[1:], *o.logprobs]]
+        assert len(found) == 20
+        return np.array(found)
+
+    want = logprobs(TorchRunner(card(family), options("cpu")))
+    apart = []
+    for narrow in (decoder.NARROW, 0):
+        monkeypatch.setattr(decoder, "NARROW", narrow)
+        runner = CudaRunner(card(family), replace(options(DEVICE), dtype="float16"), step_tokens=64)
+        assert runner.decoder.sums == (torch.float32 if narrow else torch.float16)
+        apart.append(np.abs(logprobs(runner) - want).mean())
+        runner.close()
+    assert 0 < apart[0] < 0.9 * apart[1] < 1e-2
 
 
 def test_weights_keys_and_values_in_fp8_change_log_probabilities_little():

@@ -29,7 +29,7 @@ from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResul
 from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.adapters import Slots, beside, bytes_for
-from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
+from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors, dtype_of_sums
 from martlet.runners.cuda_runner.graphs import Graphs, step_limit
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
 from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, HostStep
@@ -133,7 +133,8 @@ class CudaRunner:
         memory = None
         if self._on_gpu and options.symmetric_memory:
             memory = partial(shared_memory, self.group, device=self.device)
-        return Ranks(self.group, self.spec, self.dtype, self.max_prefill_tokens, rows, memory)
+        sums = dtype_of_sums(self.spec, self.dtype)
+        return Ranks(self.group, self.spec, sums, self.max_prefill_tokens, rows, memory)
 
     def _plan(self, options: LoadOptions, free: int, loaded: Weights) -> MemoryPlan:
         spec, element = self.spec, self.dtype.itemsize
@@ -142,7 +143,8 @@ class CudaRunner:
         rows = options.max_num_seqs or DEFAULT_ROWS
         state = 4 * rows * (longest + -(-longest // options.block_size)) + 8 * rows * spec.vocab_size
         widest = max(2 * layer.mixer.q_size + 2 * layer.mixer.kv_size + 3 * layer.mlp.hidden for layer in spec.layers)
-        activations = self.max_prefill_tokens * (widest + 4 * spec.width) * element
+        sums = dtype_of_sums(spec, self.dtype)
+        activations = self.max_prefill_tokens * (widest + 4 * spec.width) * sums.itemsize
         adapters = bytes_for(spec, loaded.blocks, options.max_adapters, options.max_lora_rank, element)
         left = (_free_memory(self.device) if self._on_gpu else free) - state - activations - adapters
         left = self.group.least(left)

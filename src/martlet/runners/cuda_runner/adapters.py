@@ -107,33 +107,42 @@ class Slots:
         self,
         x: torch.Tensor,
         weight: Linear,
+        dtype: torch.dtype,
         number: int,
         name: str,
         groups: Groups,
         out: torch.Tensor | None = None,
         onto: bool = False,
     ) -> torch.Tensor:
-        """A linear of layer `number` with its adapters, of x [T, K] -> [T, N], in `out` if given; onto: added to it."""
+        """A linear of layer `number` with its adapters, of x [T, K] -> [T, N] of `dtype`, in `out` if given.
+
+        onto: added to it.
+        """
         stack = self._stacks[number][name]
         if groups.few:
-            return finish(*self._low(x, weight, stack, groups), stack, groups, out, onto)
+            return finish(*self._low(x, weight, dtype, stack, groups), stack, groups, out, onto)
         if onto:
             assert out is not None and weight.bias is None and weight.plain
             y = out.addmm_(x, weight.matrix.T)
         else:
-            y = product(x, weight, x.dtype, out=out)
+            y = product(x, weight, dtype, out=out)
         lora(x, y, stack, groups)
         return y
 
-    def hidden(self, x: torch.Tensor, weight: Linear, number: int, mlp: FeedForward, groups: Groups) -> torch.Tensor:
-        """The activation of the product `up`, [T, hidden]."""
+    def hidden(
+        self, x: torch.Tensor, weight: Linear, dtype: torch.dtype, number: int, mlp: FeedForward, groups: Groups
+    ) -> torch.Tensor:
+        """The activation of the product `up`, itself of `dtype`: [T, hidden]."""
         if not groups.few:
-            return layers.activation(self.product(x, weight, number, "up", groups), mlp.activation, mlp.gated)
+            y = self.product(x, weight, dtype, number, "up", groups)
+            return layers.activation(y, mlp.activation, mlp.gated, dtype=x.dtype)
         stack = self._stacks[number]["up"]
-        return finish_activated(*self._low(x, weight, stack, groups), stack, groups, mlp.activation, mlp.gated)
+        return finish_activated(*self._low(x, weight, dtype, stack, groups), stack, groups, mlp.activation, mlp.gated)
 
-    def _low(self, x: torch.Tensor, weight: Linear, stack: Stack, groups: Groups) -> tuple[torch.Tensor, Low]:
-        """(The product of few tokens, their low-rank values)."""
+    def _low(
+        self, x: torch.Tensor, weight: Linear, dtype: torch.dtype, stack: Stack, groups: Groups
+    ) -> tuple[torch.Tensor, Low]:
+        """(The product of few tokens, of `dtype`, their low-rank values)."""
         if weight.wide is not None:
-            return parted(product(x, weight.wide, x.dtype), stack)
-        return product(x, weight, x.dtype), low_ranks(x, stack, groups)
+            return parted(product(x, weight.wide, dtype), stack)
+        return product(x, weight, dtype), low_ranks(x, stack, groups)

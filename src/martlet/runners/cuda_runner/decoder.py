@@ -3,6 +3,9 @@
 Two ways through a layer. A step of one token reads weights and little else: six fused kernels a layer. A wider one is
 cuBLAS for the products and light kernels between them. With FP8 weights the first reads half the bytes, and the second
 multiplies FP8 by FP8, made where the product's input is made.
+
+Sums have a dtype of their own (`dtype_of_sums`), that of x: the residual stream, and what a product gives until it is
+rounded to be multiplied again. Kernels go by the dtypes of their tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
 from martlet.kernels.cuda.fp8 import Fp8
@@ -23,6 +25,17 @@ from martlet.model.spec import Attention, DecoderSpec, Layer, Rope
 from martlet.runners.cuda_runner.adapters import Slots
 from martlet.runners.cuda_runner.ranks import EMBED, MIXER, MLP, Ranks, Share
 from martlet.runners.cuda_runner.weights import Block, Weights
+
+NARROW = 1024  # from this width on, sums are kept as weights are
+
+
+def dtype_of_sums(spec: DecoderSpec, dtype: torch.dtype) -> torch.dtype:
+    """What the residual stream and products are kept in, where weights are in `dtype`: float32 in a narrow model.
+
+    That takes two fifths off the error of bfloat16, most of it in the stream, which each layer rounds twice. It costs
+    bytes, the more the wider the model; bench/results/h200.md has the figures.
+    """
+    return torch.float32 if spec.width < NARROW else dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +96,9 @@ class Decoder:
         ranks: Ranks | None = None,
     ):
         self.spec, self.weights, self.slots, self.ranks = spec, weights, slots, ranks
-        self.device = weights.embed.device
-        self.queries = prefill_attention.queries_for(weights.embed.dtype)  # of a tile
+        self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        self.sums = dtype_of_sums(spec, self.dtype)
+        self.queries = prefill_attention.queries_for(self.dtype)  # of a tile
         self.rotations = {
             rope: self._rotation(rope, max_model_len) for rope in {layer.mixer.rope for layer in spec.layers}
         }
@@ -119,7 +133,7 @@ class Decoder:
             first, out = self.spec.vocabulary.start, ranks.place(EMBED, len(step.rows), self.device)
         x = layers.embed(
             state.tokens, step.rows, step.positions, self.weights.embed, scale=self.spec.embedding_scale,
-            changes=step.changes, state=state.flat, first=first, out=out,
+            changes=step.changes, state=state.flat, first=first, dtype=self.sums, out=out,
         )  # fmt: skip
         return x if ranks is None else ranks.total(x)
 
@@ -134,10 +148,8 @@ class Decoder:
         """[S, W] -> float32 [S, V]."""
         if len(hidden) == 1:
             y = linear(hidden, self.weights.head, dtype=torch.float32)
-        elif hidden.dtype == torch.float32:
-            y = F.linear(hidden, self.weights.head.matrix)
         else:
-            y = torch.mm(hidden, self.weights.head.matrix.T, out_dtype=torch.float32)
+            y = product(hidden, self.weights.head, torch.float32)
         if self.ranks is not None:
             y = self.ranks.logits(y, self.spec)
         cap = self.spec.logit_softcap
@@ -171,8 +183,8 @@ class Decoder:
         """x [1, W] += the product of y, normed if there is a norm behind it. at: MIXER or MLP. ahead: what is next."""
         share = None if self.ranks is None else linear(y, weight, out=self.ranks.place(at, 1, self.device))
         if post_norm is not None:
-            y = linear(y, weight) if share is None else self.ranks.total(share)
-            x += layers.add_rms_norm(y, None, post_norm, self.spec.eps)
+            y = linear(y, weight, dtype=x.dtype) if share is None else self.ranks.total(share)
+            x += layers.add_rms_norm(y, None, post_norm, self.spec.eps, dtype=x.dtype)
         elif share is not None:
             self.ranks.add(x, share)
         else:
@@ -209,10 +221,10 @@ class Decoder:
         y = self._add_norm(x, delta, block.mlp_norm, fp8=block.up.fp8)
         if groups is None:
             up = product(y, block.up, x.dtype)
-            hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8)
+            hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8, dtype=self.dtype)
         else:
             assert self.slots is not None and isinstance(y, torch.Tensor)
-            hidden = self.slots.hidden(y, block.up, number, mlp, groups)
+            hidden = self.slots.hidden(y, block.up, x.dtype, number, mlp, groups)
         return self._onto(x, hidden, block.down, block.mlp_post_norm, number, "down", groups)
 
     def _onto(
@@ -225,7 +237,7 @@ class Decoder:
         name: str,
         groups: Groups | None,
     ) -> torch.Tensor | Share | None:
-        """x += the product of y, in the product itself where that can be; else what is still to be added.
+        """x += the product of y, in the product itself where one dtype and no norm allow it; else what is to be added.
 
         With ranks the product is a share, in the place where they join it.
         """
@@ -234,17 +246,17 @@ class Decoder:
             self._product(y, weight, x.dtype, number, name, groups, out=share)
             if post_norm is None:
                 return Share(share)
-            return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps)
-        if post_norm is None and weight.bias is None and weight.plain:
+            return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps, dtype=x.dtype)
+        if post_norm is None and weight.bias is None and weight.matrix.dtype == x.dtype:
             assert isinstance(y, torch.Tensor)
             if groups is None:
                 x.addmm_(y, weight.matrix.T)
             else:
                 assert self.slots is not None
-                self.slots.product(y, weight, number, name, groups, out=x, onto=True)
+                self.slots.product(y, weight, x.dtype, number, name, groups, out=x, onto=True)
             return None
-        product_ = self._product(y, weight, x.dtype, number, name, groups)
-        return product_ if post_norm is None else layers.add_rms_norm(product_, None, post_norm, self.spec.eps)
+        delta = self._product(y, weight, x.dtype, number, name, groups)
+        return delta if post_norm is None else layers.add_rms_norm(delta, None, post_norm, self.spec.eps, dtype=x.dtype)
 
     def _product(
         self,
@@ -260,7 +272,7 @@ class Decoder:
         if groups is None:
             return product(x, weight, dtype, out=out)
         assert self.slots is not None and isinstance(x, torch.Tensor)
-        return self.slots.product(x, weight, number, name, groups, out)
+        return self.slots.product(x, weight, dtype, number, name, groups, out)
 
     def _add_norm(
         self,
@@ -281,9 +293,13 @@ class Decoder:
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache of layer `number`."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
-        q = self._rotate(qkv, spec, block, number, step, state)
+        rotated = qkv
+        if qkv.dtype != self.dtype:
+            rotated = torch.empty_like(qkv, dtype=self.dtype)
+            rotated[len(step.rows) :] = 0
+        q = self._rotate(qkv, rotated, spec, block, number, step, state)
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
-            return _fresh(qkv, *step.fresh[0], spec)
+            return _fresh(rotated, *step.fresh[0], spec)
         out = q.new_empty(len(q), spec.q_size)
         if n:
             decode_attention.decode_attention(
@@ -296,16 +312,24 @@ class Decoder:
                 q, cache, state.blocks, step.tiles, step.sequences, spec, out, scales=scales
             )
         for first, count, padded in step.fresh:
-            out[first : first + count] = _fresh(qkv, first, count, padded, spec)
+            out[first : first + count] = _fresh(rotated, first, count, padded, spec)
         return out
 
     def _rotate(
-        self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
+        self,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        spec: Attention,
+        block: Block,
+        number: int,
+        step: StepTensors,
+        state: State,
     ) -> torch.Tensor:
-        """Queries [T, H, D], rotated; keys and values go to the cache of layer `number`."""
+        """Queries [T, H, D], rotated, in `out`; keys and values go there too and to the cache of layer `number`."""
+        count = len(step.rows)
         return rotary.rotate_and_write(
-            qkv[: len(step.rows)], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions,
-            state.blocks, state.caches[number], spec, state.scales[number],
+            qkv[:count], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions,
+            state.blocks, state.caches[number], spec, state.scales[number], out=None if out is qkv else out[:count],
         )  # fmt: skip
 
 
