@@ -67,7 +67,7 @@ def world(tmp_path, monkeypatch) -> SimpleNamespace:
         sha256=hashlib.sha256(raw).hexdigest(),
         download=20_000,
     )
-    monkeypatch.setattr(registry, "_by_name", lambda: {"tiny": entry})
+    monkeypatch.setattr(registry, "find", lambda name: {"tiny": entry}.get(registry.normalised(name)))
     return SimpleNamespace(wheels=wheels, models=models, raw=raw, entry=entry)
 
 
@@ -177,7 +177,7 @@ import os
 from martlet import hub
 from martlet.hub import registry
 from martlet.hub.registry import Entry
-registry._by_name = lambda: {{"tiny": {world.entry!r}}}
+registry.find = {{"tiny": {world.entry!r}}}.get  # by the one spelling that is asked for
 told = []
 """
     return subprocess.Popen([sys.executable, "-c", setup + code], stdout=subprocess.PIPE, text=True)

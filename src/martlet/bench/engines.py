@@ -16,7 +16,7 @@ NAMES = ("native", "reference", "transformers", "vllm", "llama.cpp", "openvino")
 BACKENDS = NAMES[:3]  # those behind our Backend; the others are adapters in martlet.bench.peers and vllm_engine
 OURS = NAMES[:2]
 QUANTS = ("auto", "stored", "float32", "bf16", "int8", "int4")  # of the native engine
-ENTRY = re.compile(r"(?P<name>[\w.]+)(:(?P<type>\w+))?(@(?P<only>[\w+]+))?(=(?P<model>.+))?")
+ENTRY = r"(?P<name>[\w.]+)(:(?P<type>\w+))?(@(?P<only>[\w+]+))?(=(?P<model>.+))?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class OfflineEngine(Protocol):
 
 def parse(word: str) -> Entry:
     """Raises UsageError for a word of another shape or an engine nobody has."""
-    match = ENTRY.fullmatch(word)
+    match = re.fullmatch(ENTRY, word)
     if match is None:
         raise UsageError(f"--engines wants NAME[:TYPE][@W1+W2][=MODEL], got {word!r}", param="engines")
     name = match["name"]

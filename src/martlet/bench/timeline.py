@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -67,6 +66,8 @@ def figures(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 def fingerprint(timelines: Sequence[Timeline]) -> str:
     """Changes when any token of any answer does; '' where the engine does not tell its tokens."""
+    import zlib
+
     import numpy as np
 
     if not all(t.tokens for t in timelines):

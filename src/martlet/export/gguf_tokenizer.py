@@ -11,9 +11,9 @@ from martlet import hub
 from martlet.errors import UsageError
 from martlet.hub.gguf_tokenizer import COMPOSED, PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 from martlet.hub.resolver import card_of
+from martlet.hub.token_types import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from martlet.hub.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 PROBES = (
     "Hello, world! It's 2024: he'll pay 12345.67 $ (or €9)\n\n\tdef f(x):\r\n        return x**2  # don't\n",
     "Schöne Grüße, ÇA VA? naïve CamelCaseWord HTTPServer 東京タワー 你好，世界。 안녕하세요 привет мир مرحبا",

