@@ -8,8 +8,8 @@ whatever a runner fuses; `fused_rows` says where each lies in a fused matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from math import prod
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ Kind = Literal["embedding", "norm", "linear", "router", "bias", "mix"]
 # A router is a small linear that nobody quantises; neither are the vectors and low-rank maps of a mix.
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
+class ParameterSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     kind: Kind
@@ -143,7 +142,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[Paramete
 
 
 def num_parameters(spec: DecoderSpec) -> int:
-    return sum(int(np.prod(parameter.shape)) for parameter in parameters(spec))
+    return sum(prod(parameter.shape) for parameter in parameters(spec))
 
 
 def fused_rows(parts: list[tuple[str, int]]) -> dict[str, slice]:
@@ -165,19 +164,25 @@ def load(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint) -> Iterator
     parameter, the checkpoint's tensor, the file, and the shapes wanted and found.
     """
     whole = spec if spec.part is None else spec.part.whole
+    made_up = checkpoint.random if isinstance(checkpoint, DummyCheckpoint) else None
+    page = families.get(card.family)
+    layout = "" if made_up else _layout(card, checkpoint, page)
     for parameter in parameters(whole):
-        if isinstance(checkpoint, DummyCheckpoint):
-            tensor: Tensor = checkpoint.random(parameter.name, parameter.shape)
+        if made_up is not None:
+            tensor: Tensor = made_up(parameter.name, parameter.shape)
         else:
-            tensor = fetch(card, whole, checkpoint, parameter)
+            tensor = _fetch(card, checkpoint, parameter, page.source(whole, parameter.name, layout))
         yield parameter.name, tensor if spec.part is None else spec.part.cut(parameter.name, tensor)
 
 
 def fetch(card: ModelCard, spec: DecoderSpec, checkpoint: Checkpoint, parameter: ParameterSpec) -> Tensor:
     """One parameter of `load`, whole."""
     page = families.get(card.family)
-    source = page.source(spec, parameter.name, "gguf" if card.format == "gguf" else page.layout(checkpoint.names()))
-    return _fetch(card, checkpoint, parameter, source)
+    return _fetch(card, checkpoint, parameter, page.source(spec, parameter.name, _layout(card, checkpoint, page)))
+
+
+def _layout(card: ModelCard, checkpoint: Checkpoint, page: families.Family) -> str:
+    return "gguf" if card.format == "gguf" else page.layout(checkpoint.names())
 
 
 def _fetch(card: ModelCard, checkpoint: Checkpoint, parameter: ParameterSpec, source: families.Source) -> Tensor:

@@ -68,7 +68,9 @@ class CpuRunner:
         self.executor = Executor(cores, cores=cores)
         checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
         try:
-            stream = _counted(weights.load(card, spec, checkpoint), spec, progress)
+            stream = weights.load(card, spec, checkpoint)
+            if progress is not None:
+                stream = _counted(stream, spec, progress)
             kept = options.packed_cache and card.format != "dummy" and card.merge is None
             cache = packed_cache(card, spec, precision, self.executor, reading) if kept else None
             reading()
@@ -346,10 +348,9 @@ def _describe(decoder: Decoder) -> str:
 
 
 def _counted(
-    stream: Iterator[tuple[str, Tensor]], spec: DecoderSpec, progress: Callable[[int, int], None] | None
+    stream: Iterator[tuple[str, Tensor]], spec: DecoderSpec, progress: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     total = sum(1 for _ in weights.parameters(spec))
     for done, item in enumerate(stream, 1):
         yield item
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
