@@ -2,7 +2,7 @@
 
 import pytest
 
-from martlet.chat.named import names as chat_templates
+from martlet.chat.catalogue import names as chat_templates
 from martlet.errors import CheckpointError, ModelNotFound
 from martlet.hub import registry
 from martlet.model import families, weights

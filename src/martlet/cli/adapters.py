@@ -55,9 +55,11 @@ class Chosen:
 
 def choose(model: ModelFlags, flags: AdapterFlags) -> Chosen:
     """What the flags ask for. Raises UsageError where they contradict each other."""
+    name, model_type = model.model or model.model_id_or_path, model.model_type
+    if flags.ckpt_dir is None and not flags.adapters and not flags.merge_lora:
+        return Chosen(name, model_type)
     from martlet.hub import peft
 
-    name, model_type = model.model or model.model_id_or_path, model.model_type
     beside: dict[str, str] = {}
     if flags.ckpt_dir is not None:
         if peft.folder_of(flags.ckpt_dir) is not None:
@@ -120,8 +122,6 @@ def _registered(model_type: str | None) -> str | None:
 
 def with_slots(load: LoadOptions, flags: AdapterFlags, chosen: Chosen, *, more_may_come: bool = False) -> LoadOptions:
     """Load options with room for the adapters that are asked for."""
-    from martlet.hub import peft
-
     for name in ("max_loras", "max_lora_rank"):
         value = getattr(flags, name)
         if value is not None and value < (name == "max_lora_rank"):
@@ -131,7 +131,9 @@ def with_slots(load: LoadOptions, flags: AdapterFlags, chosen: Chosen, *, more_m
     if chosen.beside and not slots:
         raise UsageError("--max_loras 0 leaves no room for the adapters that are given", param="max_loras")
     rank = flags.max_lora_rank
-    if rank is None:
+    if rank is None and chosen.beside:
+        from martlet.hub import peft
+
         ranks = [peft.rank_of(path) for path in chosen.beside.values()]
         rank = max([load.max_lora_rank, *ranks])
-    return replace(load, max_adapters=slots, max_lora_rank=rank)
+    return replace(load, max_adapters=slots, max_lora_rank=load.max_lora_rank if rank is None else rank)

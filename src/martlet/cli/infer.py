@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from martlet.cli import evaluate, repl, swift_flags
 from martlet.cli.adapters import AdapterFlags
@@ -22,6 +22,8 @@ from martlet.errors import UsageError
 if TYPE_CHECKING:
     from martlet.cli.batch import Row
     from martlet.engine.request import Request
+
+_TURNS = count(1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def answer(loaded: Loaded, options: InferOptions, messages: list[dict[str, Any]]
     Leaving the iterator stops the model.
     """
     ids = loaded.prompt_ids(messages)
-    request = loaded.request(uuid4().hex, ids, options, turn=True, stream=options.stream)
+    request = loaded.request(f"turn-{next(_TURNS)}", ids, options, turn=True, stream=options.stream)
     began, first, tokens = time.perf_counter(), None, 0
     with closing(loaded.backend.generate([request])) as outputs:
         for output in outputs:
