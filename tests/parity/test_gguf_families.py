@@ -143,7 +143,7 @@ def test_a_converted_checkpoint_is_the_same_decoder(family, tmp_path):
 
 def without_scaling(spec):
     layers = [
-        replace(layer, mixer=replace(layer.mixer, rope=replace(layer.mixer.rope, scaling=None)))
+        layer._replace(mixer=layer.mixer._replace(rope=layer.mixer.rope._replace(scaling=None)))
         for layer in spec.layers
     ]
     return replace(spec, layers=tuple(layers))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from martlet.bench.timeline import Timeline
 from martlet.errors import UsageError, did_you_mean
@@ -19,8 +19,7 @@ QUANTS = ("auto", "stored", "float32", "bf16", "int8", "int4")  # of the native 
 ENTRY = r"(?P<name>[\w.]+)(:(?P<type>\w+))?(@(?P<only>[\w+]+))?(=(?P<model>.+))?"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One word of --engines: NAME[:TYPE][@W1+W2][=MODEL]. only: the workloads it is for, all when empty."""
 
     name: str

@@ -15,7 +15,7 @@ from martlet.errors import CheckpointError
 from martlet.hub.card import ModelCard
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedTensor:
     """A quantised matrix, its rows in blocks.
 

@@ -144,15 +144,14 @@ def split(spec: DecoderSpec, rank: int, size: int) -> DecoderSpec:
     def layer(whole: Layer) -> Layer:
         mixer, mlp = whole.mixer, whole.mlp
         if isinstance(mixer, Recurrence):
-            mixer, mlp = replace(mixer, heads=mixer.heads // size), replace(mlp, hidden=mlp.hidden // size)
-            return replace(whole, mixer=mixer, mlp=mlp)
+            mixer, mlp = mixer._replace(heads=mixer.heads // size), mlp._replace(hidden=mlp.hidden // size)
+            return whole._replace(mixer=mixer, mlp=mlp)
         experts = mlp.experts
         if experts is not None:
             experts = replace(experts, shared=experts.shared // size)
-        return replace(
-            whole,
-            mixer=replace(mixer, heads=mixer.heads // size, kv_heads=max(mixer.kv_heads // size, 1)),
-            mlp=replace(mlp, hidden=mlp.hidden // size, experts=experts),
+        return whole._replace(
+            mixer=mixer._replace(heads=mixer.heads // size, kv_heads=max(mixer.kv_heads // size, 1)),
+            mlp=mlp._replace(hidden=mlp.hidden // size, experts=experts),
         )
 
     return replace(spec, layers=tuple(map(layer, spec.layers)), part=Part(rank, size, spec))

@@ -56,7 +56,7 @@ Last:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from martlet.model.shard import Part
@@ -65,8 +65,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linears of a layer that may carry an adapter."""
 
 
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
+class RopeScaling(NamedTuple):
     """How inverse frequencies are stretched for long contexts; what each kind does is in `martlet.model.rope`.
 
     linear: all divided by `factor`. llama3: Llama 3.1's rule. yarn: by how often a pair turns within the original
@@ -87,8 +86,7 @@ class RopeScaling:
     magnitude: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(NamedTuple):
     """Rotary position embedding of the first `dim` elements of each head; dim 0: none.
 
     `half`: element i pairs with i + dim / 2 (GPT-NeoX, Hugging Face). `interleaved`: 2i pairs with 2i + 1 (GPT-J).
@@ -100,8 +98,7 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(NamedTuple):
     """Causal grouped-query attention. window: a token sees itself and the window - 1 tokens before it (None: all).
 
     softcap: scores s become softcap * tanh(s / softcap), before the mask (Gemma 2).
@@ -127,8 +124,7 @@ class Attention:
         return self.kv_heads * self.head_dim
 
 
-@dataclass(frozen=True, slots=True)
-class Recurrence:
+class Recurrence(NamedTuple):
     """RWKV's time mix. A head keeps a state S [head_dim, head_dim] of all tokens so far, and reads it: y = r S.
 
     Generations 5 and 6: y = r (S + diag(u) k^T v), then S <- diag(w) S + k^T v, with u the bonus and w the decay. In 5
@@ -184,8 +180,7 @@ class Experts:
     shared_gated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FeedForward:
+class FeedForward(NamedTuple):
     """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))). With experts, hidden is the size of each of them."""
 
     hidden: int
@@ -195,8 +190,7 @@ class FeedForward:
     experts: Experts | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelMix:
+class ChannelMix(NamedTuple):
     """RWKV's feed-forward: v(relu(k(x')) ** 2), times sigmoid(r(x'')) if gated; x' and x'' have a share of the token
     before, so a sequence keeps that token's input."""
 
@@ -204,8 +198,7 @@ class ChannelMix:
     gated: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """post_norms: what mixer and feed-forward give is normed before it is added (Gemma 2, GLM-4)."""
 
     mixer: Mixer

@@ -10,7 +10,7 @@ Python has seen it (`Runner.lag`). No torch here: a runner without torch can sta
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -53,8 +53,7 @@ class LoadOptions:
     symmetric_memory: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """What a runner can keep for sequences, decided when it loads.
 
     block_size: tokens a KV block holds; num_blocks: how many blocks there are. Block ids are 0 ... num_blocks - 1.
@@ -77,8 +76,7 @@ class MemoryPlan:
         return self.max_model_len if self.snapshots else min(self.max_model_len, self.num_blocks * self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
-class NewRow:
+class NewRow(NamedTuple):
     """A sequence enters `row` (first time, or again after a preemption); whatever the row held before is void.
 
     tokens: int32 [n], all tokens known now: the prompt, and after a preemption also the output so far.
@@ -113,7 +111,7 @@ class Masks(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One step. B sequences take part; sequence b computes tokens start[b] ... start[b] + count[b] - 1 of its row.
 
@@ -151,8 +149,7 @@ class Batch:
         return int(self.count.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position: of the token that stands there, and of the k most likely ones (descending).
 
     rank: 1 for the most likely token of the vocabulary.
@@ -165,7 +162,7 @@ class TokenLogprobs:
     top_logprobs: np.ndarray  # float32 [k]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
     """What a step gave. tokens: int32 [B], -1 where nothing was sampled; with guesses int32 [B, 1 + D], padded with -1.
 
@@ -218,8 +215,7 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """A step that is already computed."""
 
     value: StepResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from martlet.model.spec import DecoderSpec, Layer
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Fused:
+class Fused(NamedTuple):
     """A tensor that stacks the rows of `parts` ("q", "k", "v" or "gate", "up"), one after another.
 
     grouped: the rows of each kv head lie together, its query heads first, then its key, then its value (InternLM2).
@@ -26,8 +25,7 @@ class Fused:
     grouped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor of just this name, with no ".weight" behind, and maybe in another form than the parameter: transposed
     ([in, out]), or 1 minus it (complement)."""
 
@@ -98,8 +96,7 @@ GGUF: Names = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a parameter lies in a checkpoint, and what is folded into it on the way.
 
     rows: its rows in our order, where the tensor has them in another or holds other parameters as well; tall: how many
@@ -126,7 +123,7 @@ class Source:
         return rows if self.item is None else (self.items, *rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """One page. read: Hugging Face config -> DecoderSpec, raising CheckpointError for what we cannot run.
 

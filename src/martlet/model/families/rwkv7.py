@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from martlet.errors import CheckpointError
 from martlet.model.families.family import Config, Family, Names, Stored, need
 from martlet.model.families.rwkv5 import ORIGINAL_FRAME, decoder, heads_of
@@ -20,7 +18,7 @@ def read(config: Config) -> DecoderSpec:
     ranks = {f"{ours}_rank": need(config, f"{theirs}_low_rank_dim") for theirs, ours in RANKS.items()}
     eps = float(config.get("group_norm_epsilon") or heads["head_dim"] * float(config.get("norm_eps") or 1e-5))
     mixer = Recurrence(7, **heads, gated=True, eps=eps, **ranks)
-    mixers = [replace(mixer, first=True), *[mixer] * (depth - 1)]
+    mixers = [mixer._replace(first=True), *[mixer] * (depth - 1)]
     hidden = config.get("intermediate_size") or int(width * (config.get("hidden_ratio") or 4))
     return decoder("rwkv7", config, mixers, ChannelMix(hidden, gated=False))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from martlet.model.families.family import Config, Family, need, read_head_dim
 from martlet.model.families.llama import decoder
 from martlet.model.families.qwen2 import read_windows
@@ -16,7 +14,7 @@ def read(config: Config) -> DecoderSpec:
     # despite the name of the list, 1 stands for a layer with rotary embedding
     rotated = config.get("no_rope_layers") or [(n + 1) % every for n in range(depth)]
     rope = read_rope(config, read_head_dim(config), default_base=2_000_000.0)
-    ropes = [rope if has else replace(rope, dim=0, scaling=None) for has in rotated]
+    ropes = [rope if has else rope._replace(dim=0, scaling=None) for has in rotated]
     if config.get("layer_types") is None and config.get("use_sliding_window"):
         kinds = ["full_attention" if has else "sliding_attention" for has in rotated]
         config = {**config, "layer_types": kinds}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ BLOCK = 32  # inputs of a block of Q8_0
 LINE = 64  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """The matrices of one adapter on one linear, as C reads them (Lora in program.hpp, lora.hpp).
 
     a: uint8, panels. b: uint8, the linear's panels * 2 sides. halves: int32 [panels * 2]. rank: of each part, padded.

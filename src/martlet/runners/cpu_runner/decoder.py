@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
 KV_GROUP = 16  # tokens of a tile of the cache: block sizes are multiples of it
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A packed matrix and what it does with its product. bias: float32 in panel order.
 
     parts: (name, rows) of the linears in it, where they may carry adapters. order: int32 [k], the input that each
@@ -63,8 +61,7 @@ class Linear:
     order: np.ndarray | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(NamedTuple):
     """A feed-forward: one linear up, or gate and up where their formats differ."""
 
     up: list[Linear]
@@ -75,8 +72,7 @@ class Dense:
         return [*self.up, self.down]
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
+class Mixture(NamedTuple):
     """A mixture of experts. up, down: one linear an expert; their matrices stand in arrays that C reads."""
 
     router: Linear
@@ -90,8 +86,7 @@ class Mixture:
         return [*self.up, *self.down, *(self.shared.linears if self.shared else [])]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """The linears of one layer in the order they run, and its norms (float32)."""
 
     attn_norm: np.ndarray
@@ -109,8 +104,7 @@ class Block:
         return [*self.qkv, self.o, *self.mlp.linears]
 
 
-@dataclass(frozen=True, slots=True)
-class Cache:
+class Cache(NamedTuple):
     """Keys and values of one layer, uint8 [blocks, bytes a block] each; their inner layout is the kernels' own."""
 
     keys: np.ndarray
