@@ -36,7 +36,7 @@ from martlet.model.rope import inverse_frequencies, magnitude
 from martlet.model.spec import TARGETS, Attention, DecoderSpec, Experts, FeedForward, Layer, Rope
 from martlet.runners.base import MemoryPlan
 from martlet.runners.cpu_runner.adapters import AdapterTables
-from martlet.runners.cpu_runner.packed_cache import PackedCache
+from martlet.runners.cpu_runner.packed_cache import PackedCache, pages
 from martlet.runners.cpu_runner.packing import Packer, Precision, floats, in_order, order_of, source_format
 
 if TYPE_CHECKING:
@@ -432,9 +432,9 @@ class _Builder:
 
 
 def _aligned_zeros(rows: int, size: int) -> np.ndarray:
-    """uint8 [rows, size] at an address that is a multiple of 64."""
-    plain = np.zeros(rows * size + 64, np.uint8)
-    return plain[-plain.ctypes.data % 64 :][: rows * size].reshape(rows, size)
+    """uint8 [rows, size] at an address that is a multiple of 64: a page's. numpy would clear small ones at once, and a
+    huge page in each would be cleared at the first token."""
+    return np.frombuffer(pages(max(1, rows * size)), np.uint8, rows * size).reshape(rows, size)
 
 
 def _bias(parts: list[Tensor | None]) -> np.ndarray | None:

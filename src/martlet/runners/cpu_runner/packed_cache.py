@@ -207,10 +207,16 @@ def _is_in_huge_pages(data: np.ndarray) -> bool:
     return kilobytes << 10 > 3 * len(data) // 4
 
 
+def pages(size: int) -> mmap.mmap:
+    """Zeroed memory that the system gives page by page, as it is written."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def huge_pages(size: int) -> mmap.mmap:
     """Zeroed memory, in huge pages where the system has them: only private memory gets them when asked for."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return mmap.mmap(-1, size)
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    region = pages(size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
     return region
