@@ -79,11 +79,32 @@ backend = load_native(card, LoadOptions(max_model_len=64), EngineOptions())
 ids = backend.tokenizer.encode_prompt("Hello")
 (answer,) = backend.generate([Request("1", ids, SamplingParams(max_tokens=1), stream=True)])
 assert answer.token_ids
-heavy = {"torch", "jinja2", "ml_dtypes", "orjson", "gguf", "safetensors", "subprocess", "zipfile", "shutil"}
-ours = {"hub.peft", "model.adapters", "runners.cpu_runner.recurrence", "kernels.ops", "grammar.process", "chat"}
+heavy = {"torch", "jinja2", "ml_dtypes", "orjson", "gguf", "safetensors", "subprocess", "zipfile", "shutil", "uuid"}
+ours = {"hub.peft", "hub.pypi", "hub.sentencepiece", "hub.tiktoken", "hub.safetensors_file", "model.adapters"}
+ours |= {"runners.cpu_runner.recurrence", "kernels.ops", "grammar.process", "chat"}
 print(sorted((heavy | {f"martlet.{name}" for name in ours}) & set(sys.modules)))
 """
     assert python(code).strip() == "[]"
+
+
+def test_an_answer_in_the_terminal_imports_no_more_than_its_template():
+    code = """
+import sys
+from martlet.cli import main
+assert main(["infer", "--prompt", "Hi", "--max_new_tokens", "1", "--max_model_len", "128"]) == 0
+ours = {"hub.peft", "chat.parser", "chat.reply", "server", "train"}
+print(sorted(({f"martlet.{name}" for name in ours} | {"uuid", "secrets", "rich"}) & set(sys.modules)))
+"""
+    assert python(code).splitlines()[-1] == "[]"
+
+
+def test_a_name_is_found_in_the_one_file_that_spells_it():
+    code = """
+from martlet.hub import registry
+assert registry.find("SmolLM2_135M.instruct").family == "llama"
+print(registry._read.cache_info().currsize)
+"""
+    assert python(code).strip() == "1"
 
 
 def test_import_martlet_is_cheap():

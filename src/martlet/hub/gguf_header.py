@@ -8,12 +8,12 @@ checked against the file before it is used, so a damaged file ends in a Checkpoi
 from __future__ import annotations
 
 import mmap
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from struct import Struct, unpack_from
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ MAX_DIMS = 4
 MAX_ITEMS = 1 << 26  # of a metadata array; the largest real ones are merge lists of about half a million
 MAX_DEPTH = 4
 
-_U32, _U64 = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
+_U32, _U64 = Struct("<I").unpack_from, Struct("<Q").unpack_from
 _SCALARS = {  # metadata value type -> numpy dtype
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -84,7 +84,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GGUFHeader:
     """The opened file. `map` keeps the bytes reachable for as long as a view of them lives.
 
@@ -182,7 +182,7 @@ def _place(
     return tensors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LazyArray:
     """A metadata array that stays in the file until `read`: vocabularies are large and often not needed.
 
@@ -316,7 +316,8 @@ class _Cursor:
         rank = self.u32(f"tensor {name}")
         if not 1 <= rank <= MAX_DIMS:
             raise self.fail(f"tensor {name} ({rank} dimensions)")
-        shape = tuple(self.u64(f"tensor {name}") for _ in range(rank))[::-1]
+        *dims, type_id, offset = unpack_from(f"<{rank}QIQ", self.data, self.need(8 * rank + 12, f"tensor {name}"))
+        shape = tuple(reversed(dims))
         if not all(shape):
             raise self.fail(f"tensor {name} (shape {shape})")
-        return name, self.u32(f"tensor {name}"), shape, self.u64(f"tensor {name}")
+        return name, type_id, shape, offset

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from martlet.errors import CheckpointError
 from martlet.hub.byte_level import BYTES
@@ -27,7 +26,7 @@ WORLD_VOCABULARY = ("rwkv-world-vocabulary", "rwkv==0.8.32", "rwkv/rwkv_vocab_v2
 _LONG = 8192
 """Characters that take so long to encode that other threads must run meanwhile, which the library's encode prevents."""
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_PIECE = r"<0x([0-9A-Fa-f]{2})>"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -185,7 +184,7 @@ def _from_gguf(card: ModelCard) -> Tokenizer:
 def _from_folder(card: ModelCard) -> Tokenizer:
     core, defaults = _vocabulary(card)
     settings = read_json(card.path / "tokenizer_config.json", missing={})
-    special_tokens = defaults.names | _special_tokens(card.path, settings)
+    special_tokens = {**defaults.names, **_special_tokens(card.path, settings)}
     by_name = {name: core.token_to_id(text) for name, text in special_tokens.items()}
     bos_id = by_name.get("bos_token")
     if bos_id is None:
@@ -207,11 +206,10 @@ def _from_folder(card: ModelCard) -> Tokenizer:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Defaults:
+class _Defaults(NamedTuple):
     """What goes with a vocabulary file where the folder's other files do not say. begin: tokens before a raw prompt."""
 
-    names: dict[str, str] = field(default_factory=dict)
+    names: Mapping[str, str]
     add_bos: bool = False
     begin: tuple[str, ...] = ()
 
@@ -236,7 +234,7 @@ def _vocabulary(card: ModelCard) -> tuple[tokenizers.Tokenizer, _Defaults]:
             raise CheckpointError(f"{file} is not a readable tokenizer: {error}") from error
         core.no_padding()
         core.no_truncation()
-        return core, _Defaults()
+        return core, _Defaults({})
     model = card.path / "tokenizer.model"
     for file in (*sorted(card.path.glob("*.tiktoken")), model):
         if file.is_file() and (file != model or tiktoken.is_tiktoken(file)):
@@ -332,6 +330,6 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
-    if match := _BYTE_PIECE.fullmatch(piece):
+    if match := re.fullmatch(_BYTE_PIECE, piece):
         return bytes([int(match[1], 16)])
     return piece.replace("▁", " ").encode()
