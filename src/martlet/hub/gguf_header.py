@@ -8,7 +8,7 @@ checked against the file before it is used, so a damaged file ends in a Checkpoi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -100,6 +100,11 @@ class GGUFHeader:
         """A metadata value with arrays read out, or `default`."""
         value = self.metadata.get(key, default)
         return value.read() if isinstance(value, LazyArray) else value
+
+    def items(self, key: str, indices: Iterable[int]) -> list[Any]:
+        """Some of an array's items."""
+        value = self.metadata[key]
+        return value.items(indices) if isinstance(value, LazyArray) else [value[index] for index in indices]
 
     def pairs(self, key: str) -> list[tuple[str, ...]]:
         """An array of strings, each cut at its first space; [] when it is absent."""
@@ -206,6 +211,13 @@ class LazyArray:
             return cursor.strings(self.count, self.key) if found is None else found
         items = [cursor.value(self.kind, self.key) for _ in range(self.count)]
         return [item.read() if isinstance(item, LazyArray) else item for item in items]
+
+    def items(self, indices: Iterable[int]) -> list[Any]:
+        """Some of the items, the rest unread where it is known where they lie."""
+        if self.places is None:
+            items = self.read()
+            return [items[index] for index in indices]
+        return [_Cursor(self.cursor.path, self.cursor.data, int(self.places[i])).string(self.key) for i in indices]
 
     def pairs(self) -> list[tuple[str, ...]]:
         """Strings, each cut at its first space."""

@@ -7,11 +7,12 @@ Two kinds cover the decoders: `gpt2` (byte-level BPE with a merge list, split fi
 from __future__ import annotations
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from martlet.errors import CheckpointError
+from martlet.hub import kept_bpe
 from martlet.hub.gguf_header import GGUFHeader
-from martlet.hub.token_types import CONTROL, MAX_TOKEN, UNKNOWN, USER_DEFINED
+from martlet.hub.token_types import CONTROL, MAX_TOKEN, NORMAL, UNKNOWN, USER_DEFINED
 
 # Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
 # that the names stand for. GPT2 means the byte-level step's own pattern.
@@ -77,17 +78,21 @@ def wants_bos(header: GGUFHeader) -> bool:
     return header.get("tokenizer.ggml.model") == "llama" or header.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
 
 
-def _tokens(header: GGUFHeader) -> tuple[list[str], np.ndarray]:
+def _tokens(header: GGUFHeader) -> list[str]:
     tokens = header.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens is missing or no list of strings")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise CheckpointError(f"{header.path}: a token has more than {MAX_TOKEN} characters; the file is corrupt")
-    types = header.get("tokenizer.ggml.token_type")
-    types = np.ones(len(tokens), np.int32) if types is None else np.asarray(types)
-    if len(types) != len(tokens):
-        raise CheckpointError(f"{header.path}: {len(tokens)} tokens but {len(types)} token types")
-    return tokens, types
+    return tokens
+
+
+def _types(header: GGUFHeader) -> np.ndarray:
+    count, types = header.count("tokenizer.ggml.tokens"), header.get("tokenizer.ggml.token_type")
+    types = np.full(count, NORMAL, np.int32) if types is None else np.asarray(types)
+    if len(types) != count:
+        raise CheckpointError(f"{header.path}: {count} tokens but {len(types)} token types")
+    return types
 
 
 def _vocabulary(header: GGUFHeader, tokens: list[str]) -> dict[str, int]:
@@ -105,10 +110,15 @@ def _byte_level(header: GGUFHeader) -> Tokenizer:
             f"{header.path}: unknown pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Prompts of ids still work"
         )
-    tokens, types = _tokens(header)
-    merges = header.pairs("tokenizer.ggml.merges")
+
+    def read() -> kept_bpe.Vocabulary:
+        return _vocabulary(header, _tokens(header)), header.pairs("tokenizer.ggml.merges")
+
+    settings = {"fuse_unk": False, "ignore_merges": pre in WHOLE_WORDS_FIRST}
     try:
-        model = models.BPE(_vocabulary(header, tokens), merges, fuse_unk=False, ignore_merges=pre in WHOLE_WORDS_FIRST)
+        model = kept_bpe.model_of(header.path, header.count("tokenizer.ggml.tokens"), read, **settings)
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises bare Exception: a merge of pieces that are not tokens
         raise CheckpointError(f"{header.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
     tokenizer = Tokenizer(model)
@@ -119,14 +129,14 @@ def _byte_level(header: GGUFHeader) -> Tokenizer:
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, tokens, types)
+    _add_tokens(tokenizer, header)
     return tokenizer
 
 
 def _sentencepiece(header: GGUFHeader) -> Tokenizer:
     from martlet.hub.sentencepiece import Pieces, tokenizer_of
 
-    tokens, types = _tokens(header)
+    tokens, types = _tokens(header), _types(header)
     scores = header.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise CheckpointError(f"{header.path}: tokenizer.ggml.scores is missing or not as long as the tokens")
@@ -141,11 +151,10 @@ def _sentencepiece(header: GGUFHeader) -> Tokenizer:
     return tokenizer_of(pieces, header.path)
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: np.ndarray) -> None:
+def _add_tokens(tokenizer: Tokenizer, header: GGUFHeader) -> None:
+    types = _types(header)
+    indices = np.flatnonzero((types == CONTROL) | (types == USER_DEFINED) | (types == UNKNOWN))
+    added = zip(header.items("tokenizer.ggml.tokens", indices), types[indices] != USER_DEFINED, strict=True)
     tokenizer.add_tokens(
-        [
-            AddedToken(tokens[index], special=bool(types[index] != USER_DEFINED), normalized=False)
-            for index in np.flatnonzero((types == CONTROL) | (types == USER_DEFINED) | (types == UNKNOWN))
-            if tokens[index]
-        ]
+        [AddedToken(token, special=bool(special), normalized=False) for token, special in added if token]
     )
