@@ -35,6 +35,15 @@ API void martlet_pack(Executor* executor, int source, int target, const uint8_t*
   });
 }
 
+// See Executor for what may happen between these.
+API void martlet_begin(Executor* executor, const Op* ops, int n_ops, const Batch* batch) {
+  executor->begin(ops, n_ops, *batch);
+}
+
+API void martlet_help(Executor* executor) { executor->help(); }
+
+API void martlet_finish(Executor* executor) { executor->finish(); }
+
 API void martlet_run(Executor* executor, const Op* ops, int n_ops, const Batch* batch) {
   executor->run(ops, n_ops, *batch);
 }

@@ -17,47 +17,70 @@ constexpr int kWarmBytes = 8192;
 
 }  // namespace
 
-void Executor::run(const Op* ops, int n_ops, const Batch& batch) {
-  lay_out(ops, n_ops, batch);
-  team_.run([&](Worker& worker) {
-    kernels_.enter();
-    own_[worker.rank].rows = (int)tokens_.size();
-    for (int i = 0; i < n_ops; ++i) {
-      int linears = 0;
-      while (row_blocks(rows(worker)) && i + linears < n_ops && ops[i + linears].kind == kLinear) ++linears;
-      if (linears) {
-        linears_by_rows(worker, ops + i, linears);
-        i += linears - 1;
-        continue;
-      }
-      switch (ops[i].kind) {
-        case kEmbed: embed(worker, *(const EmbedOp*)ops[i].op); break;
-        case kAngles: angles(worker, *(const AnglesOp*)ops[i].op); break;
-        case kLinear: linear(worker, *(const LinearOp*)ops[i].op); break;
-        case kAttention:
-          if (i + 1 < n_ops && ops[i + 1].kind == kLinear) warm(worker, ((const LinearOp*)ops[i + 1].op)->w);
-          attention(worker, *(const AttentionOp*)ops[i].op);
-          break;
-        case kHead: head(worker, *(const HeadOp*)ops[i].op); break;
-        case kNormAdd: norm_add(worker, *(const NormAddOp*)ops[i].op); break;
-        case kRoute: route(worker, *(const RouteOp*)ops[i].op); break;
-        case kExperts: experts(worker, *(const ExpertsOp*)ops[i].op); break;
-        case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
-        case kLayerNorm: layer_norm(worker, *(const LayerNormOp*)ops[i].op); break;
-        case kShift: shift(worker, *(const ShiftOp*)ops[i].op); break;
-        case kRecur: recur(worker, *(const RecurOp*)ops[i].op); break;
-        case kRemember: remember(worker, *(const RememberOp*)ops[i].op); break;
-        case kGateAdd: gate_add(worker, *(const GateAddOp*)ops[i].op); break;
-        case kPick: pick(worker, *(const PickOp*)ops[i].op); break;
-      }
+void Executor::begin(const Op* ops, int n_ops, const Batch& batch) {
+  finish();
+  held_ = batch;
+  ops_ = ops;
+  n_ops_ = n_ops;
+  head_ = int(std::find_if(ops, ops + n_ops, [](const Op& op) { return op.kind == kHead; }) - ops);
+  next_ = 0;
+  lay_out(ops, n_ops, held_);
+  under_way_ = true;
+  team_.begin([this](Worker& worker) { work(worker, 0, n_ops_); });
+}
+
+void Executor::help() {
+  if (!under_way_ || next_ >= head_) return;
+  work(team_.caller(), next_, head_);
+  next_ = head_;
+}
+
+void Executor::finish() {
+  if (!under_way_) return;
+  work(team_.caller(), next_, n_ops_);
+  team_.end();
+  under_way_ = false;
+}
+
+// What a thread does of a step: operations first ... last - 1.
+void Executor::work(Worker& worker, int first, int last) {
+  const Op* ops = ops_;
+  kernels_.enter();
+  if (!first) own_[worker.rank].rows = (int)tokens_.size();
+  for (int i = first; i < last; ++i) {
+    int linears = 0;
+    while (row_blocks(rows(worker)) && i + linears < last && ops[i + linears].kind == kLinear) ++linears;
+    if (linears) {
+      linears_by_rows(worker, ops + i, linears);
+      i += linears - 1;
+      continue;
     }
-    kernels_.leave();
-  });
+    switch (ops[i].kind) {
+      case kEmbed: embed(worker, *(const EmbedOp*)ops[i].op); break;
+      case kAngles: angles(worker, *(const AnglesOp*)ops[i].op); break;
+      case kLinear: linear(worker, *(const LinearOp*)ops[i].op); break;
+      case kAttention:
+        if (i + 1 < last && ops[i + 1].kind == kLinear) warm(worker, ((const LinearOp*)ops[i + 1].op)->w);
+        attention(worker, *(const AttentionOp*)ops[i].op);
+        break;
+      case kHead: head(worker, *(const HeadOp*)ops[i].op); break;
+      case kNormAdd: norm_add(worker, *(const NormAddOp*)ops[i].op); break;
+      case kRoute: route(worker, *(const RouteOp*)ops[i].op); break;
+      case kExperts: experts(worker, *(const ExpertsOp*)ops[i].op); break;
+      case kCombine: combine(worker, *(const CombineOp*)ops[i].op); break;
+      case kLayerNorm: layer_norm(worker, *(const LayerNormOp*)ops[i].op); break;
+      case kShift: shift(worker, *(const ShiftOp*)ops[i].op); break;
+      case kRecur: recur(worker, *(const RecurOp*)ops[i].op); break;
+      case kRemember: remember(worker, *(const RememberOp*)ops[i].op); break;
+      case kGateAdd: gate_add(worker, *(const GateAddOp*)ops[i].op); break;
+      case kPick: pick(worker, *(const PickOp*)ops[i].op); break;
+    }
+  }
+  kernels_.leave();
 }
 
 // Everything that depends on the batch alone, and all memory the step will need.
 void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
-  batch_ = &batch;
   tokens_.clear();
   first_.assign(1, 0);
   for (int s = 0; s < batch.n_seqs; ++s) {
@@ -139,7 +162,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
 
 // Fetches the beginning of a thread's part of a matrix while it does something else: memory should never rest.
 void Executor::warm(const Worker& worker, const Matrix& w) const {
-  if (tokens_.size() > kOwnRows) return;
+  if (tokens_.size() > kOwnRows || worker.behind()) return;
   const int64_t bytes = panel_bytes(Format(w.format), w.k);
   const int grain = grain_of(panels_of(w), team_.size()), pieces = (panels_of(w) + grain - 1) / grain;
   const int64_t begin = int64_t(team_.first_of(worker.rank, pieces)) * grain * bytes;

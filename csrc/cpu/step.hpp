@@ -38,9 +38,25 @@ class Executor {
  public:
   Executor(int threads, int spins, Isa isa)
       : team_(threads, spins), kernels_(*kernels_for(isa)), own_(size_t(team_.size())) {}
+  Executor(const Executor&) = delete;
 
-  Team& team() { return team_; }
-  void run(const Op* ops, int n_ops, const Batch& batch);
+  ~Executor() { finish(); }
+
+  // A step in up to three calls, so that the caller can do something else between them while the other threads compute.
+  // Calls follow each other as the team's do. Until `finish`, or the next `begin`, everything that ops and batch point
+  // at is in use; the batch itself is copied.
+  void begin(const Op* ops, int n_ops, const Batch& batch);  // finishes the step before
+  void help();    // the caller computes too, until all but the head and sampling is done
+  void finish();  // and with this it is done; nothing where no step is under way
+  void run(const Op* ops, int n_ops, const Batch& batch) {
+    begin(ops, n_ops, batch);
+    finish();
+  }
+  // The team, with nothing under way.
+  Team& team() {
+    finish();
+    return team_;
+  }
 
  private:
   struct Token {
@@ -93,6 +109,7 @@ class Executor {
     std::vector<int32_t> working;  // experts that have any
   };
 
+  void work(Worker&, int first, int last);
   void lay_out(const Op* ops, int n_ops, const Batch& batch);
   void lay_out_adapters(const Op* ops, int n_ops);
   Plan plan(const AttentionOp& op) const;
@@ -145,8 +162,13 @@ class Executor {
   const Kernels& kernels_;
   std::vector<Own> own_;
 
-  // Of the step that runs.
-  const Batch* batch_ = nullptr;
+  // Of the step that is under way.
+  bool under_way_ = false;
+  const Op* ops_ = nullptr;
+  int n_ops_ = 0, head_ = 0;  // the head's place among the operations
+  int next_ = 0;              // the caller's next operation
+  Batch held_{};
+  const Batch* batch_ = &held_;
   std::vector<Token> tokens_;
   std::vector<int32_t> first_;  // [n_seqs + 1], where each sequence's tokens begin
   bool decode_ = false;  // one token of each sequence

@@ -4,14 +4,23 @@
 // skips what the others have finished when it comes back. Only the end of a job waits for everyone.
 // Waiting spins for some microseconds, then sleeps in the kernel, so that a decode step pays no system call, an idle
 // server burns nothing, and a core is free for the thread that is waited for. The calling thread is worker 0.
+//
+// It may be late as well, on purpose: `begin` returns while the others work, and the caller joins them when it has done
+// what else it had to do. What a late thread finds:
+//  - Loops that are over: `each` takes no piece of them and returns; what their bodies wrote is there to read, since
+//    whoever counts the last items of a loop publishes all of it with loop_, which every thread reads before it goes on.
+//  - The loop that is open, with pieces left or not: it takes what is left, of its own range first.
+//  - Memory that loops beyond write, in any state. So between loops it may read what the job leaves unchanged, and what
+//    is its own; what it prepares for a loop may turn out wrong only where that loop is over (see `behind`).
+//  - Barriers, where the others wait for it: whatever they would overwrite next is still as it was.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -20,6 +29,7 @@
 #include <unistd.h>
 #else
 #include <condition_variable>
+#include <mutex>
 #endif
 
 namespace martlet {
@@ -92,6 +102,7 @@ class Team {
     for (int rank = 1; rank < size_; ++rank) threads_.emplace_back([this, rank] { serve(rank); });
   }
 
+  // No job may be under way.
   ~Team() {
     job_ = nullptr;
     start_.advance();
@@ -100,16 +111,26 @@ class Team {
 
   int size() const { return size_; }
 
-  void run(const std::function<void(Worker&)>& job) {
-    std::lock_guard<std::mutex> lock(running_);
+  void run(std::function<void(Worker&)> job) {
+    begin(std::move(job));
+    job_(caller_);
+    end();
+  }
+
+  // Starts a job on all threads but the calling one, which is to do its part with `caller`, in one piece or several,
+  // before it calls `end`. Calls follow each other: one thread's, or ordered by whoever passes the team on.
+  void begin(std::function<void(Worker&)> job) {
     loop_.store(0, std::memory_order_relaxed);
     for (int rank = 0; rank < size_; ++rank) ranges_[rank].taken.store(0, std::memory_order_relaxed);
-    job_ = &job;
+    caller_.loops = 0;
+    job_ = std::move(job);
     start_.advance();
-    Worker self{*this, 0};
-    job(self);
-    barrier();
   }
+
+  Worker& caller() { return caller_; }
+
+  // Returns when everybody has done the job.
+  void end() { barrier(); }
 
   // The first piece of a thread's range. All ranges are in one piece and alike, so that a thread reads memory in order
   // (two streams of weights come a tenth faster than one that threads take turns at), and the same in every step.
@@ -142,7 +163,7 @@ class Team {
       start_.wait(seen, spins_);
       if (!job_) return;
       Worker self{*this, rank};
-      (*job_)(self);
+      job_(self);
       barrier();
     }
   }
@@ -177,8 +198,8 @@ class Team {
   alignas(64) std::atomic<uint32_t> loop_{0};  // the open one
   alignas(64) std::atomic<int> done_{0};       // items of the open loop that are done
   std::unique_ptr<Range[]> ranges_{new Range[size_t(size_)]};
-  const std::function<void(Worker&)>* job_ = nullptr;
-  std::mutex running_;
+  std::function<void(Worker&)> job_;
+  Worker caller_{*this, 0};
   std::vector<std::thread> threads_;
 };
 
