@@ -250,8 +250,9 @@ class Constraints:
     def _give_up(self) -> None:
         """The worker is stuck or dead: kill it. Who was asked for alone is to blame; several get a second chance."""
         assert self._port is not None
-        suspects = [one for one in self._asked[min(self._asked)] if one.key in self.live]
-        if len(suspects) == 1 and self._started:
+        asked = self._asked[min(self._asked)]
+        suspects = [one for one in asked if one.key in self.live]
+        if len(suspects) == len(asked) == 1 and self._started:  # else it may have been one that has ended meanwhile
             suspects[0].deaths += not self._port.alive  # once may be somebody else's doing
             if self._port.alive or suspects[0].deaths > 1:
                 self._fail(suspects[0], "it takes too much " + ("time" if self._port.alive else "memory"))
