@@ -16,7 +16,7 @@ from martlet.errors import BackendUnavailable, UsageError
 from martlet.hub.card import ModelCard
 from martlet.kernels.cpu import build
 from martlet.kernels.cpu import library as native
-from martlet.runners.base import Batch, LoadOptions, NewRow, StepResult
+from martlet.runners.base import Batch, LoadOptions, NewRow, Step, StepResult
 from martlet.runners.cpu_runner import CpuRunner
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
@@ -62,9 +62,12 @@ class Driver:
         self.done: dict[int, int] = {}
         self.owned: dict[int, int] = {}
 
-    def step(self, work, enter=(), drafts=None, copies=()) -> StepResult:
+    def step(self, work, enter=(), **more) -> StepResult:
+        return self.launch(work, enter, **more).result()
+
+    def launch(self, work, enter=(), drafts=None, copies=(), adapter=0) -> Step:
         """work: (row, tokens to compute, whether to sample). enter: (row, tokens, params)."""
-        new = [NewRow(row, tokens, len(tokens), params, seed=5) for row, tokens, params in enter]
+        new = [NewRow(row, tokens, len(tokens), params, seed=5, adapter=adapter) for row, tokens, params in enter]
         for row, *_ in enter:
             self.done[row] = self.owned[row] = 0
         writes = []
@@ -83,7 +86,7 @@ class Driver:
         )  # fmt: skip
         for row, count, _ in work:
             self.done[row] += count
-        return self.runner.launch(batch).result()
+        return self.runner.launch(batch)
 
 
 def everything(runner, tokens: np.ndarray, chunks, beside: bool = False) -> np.ndarray:
@@ -306,7 +309,8 @@ def test_a_failure_to_get_masks_is_the_failure_of_the_step():
     one = np.zeros(1, np.int32)
     new = [NewRow(0, TOKENS[:1], 1, SamplingParams(temperature=0), seed=5)]
     batch = Batch(rows=one, start=one, count=one + 1, sample=one == 0, new_rows=new, masks=masks)
+    step = runner.launch(batch)
     with pytest.raises(ZeroDivisionError):
-        runner.launch(batch)
+        step.result()
     assert 0 <= runner.launch(replace(batch, masks=None)).result().tokens[0] < VOCAB
     runner.close()

@@ -2,7 +2,7 @@ import queue
 import threading
 
 import pytest
-from fake_runner import FakeRunner, expected_tokens
+from fake_runner import FakeRunner, LateRunner, expected_tokens
 
 from martlet.engine import AsyncEngine, Engine, Request
 from martlet.errors import InvalidRequest, MartletError, Overloaded
@@ -85,6 +85,53 @@ def test_news_are_told_while_a_device_computes(lag):
     engine.close()
     ahead = ["launch", "launch"] + ["launch", "news"] * 2 + ["news", "news"]
     assert told == (ahead if lag else ["launch", "news"] * 4)
+
+
+def test_news_of_a_step_are_told_before_the_next_one_is_waited_for():
+    """Where this thread computes, too: its part of a step comes behind all that can be said of the step before."""
+    told = []
+
+    class Telling(LateRunner):
+        def launch(self, batch):
+            step = super().launch(batch)
+            told.append("begun")
+            return step
+
+        def help(self):
+            told.append("help")
+            super().help()
+
+    class Sink(queue.SimpleQueue):
+        def put(self, outputs):
+            told.append("news")
+            super().put(outputs)
+
+    engine, sink = AsyncEngine(Engine(Telling(MEMORY))), Sink()
+    engine.submit([ask("a", max_tokens=4)], sink)
+    assert [t for o in collect(sink, 1) for t in o.token_ids] == expected_tokens([1, 2, 3], 0, 4)
+    engine.close()
+    assert told == ["begun", "help"] + ["begun", "news", "help"] * 3 + ["news"]
+
+
+def test_a_request_that_comes_during_a_step_is_in_the_next_one():
+    runner = LateRunner(MEMORY)
+    engine, sink, sizes = AsyncEngine(Engine(runner)), queue.SimpleQueue(), []
+    launch, help = runner.launch, runner.help
+
+    def launched(batch):
+        sizes.append(len(batch.rows))
+        return launch(batch)
+
+    def helped():
+        if len(sizes) == 2:
+            engine.submit([ask("b", max_tokens=4)], sink)
+        help()
+
+    runner.launch, engine.engine._help = launched, helped
+    engine.submit([ask("a", max_tokens=8)], sink)
+    collect(sink, 2)
+    engine.close()
+    assert sizes[:3] == [1, 1, 2]
 
 
 def test_abort_ends_a_request_soon(engine):

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from byte_tokenizer import EOS, ByteTokenizer
-from fake_runner import VOCAB, FakeRunner, expected_tokens
+from fake_runner import VOCAB, FakeRunner, LateRunner, expected_tokens
+from toy_grammar import END, constraints
 
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import InvalidRequest, Overloaded
+from martlet.grammar import Grammar
 from martlet.runners.base import Done, MemoryPlan, StepResult
 from martlet.sampling_params import SamplingParams
 
@@ -274,3 +276,31 @@ def test_steps_have_as_many_tokens_as_the_runner_allows_now():
             engine.step()
             counts.append(engine.runner.tokens_computed - before)
         assert counts == ([8, 8, 8] if limit else [5, 11, 3])
+
+
+def test_on_this_thread_a_row_with_a_grammar_holds_its_step_for_nobody_and_misses_none():
+    """Beside rows that run a step ahead it would be in every other step only."""
+    engine = Engine(LateRunner(MEMORY), options=EngineOptions(seed=1), constraints=constraints(None, MEMORY.max_rows))
+    engine.add(ask("plain", max_tokens=12))
+    engine.add(ask("strict", max_tokens=12, grammar=Grammar("regex", "fine:20"), stop_token_ids=[END]))
+    outputs = drain(engine, [])
+    assert engine.stats().steps == 12
+    assert next(o for o in outputs if o.request_id == "plain").token_ids == expected_tokens([1, 2, 3], 7, 12)
+
+
+def test_a_step_under_way_is_finished_when_nothing_follows():
+    runner = LateRunner(MEMORY)
+    engine = Engine(runner)
+    (output,) = drain(engine, [ask(max_tokens=1)])
+    assert output.token_ids == expected_tokens([1, 2, 3], 7, 1) and runner.current is None and not engine.has_work
+
+
+def test_close_finishes_what_is_under_way():
+    runner = LateRunner(MEMORY)
+    engine = Engine(runner)
+    engine.add(ask(max_tokens=9))
+    for _ in range(3):
+        engine.step()
+    assert runner.current is not None
+    engine.close()
+    assert runner.current is None and engine.stats().kv_blocks_used == 0

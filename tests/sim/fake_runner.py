@@ -151,6 +151,72 @@ class FakeRunner:
         self.kv = None
 
 
+class LateRunner(FakeRunner):
+    """Computes a step when the next one is launched, when it is lent a thread or when it is asked: as the CPU runner
+    does, whose results any write of Python's to what a step under way reads would change. Lag 1."""
+
+    def __init__(self, memory: MemoryPlan, **options):
+        super().__init__(memory, lag=1, **options)
+        self.max_drafts = 0 if memory.snapshots else 8
+        self.current: _LateStep | None = None
+        self.helped = 0
+
+    def load_adapter(self, slot: int, adapter: FakeAdapter) -> None:
+        self.finish()
+        super().load_adapter(slot, adapter)
+
+    def launch(self, batch: Batch):
+        self.finish()
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("injected failure")
+        self.under_way += 1
+        self.current = _LateStep(self, batch)
+        return self.current
+
+    def help(self) -> None:
+        self.helped += 1
+        if self.helped % 2:  # else the next launch does it
+            self.finish()
+
+    def finish(self) -> None:
+        if (step := self.current) is not None:
+            self.current = None
+            step.compute()
+
+
+class _LateStep:
+    def __init__(self, runner: LateRunner, batch: Batch):
+        self.runner, self.batch, self.given = runner, batch, self._numbers(batch)
+        self.value: StepResult | None = None
+        self.failure: Exception | None = None
+
+    @staticmethod
+    def _numbers(batch: Batch) -> list[list]:
+        arrays = (batch.rows, batch.start, batch.count, batch.sample, batch.drafts, batch.block_rows, batch.block_slots)
+        arrays += (batch.block_ids, batch.copies, *(new.tokens for new in batch.new_rows))
+        return [[] if array is None else array.tolist() for array in arrays]
+
+    def compute(self) -> None:
+        runner, batch = self.runner, self.batch
+        assert self._numbers(batch) == self.given, "a batch was changed after its launch"
+        later, runner.fail_next = runner.fail_next, False
+        try:
+            self.value = runner._launch(batch).value
+        except RuntimeError as error:  # the next step may be on its way, with whatever this one left as its tokens
+            self.failure = error
+            runner.tokens[batch.rows, batch.start + batch.count] = 0
+        runner.fail_next = later
+
+    def result(self) -> StepResult:
+        if self.runner.current is self:
+            self.runner.finish()
+        self.runner.under_way -= 1
+        if self.failure is not None:
+            raise self.failure
+        return self.value
+
+
 class _Result:
     def __init__(self, runner: FakeRunner, value: StepResult):
         self.runner, self.value = runner, value

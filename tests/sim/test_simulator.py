@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import numpy as np
 import pytest
-from fake_runner import VOCAB, FakeAdapter, FakeRunner, expected_tokens, next_token
+from fake_runner import VOCAB, FakeAdapter, FakeRunner, LateRunner, expected_tokens, next_token
 from toy_grammar import END, allowed, constraints
 
 from martlet.engine.adapters import AdapterSlots, Version
@@ -55,9 +56,8 @@ def simulate(seed: int, snapshots: bool = False) -> Engine:
     chunk = rng.choice([1, 2, 5, 16, 64])
     alone = max(chunk, rng.choice([1, 8, 64]))
     slots = rng.choice([0, 0, 1, 2, 3])
-    runner = FakeRunner(
-        memory, lag=rng.choice([0, 1]), max_step_tokens=chunk, max_prefill_tokens=alone, max_adapters=slots
-    )
+    kind = rng.choice([LateRunner, partial(FakeRunner, lag=0), partial(FakeRunner, lag=1)])
+    runner = kind(memory, max_step_tokens=chunk, max_prefill_tokens=alone, max_adapters=slots)
     runner.poison = rng.randrange(VOCAB) if rng.random() < 0.2 else None
     options = EngineOptions(
         enable_prefix_caching=rng.random() < 0.8, seed=seed, speculative_tokens=rng.choice([0, 0, 1, 3])

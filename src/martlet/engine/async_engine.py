@@ -95,9 +95,10 @@ class AsyncEngine:
                 held = engine.collect()
                 # While a device computes, this thread leaves Python to those who take the outputs. So with steps under
                 # way they wait for the next launch: delivered before it, they would have both take turns for the lock.
-                if not (engine.runner.lag and engine.has_work):
+                if not engine.outputs_wait:
                     self._deliver(held)
                     held = []
+                engine.help()  # and then see what has come
         except Exception as error:  # a bug in the engine itself: nobody may wait for ever because of it
             log.exception("the engine thread died")
             self._deliver(held)

@@ -34,8 +34,16 @@ class Engine:
     """Runs requests on a runner.
 
     `step` launches one step and takes in the oldest one under way, so with a runner whose `lag` is 1 the next step is
-    computing while Python reads the last one's tokens. When a step of several requests raises, each of
-    them does its part again alone, so that only the one that fails by itself is failed.
+    computing while Python reads the last one's tokens. What is hidden behind what, where step k + 1 is under way:
+
+    - A device computes alone. Step k + 2 is planned and launched behind it, then step k + 1 is waited for; its outputs
+      are taken on when k + 2 has been launched.
+    - A CPU computes with this thread, too, while that has nothing else to do (`Runner.help`). So it computes first,
+      until only the head of k + 1 is left; then k + 2 is planned, with the requests that have come meanwhile. The
+      launch finishes k + 1 and begins k + 2, behind which the tokens of k + 1 are taken in and its outputs go out.
+
+    When a step of several requests raises, each of them does its part again alone, so that only the one that fails by
+    itself is failed.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Engine:
         if options.speculative_tokens > runner.max_drafts:
             said = "speculative_tokens is %d, but this runner verifies at most %d guesses a step"
             log.warning(said, options.speculative_tokens, runner.max_drafts)
+        self._help = getattr(runner, "help", None)
         self._follows_runner = options.max_num_batched_tokens is None
         if constraints is None and tokenizer is not None and tokenizer.eos_ids:
             constraints = constraints_for(tokenizer, runner.vocab_size, memory.max_rows)
@@ -188,12 +197,24 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Launch the next step, take in the oldest one due, and return what came out."""
+        self.help()
         self.launch()
         return self.collect()
 
+    def help(self) -> None:
+        """Before a launch: what the runner can use of this thread until it is time to plan."""
+        if self._in_flight and self._help is not None:
+            self._step_began = time.monotonic()
+            self._help()
+
+    @property
+    def outputs_wait(self) -> bool:
+        """Whether outputs are better delivered behind the next launch, since until then nothing computes."""
+        return self.runner.lag > 0 and self._help is None and self.has_work
+
     def launch(self) -> None:
         """The first half of a step: plan the next one and launch it."""
-        self._step_began = time.monotonic()
+        self._step_began = self._step_began or time.monotonic()
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
         constrained = self.constraints is not None and self.constraints.active
@@ -214,10 +235,10 @@ class Engine:
 
     def collect(self) -> list[Output]:
         """The second half: wait for the oldest step due, take it in, and return what came out."""
-        if self._in_flight and (not self._launched or len(self._in_flight) > self.runner.lag):
-            self._take_in(*self._in_flight.popleft())
-        elif not self._launched and self.constraints is not None and self.constraints.active:
+        if not (self._in_flight or self._launched) and self.constraints is not None and self.constraints.active:
             self._hear_constraints(PATIENCE)  # all that runs waits for masks
+        while self._in_flight and (not self._launched or len(self._in_flight) > self._lag):
+            self._take_in(*self._in_flight.popleft())
         # Nothing is launched behind a launch that failed: the runner has not heard what that one had to say.
         while self._in_flight and isinstance(self._in_flight[-1][1], BaseException):
             self._take_in(*self._in_flight.popleft())
@@ -225,12 +246,17 @@ class Engine:
         self._step_began = None
         return outputs
 
+    @property
+    def _lag(self) -> int:
+        """How many steps stay under way. Guesses need all tokens; and beside others that are a step ahead, rows with a
+        grammar run every other step, which costs more than a CPU has to hide."""
+        scheduler = self.scheduler
+        newest = scheduler.speculative_tokens or (self._help is not None and scheduler.table.num_stepwise)
+        return 0 if newest else self.runner.lag
+
     def _launch(self, plan: Plan) -> Step | BaseException:
         try:
-            step = self.runner.launch(plan.batch)
-            if plan.batch.masks is not None and plan.batch.masks.bits is None:
-                raise NotImplementedError("this runner does not apply grammars")
-            return step
+            return self.runner.launch(plan.batch)
         except Exception as error:  # told to the requests of this step when it is taken in
             return error
 
@@ -239,6 +265,8 @@ class Engine:
             if isinstance(step, BaseException):
                 raise step
             result = step.result()
+            if plan.batch.masks is not None and plan.batch.masks.bits is None:
+                raise NotImplementedError("this runner does not apply grammars")
         except Exception as error:
             self._fail(plan, error)
             return

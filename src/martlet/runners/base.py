@@ -187,12 +187,17 @@ class Runner(Protocol):
     """Runs steps of one model on one device.
 
     lag: how many steps may be in flight before the engine must ask for the oldest one's result. 0: `launch` computes
-    at once (CPU); 1: the engine launches step n + 1 before it reads step n (CUDA).
+    at once; 1: the engine launches step n + 1 before it reads step n.
     max_step_tokens: most tokens of a step that this machine should compute, so that a mixed step stays short. Asked for
     before every step: a runner may learn it from the steps it ran.
     max_prefill_tokens: most tokens of a step in which nobody decodes, so that nobody's stream waits for it.
-    max_drafts: most guesses a sequence may get in a step; 0 where `Batch.drafts` is not understood, or lag is not 0.
+    max_drafts: most guesses a sequence may get in a step; 0 where `Batch.drafts` is not understood. An engine that
+    guesses reads each step before it launches the next, whatever the lag.
     max_adapters: slots for LoRA adapters, numbered from 1; 0 where there are none.
+
+    A runner that computes on the calling thread as well as on others also has `help()`: lends it that thread until
+    little is left of the steps in flight. Its `launch` waits for the step before, so that when it returns the results
+    of all but the newest step are there.
     """
 
     memory: MemoryPlan

@@ -1,5 +1,11 @@
 """The runner on the C++ library. One launch is one C call: numpy prepares flat arrays, C++ does everything else.
 
+A launch finishes the step before and returns when the next one has begun, on all threads but the caller's. That one is
+lent to the step in `help`, in the next launch, or when the result is asked for. Until a step is finished C++ reads and
+writes: the rows' tokens, block tables and sampling settings with the lists they point at, caches or states, the tables
+of adapters, and the step's own arrays, which nobody else knows. What Python writes of these waits for the step, but for
+one thing: new blocks of a row that goes on. They stand behind all that a step under way looks up.
+
 What it computes for a token depends on its own sequence alone, bit for bit: not on the batch, the chunk or the threads.
 """
 
@@ -8,8 +14,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from martlet.model.adapters import Adapter
 from martlet.model.spec import DecoderSpec
 from martlet.runners import machine
-from martlet.runners.base import Batch, Done, LoadOptions, NewRow, StepResult, TokenLogprobs
+from martlet.runners.base import Batch, Done, LoadOptions, NewRow, Step, StepResult, TokenLogprobs
 from martlet.runners.cpu_runner.decoder import Decoder, check
 from martlet.runners.cpu_runner.pace import Pace
 from martlet.runners.cpu_runner.packed_cache import packed_cache
@@ -43,9 +49,8 @@ KV_BYTES = {c.CacheKind.F32: 4, c.CacheKind.BF16: 2, c.CacheKind.INT8: 1}
 
 
 class CpuRunner:
-    """Runs one model on this machine's cores, at once: its lag is 0. Contract: martlet.runners.base.Runner."""
+    """Runs one model on this machine's cores. Contract: martlet.runners.base.Runner."""
 
-    lag = 0
     max_prefill_tokens = PREFILL_TOKENS
 
     def __init__(
@@ -66,6 +71,8 @@ class CpuRunner:
         check(spec, options.block_size)
         cores = machine.usable_cores()
         self.executor = Executor(cores, cores=cores)
+        self.lag = 1 if cores > 1 else 0  # a thread that is alone has nobody to compute while Python runs
+        self._current: _Step | None = None  # the step under way
         checkpoint = DummyCheckpoint(options.seed) if card.format == "dummy" else open_checkpoint(card)
         try:
             stream = weights.load(card, spec, checkpoint)
@@ -126,9 +133,13 @@ class CpuRunner:
         return self._pace.tokens
 
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        self._finish()
         self.adapter_tables.put(slot, adapter)
 
-    def launch(self, batch: Batch) -> Done:
+    def launch(self, batch: Batch) -> Step:
+        changes = batch.new_rows or len(batch.copies) or batch.drafts is not None
+        if changes or self.states or (self._current is not None and self._current.batch.masks is not None):
+            self._finish()
         for new in batch.new_rows:
             self._enter(new)
         self.blocks[batch.block_rows, batch.block_slots] = batch.block_ids
@@ -139,10 +150,31 @@ class CpuRunner:
                 cache.values[target] = cache.values[source]
         if not len(batch.rows):
             return Done(StepResult(np.empty(0, np.int32)))
-        began = time.perf_counter()
-        result = self._run(batch)
-        self._pace.saw(batch.num_tokens, time.perf_counter() - began)
-        return Done(result)
+        step = self._lay_out(batch)
+        self.executor.begin(self.program, step.arguments, step)
+        self._ended()
+        self._current, step.arguments, step.began = step, None, time.perf_counter()
+        return step
+
+    def help(self) -> None:
+        """Compute until only the head is left of the step under way: what comes now need not wait for long."""
+        self.executor.help()
+
+    def _finish(self) -> None:
+        if self._current is not None:
+            self.executor.finish()
+            self._ended()
+
+    def _ended(self) -> None:
+        """The step that was under way is done."""
+        step, self._current = self._current, None
+        if step is None:
+            return
+        self._pace.saw(step.batch.num_tokens, time.perf_counter() - step.began)
+        if self.states:
+            self.states.slots.end(step.batch)
+        if step.batch.masks is not None:
+            self.sampling["mask"][step.rows] = 0
 
     def _enter(self, new: NewRow) -> None:
         row, params = new.row, new.params
@@ -173,7 +205,8 @@ class CpuRunner:
         self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
 
-    def _run(self, batch: Batch) -> StepResult:
+    def _lay_out(self, batch: Batch) -> _Step:
+        """A step as C++ takes it. Where nothing is under way it may write into tables and states."""
         rows, start, count = (np.ascontiguousarray(a, np.int32) for a in (batch.rows, batch.start, batch.count))
         ends = np.cumsum(count, dtype=np.int32)
         if ends[-1] > self._capacity:
@@ -188,71 +221,40 @@ class CpuRunner:
         if self.prompt_logprobs.max() >= 0 and (self.prompt_logprobs[rows] >= 0).any():
             prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
             queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
-
-        answers = np.zeros(len(queries), c.ANSWER)
         most = int(queries["top"].max(initial=-1))  # -1: nobody asks for log-probabilities
-        asks, most = most >= 0, max(0, most)
-        top_ids, top_logprobs = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
-        failures: list[Exception] = []
-        slots = self.adapters[rows]
-        self.executor.run(
-            self.program,
-            c.Batch(
-                len(rows),
-                len(queries),
-                rows.ctypes.data,
-                start.ctypes.data,
-                count.ctypes.data,
-                *self._tables,
-                most,
-                queries.ctypes.data,
-                self._sampling,
-                answers.ctypes.data,
-                top_ids.ctypes.data if asks else None,
-                top_logprobs.ctypes.data if asks else None,
-                self._before_head(batch, rows, failures),
-                slots.ctypes.data if slots.any() else None,
-                kept,
-            ),
+        step = _Step(
+            self,
+            batch,
+            rows,
+            sequences,
+            drafted,
+            queries,
+            owners,
+            sampled,
+            asks=most >= 0,
+            answers=np.zeros(len(queries), c.ANSWER),
+            top_ids=np.empty((len(queries), max(0, most)), np.int32),
+            top_logprobs=np.empty((len(queries), max(0, most)), np.float32),
+            kept=(start, count, slots := self.adapters[rows]),
         )
-        if self.states:
-            self.states.slots.end(batch)
-        if batch.masks is not None:
-            self.sampling["mask"][rows] = 0
-        if failures:
-            raise failures[0]
-        chosen = answers["token"][:sampled]
-        if batch.drafts is None:
-            tokens = np.full(len(rows), -1, np.int32)
-            tokens[sequences] = chosen
-        else:
-            tokens = _accepted(batch.drafts, sequences, drafted, chosen)
-        result = StepResult(tokens)
-        for i in np.flatnonzero(queries["top"] >= 0).tolist() if asks else ():
-            token, rank, logprob, _ = answers[i].item()
-            k = min(int(queries["top"][i]), self.vocab_size)
-            entry = TokenLogprobs(token, logprob, rank, top_ids[i, :k], top_logprobs[i, :k])
-            if i < sampled:
-                result.logprobs[int(owners[i])] = entry
-            else:
-                result.prompt_logprobs.setdefault(int(owners[i]), []).append(entry)
-        return result
-
-    def _before_head(self, batch: Batch, rows: np.ndarray, failures: list[Exception]) -> Any:
-        """What C++ calls before it samples: waits for the masks and points the rows at them."""
-        if batch.masks is None:
-            return NOTHING
-        masks = batch.masks
-
-        def take() -> None:
-            try:
-                bits = self._masks = masks.wait()  # kept alive until the next step's
-            except Exception as error:  # it cannot pass through C
-                failures.append(error)
-            else:
-                self.sampling["mask"][rows[masks.entries]] = bits.ctypes.data + np.arange(len(bits)) * bits.strides[0]
-
-        return c.BEFORE_HEAD(take)
+        step.arguments = c.Batch(
+            len(rows),
+            len(queries),
+            rows.ctypes.data,
+            start.ctypes.data,
+            count.ctypes.data,
+            *self._tables,
+            max(0, most),
+            queries.ctypes.data,
+            self._sampling,
+            step.answers.ctypes.data,
+            step.top_ids.ctypes.data if step.asks else None,
+            step.top_logprobs.ctypes.data if step.asks else None,
+            NOTHING if batch.masks is None else c.BEFORE_HEAD(step.take_masks),
+            slots.ctypes.data if slots.any() else None,
+            kept,
+        )
+        return step
 
     def _put_drafts(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         """Write the guesses into the rows' tokens; how many each sequence has, int32 [B]."""
@@ -294,9 +296,71 @@ class CpuRunner:
 
     def close(self) -> None:
         """Stop the threads and free weights and cache. The runner cannot be used afterwards."""
+        self._finish()
         self.executor.close()
         self.caches.clear()
         self.states = self.program = None
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step that was begun: what C++ reads and writes of it, and what becomes of that. Contract: runners.base.Step.
+
+    sequences: int64, numbers of those that sample; drafted: how many guesses each of the batch has; queries: `sampled`
+    of them sample, the others ask of the prompt; owners: whose they are, by number.
+    """
+
+    runner: CpuRunner
+    batch: Batch
+    rows: np.ndarray
+    sequences: np.ndarray
+    drafted: np.ndarray | None
+    queries: np.ndarray
+    owners: np.ndarray
+    sampled: int
+    asks: bool  # for log-probabilities
+    answers: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+    kept: tuple[np.ndarray, ...]  # that `arguments` point at, too
+    arguments: c.Batch | None = None  # until it is begun
+    masks: np.ndarray | None = None
+    failure: Exception | None = None
+    began: float = 0.0
+
+    def take_masks(self) -> None:
+        """What C++ calls before it samples: waits for the masks and points the rows at them."""
+        entries = self.batch.masks.entries
+        try:
+            bits = self.masks = self.batch.masks.wait()
+        except Exception as error:  # it cannot pass through C
+            self.failure = error
+        else:
+            addresses = bits.ctypes.data + np.arange(len(bits)) * bits.strides[0]
+            self.runner.sampling["mask"][self.rows[entries]] = addresses
+
+    def result(self) -> StepResult:
+        runner, batch = self.runner, self.batch
+        if runner._current is self:
+            runner._finish()
+        if self.failure is not None:
+            raise self.failure
+        chosen = self.answers["token"][: self.sampled]
+        if batch.drafts is None:
+            tokens = np.full(len(self.rows), -1, np.int32)
+            tokens[self.sequences] = chosen
+        else:
+            tokens = _accepted(batch.drafts, self.sequences, self.drafted, chosen)
+        result = StepResult(tokens)
+        for i in np.flatnonzero(self.queries["top"] >= 0).tolist() if self.asks else ():
+            token, rank, logprob, _ = self.answers[i].item()
+            k = min(int(self.queries["top"][i]), runner.vocab_size)
+            entry = TokenLogprobs(token, logprob, rank, self.top_ids[i, :k], self.top_logprobs[i, :k])
+            if i < self.sampled:
+                result.logprobs[int(self.owners[i])] = entry
+            else:
+                result.prompt_logprobs.setdefault(int(self.owners[i]), []).append(entry)
+        return result
 
 
 def _accepted(drafts: np.ndarray, sequences: np.ndarray, drafted: np.ndarray, chosen: np.ndarray) -> np.ndarray:
