@@ -115,6 +115,7 @@ class CpuRunner:
         )
         self._sampling = self.sampling.ctypes.data
         self._capacity = 0
+        self._asked = self._adapted = False  # whether a row ever asked for log-probabilities, or had an adapter
         self._pace = Pace()
         log.info(
             "loaded %s in %.2f s: %.1f M parameters, C++ (%s), %d threads, %s",
@@ -174,7 +175,7 @@ class CpuRunner:
         if self.states:
             self.states.slots.end(step.batch)
         if step.batch.masks is not None:
-            self.sampling["mask"][step.rows] = 0
+            self.sampling["mask"][step.batch.rows] = 0
 
     def _enter(self, new: NewRow) -> None:
         row, params = new.row, new.params
@@ -202,56 +203,50 @@ class CpuRunner:
             params.repetition_penalty,
         )
         self.adapters[row] = new.adapter
+        self._adapted = self._adapted or new.adapter > 0
+        self._asked = self._asked or params.logprobs is not None or params.prompt_logprobs is not None
         self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[row] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
 
     def _lay_out(self, batch: Batch) -> _Step:
         """A step as C++ takes it. Where nothing is under way it may write into tables and states."""
-        rows, start, count = (np.ascontiguousarray(a, np.int32) for a in (batch.rows, batch.start, batch.count))
-        ends = np.cumsum(count, dtype=np.int32)
+        numbers = np.array((batch.rows, batch.start, batch.count), np.int32)
+        rows, start, count = numbers
+        places = numbers.ctypes.data + 4 * len(rows) * np.arange(3)
+        ends = count.cumsum(dtype=np.int32)
         if ends[-1] > self._capacity:
             self._capacity = int(ends[-1])
             memory = self.states or self.caches
             self.program = self.decoder.program(self._capacity, memory, self.memory.max_model_len, self.adapter_tables)
         kept = self.states.begin(batch, self.blocks) if self.states else None
-        sequences = np.flatnonzero(batch.sample)
+        sequences = batch.sample.nonzero()[0]
         drafted = None if batch.drafts is None else self._put_drafts(batch, rows)
         queries, owners = self._sample_queries(rows, ends, sequences, drafted)
-        sampled = len(queries)
-        if self.prompt_logprobs.max() >= 0 and (self.prompt_logprobs[rows] >= 0).any():
-            prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
-            queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
-        most = int(queries["top"].max(initial=-1))  # -1: nobody asks for log-probabilities
+        sampled, most = len(queries), -1  # -1: nobody asks for log-probabilities
+        if self._asked:
+            if (self.prompt_logprobs[rows] >= 0).any():
+                prompt, prompt_owners = self._prompt_queries(rows, start, count, ends)
+                queries, owners = np.concatenate([queries, prompt]), np.concatenate([owners, prompt_owners])
+            most = int(queries["top"].max(initial=-1))
         step = _Step(
-            self,
-            batch,
-            rows,
-            sequences,
-            drafted,
-            queries,
-            owners,
-            sampled,
-            asks=most >= 0,
-            answers=np.zeros(len(queries), c.ANSWER),
-            top_ids=np.empty((len(queries), max(0, most)), np.int32),
-            top_logprobs=np.empty((len(queries), max(0, most)), np.float32),
-            kept=(start, count, slots := self.adapters[rows]),
+            self, batch, numbers, sequences, drafted, queries, owners, sampled, np.zeros(len(queries), c.ANSWER)
         )
+        if most >= 0:
+            step.tops = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
+        if self._adapted and (slots := self.adapters[rows]).any():
+            step.slots = slots
         step.arguments = c.Batch(
             len(rows),
             len(queries),
-            rows.ctypes.data,
-            start.ctypes.data,
-            count.ctypes.data,
+            *places.tolist(),
             *self._tables,
             max(0, most),
             queries.ctypes.data,
             self._sampling,
             step.answers.ctypes.data,
-            step.top_ids.ctypes.data if step.asks else None,
-            step.top_logprobs.ctypes.data if step.asks else None,
+            *((top.ctypes.data for top in step.tops) if step.tops else (None, None)),
             NOTHING if batch.masks is None else c.BEFORE_HEAD(step.take_masks),
-            slots.ctypes.data if slots.any() else None,
+            c.address(step.slots),
             kept,
         )
         return step
@@ -312,17 +307,15 @@ class _Step:
 
     runner: CpuRunner
     batch: Batch
-    rows: np.ndarray
+    numbers: np.ndarray  # int32 [3, B]: rows, start, count
     sequences: np.ndarray
     drafted: np.ndarray | None
     queries: np.ndarray
     owners: np.ndarray
     sampled: int
-    asks: bool  # for log-probabilities
     answers: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-    kept: tuple[np.ndarray, ...]  # that `arguments` point at, too
+    tops: tuple[np.ndarray, np.ndarray] | None = None  # of those who ask for log-probabilities: ids, and these
+    slots: np.ndarray | None = None  # of adapters
     arguments: c.Batch | None = None  # until it is begun
     masks: np.ndarray | None = None
     failure: Exception | None = None
@@ -337,7 +330,7 @@ class _Step:
             self.failure = error
         else:
             addresses = bits.ctypes.data + np.arange(len(bits)) * bits.strides[0]
-            self.runner.sampling["mask"][self.rows[entries]] = addresses
+            self.runner.sampling["mask"][self.batch.rows[entries]] = addresses
 
     def result(self) -> StepResult:
         runner, batch = self.runner, self.batch
@@ -347,15 +340,15 @@ class _Step:
             raise self.failure
         chosen = self.answers["token"][: self.sampled]
         if batch.drafts is None:
-            tokens = np.full(len(self.rows), -1, np.int32)
+            tokens = np.full(len(batch.rows), -1, np.int32)
             tokens[self.sequences] = chosen
         else:
             tokens = _accepted(batch.drafts, self.sequences, self.drafted, chosen)
         result = StepResult(tokens)
-        for i in np.flatnonzero(self.queries["top"] >= 0).tolist() if self.asks else ():
+        for i in np.flatnonzero(self.queries["top"] >= 0).tolist() if self.tops else ():
             token, rank, logprob, _ = self.answers[i].item()
             k = min(int(self.queries["top"][i]), runner.vocab_size)
-            entry = TokenLogprobs(token, logprob, rank, self.top_ids[i, :k], self.top_logprobs[i, :k])
+            entry = TokenLogprobs(token, logprob, rank, *(top[i, :k] for top in self.tops))
             if i < self.sampled:
                 result.logprobs[int(self.owners[i])] = entry
             else:
