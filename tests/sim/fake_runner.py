@@ -171,8 +171,12 @@ class LateRunner(FakeRunner):
             self.fail_next = False
             raise RuntimeError("injected failure")
         self.under_way += 1
-        self.current = _LateStep(self, batch)
-        return self.current
+        step = self.current = _LateStep(self, batch)
+        if batch.masks is not None:
+            self.finish()
+            if step.failure is not None:
+                step.result()
+        return step
 
     def help(self) -> None:
         self.helped += 1

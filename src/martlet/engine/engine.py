@@ -41,6 +41,7 @@ class Engine:
     - A CPU computes with this thread, too, while that has nothing else to do (`Runner.help`). So it computes first,
       until only the head of k + 1 is left; then k + 2 is planned, with the requests that have come meanwhile. The
       launch finishes k + 1 and begins k + 2, behind which the tokens of k + 1 are taken in and its outputs go out.
+      Steps with prompts or grammars are read before the next one is planned.
 
     When a step of several requests raises, each of them does its part again alone, so that only the one that fails by
     itself is failed.
@@ -73,6 +74,7 @@ class Engine:
             said = "speculative_tokens is %d, but this runner verifies at most %d guesses a step"
             log.warning(said, options.speculative_tokens, runner.max_drafts)
         self._help = getattr(runner, "help", None)
+        self._lag = 0 if self.scheduler.speculative_tokens else runner.lag  # guesses need all tokens that there are
         self._follows_runner = options.max_num_batched_tokens is None
         if constraints is None and tokenizer is not None and tokenizer.eos_ids:
             constraints = constraints_for(tokenizer, runner.vocab_size, memory.max_rows)
@@ -213,8 +215,11 @@ class Engine:
         return self.runner.lag > 0 and self._help is None and self.has_work
 
     def launch(self) -> None:
-        """The first half of a step: plan the next one and launch it."""
+        """The first half of a step: plan the next one and launch it, unless the one under way is to be read first."""
         self._step_began = self._step_began or time.monotonic()
+        self._launched = False
+        if self._is_awaited:
+            return
         if self._follows_runner:
             self.scheduler.max_step_tokens = self.runner.max_step_tokens
         constrained = self.constraints is not None and self.constraints.active
@@ -235,10 +240,10 @@ class Engine:
 
     def collect(self) -> list[Output]:
         """The second half: wait for the oldest step due, take it in, and return what came out."""
-        if not (self._in_flight or self._launched) and self.constraints is not None and self.constraints.active:
-            self._hear_constraints(PATIENCE)  # all that runs waits for masks
-        while self._in_flight and (not self._launched or len(self._in_flight) > self._lag):
+        if self._in_flight and (not self._launched or len(self._in_flight) > self._lag):
             self._take_in(*self._in_flight.popleft())
+        elif not self._launched and self.constraints is not None and self.constraints.active:
+            self._hear_constraints(PATIENCE)  # all that runs waits for masks
         # Nothing is launched behind a launch that failed: the runner has not heard what that one had to say.
         while self._in_flight and isinstance(self._in_flight[-1][1], BaseException):
             self._take_in(*self._in_flight.popleft())
@@ -247,16 +252,22 @@ class Engine:
         return outputs
 
     @property
-    def _lag(self) -> int:
-        """How many steps stay under way. Guesses need all tokens; and beside others that are a step ahead, rows with a
-        grammar run every other step, which costs more than a CPU has to hide."""
-        scheduler = self.scheduler
-        newest = scheduler.speculative_tokens or (self._help is not None and scheduler.table.num_stepwise)
-        return 0 if newest else self.runner.lag
+    def _is_awaited(self) -> bool:
+        """Whether the step under way is read before another is launched. Where this thread computes, too, running ahead
+        gives little: less than a first token is worth, or a grammar, whose row would be in every other step only.
+        """
+        if self._help is None or not self._in_flight:
+            return False
+        batch = self._in_flight[-1][0].batch
+        only_decodes = not batch.new_rows and batch.num_tokens == len(batch.rows)
+        return not only_decodes or (self.constraints is not None and self.constraints.active)
 
     def _launch(self, plan: Plan) -> Step | BaseException:
         try:
-            return self.runner.launch(plan.batch)
+            step = self.runner.launch(plan.batch)
+            if plan.batch.masks is not None and plan.batch.masks.bits is None:
+                raise NotImplementedError("this runner does not apply grammars")
+            return step
         except Exception as error:  # told to the requests of this step when it is taken in
             return error
 
@@ -265,8 +276,6 @@ class Engine:
             if isinstance(step, BaseException):
                 raise step
             result = step.result()
-            if plan.batch.masks is not None and plan.batch.masks.bits is None:
-                raise NotImplementedError("this runner does not apply grammars")
         except Exception as error:
             self._fail(plan, error)
             return

@@ -105,8 +105,9 @@ class Masks(Protocol):
     def wait(self) -> np.ndarray:
         """Block until the masks are there, or late: uint32 [M, ceil(V / 32)], bit t % 32 of word t // 32 for token t.
 
-        To be called on the thread that launches, right before sampling; again, it gives the same. A mask that is late
-        allows everything; the engine then drops what was sampled.
+        To be called on the thread that launches, right before sampling and before `launch` returns: who has masks may
+        end any time later. Again, it gives the same. A mask that is late allows everything; the engine then drops what
+        was sampled.
         """
         ...
 

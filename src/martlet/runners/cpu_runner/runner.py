@@ -138,8 +138,7 @@ class CpuRunner:
         self.adapter_tables.put(slot, adapter)
 
     def launch(self, batch: Batch) -> Step:
-        changes = batch.new_rows or len(batch.copies) or batch.drafts is not None
-        if changes or self.states or (self._current is not None and self._current.batch.masks is not None):
+        if batch.new_rows or len(batch.copies) or batch.drafts is not None or self.states:
             self._finish()
         for new in batch.new_rows:
             self._enter(new)
@@ -155,6 +154,10 @@ class CpuRunner:
         self.executor.begin(self.program, step.arguments, step)
         self._ended()
         self._current, step.arguments, step.began = step, None, time.perf_counter()
+        if batch.masks is not None:
+            self._finish()
+            if step.failure is not None:
+                raise step.failure
         return step
 
     def help(self) -> None:
@@ -336,8 +339,6 @@ class _Step:
         runner, batch = self.runner, self.batch
         if runner._current is self:
             runner._finish()
-        if self.failure is not None:
-            raise self.failure
         chosen = self.answers["token"][: self.sampled]
         if batch.drafts is None:
             tokens = np.full(len(batch.rows), -1, np.int32)
