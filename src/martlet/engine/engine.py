@@ -204,8 +204,8 @@ class Engine:
         return self.collect()
 
     def help(self) -> None:
-        """Before a launch: what the runner can use of this thread until it is time to plan."""
-        if self._in_flight and self._help is not None:
+        """Before a launch: lend the runner this thread until it is time to plan."""
+        if self._in_flight and self._help is not None and not self._is_awaited:
             self._step_began = time.monotonic()
             self._help()
 
