@@ -82,7 +82,7 @@ def test_a_late_caller_changes_no_bit(which, threads, monkeypatch):
         for i in range(40):
             enter = [(row, TOKENS[:length], params) for row, length, _ in work] if i == 0 else ()
             step = driver.launch(work, enter)
-            runner.help()
+            runner.help(i % 5 == 0)
             result = step.result()
             tokens.append([(result.tokens.tolist(), [e.logprob for e in result.logprobs.values()])])
             work = [(row, 1, True) for row in ((0, 1, 2) if i % 3 else (1,))]

@@ -97,9 +97,9 @@ def test_news_of_a_step_are_told_before_the_next_one_is_waited_for():
             told.append("begun")
             return step
 
-        def help(self):
+        def help(self, to_the_end):
             told.append("help")
-            super().help()
+            super().help(to_the_end)
 
     class Sink(queue.SimpleQueue):
         def put(self, outputs):
@@ -123,10 +123,10 @@ def test_a_request_that_comes_during_a_step_is_in_the_next_one():
         sizes.append(len(batch.rows))
         return launch(batch)
 
-    def helped():
+    def helped(to_the_end):
         if len(sizes) == 2:
             engine.submit([ask("b", max_tokens=4)], sink)
-        help()
+        help(to_the_end)
 
     runner.launch, engine.engine._help = launched, helped
     engine.submit([ask("a", max_tokens=8)], sink)

@@ -304,3 +304,17 @@ def test_close_finishes_what_is_under_way():
     assert runner.current is not None
     engine.close()
     assert runner.current is None and engine.stats().kv_blocks_used == 0
+
+
+def test_behind_an_answer_a_step_is_computed_to_its_end_before_the_next_is_planned():
+    """Whoever had the answer may ask again at once, and would wait for a step more."""
+    asked = []
+
+    class Telling(LateRunner):
+        def help(self, to_the_end):
+            asked.append(to_the_end)
+            super().help(to_the_end)
+
+    engine = Engine(Telling(MEMORY))
+    drain(engine, [ask("a", max_tokens=12), ask("b", max_tokens=4)])
+    assert asked[:2] == [False] * 2 and asked[-6:] == [True] * 6

@@ -27,6 +27,7 @@ from martlet.runners.base import Batch, Runner, Step, StepResult, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
+ASKS_AGAIN = 0.03  # seconds within which whoever had an answer may send the next request
 BROKEN_AFTER = 3  # failed steps in a row after which the engine reports itself broken
 
 
@@ -41,7 +42,8 @@ class Engine:
     - A CPU computes with this thread, too, while that has nothing else to do (`Runner.help`). So it computes first,
       until only the head of k + 1 is left; then k + 2 is planned, with the requests that have come meanwhile. The
       launch finishes k + 1 and begins k + 2, behind which the tokens of k + 1 are taken in and its outputs go out.
-      Steps with prompts or grammars are read before the next one is planned.
+      A request that comes behind that plan waits for a step more. Where one is likely to come, since somebody has just
+      had an answer, the thread computes to the end before it plans. Steps with prompts or grammars are read before.
 
     When a step of several requests raises, each of them does its part again alone, so that only the one that fails by
     itself is failed.
@@ -91,6 +93,7 @@ class Engine:
         self._error: str | None = None
         self._step_began: float | None = None
         self._launched = False
+        self._ended = 0.0  # when a request did last, by time.monotonic()
 
     # Requests
 
@@ -207,7 +210,7 @@ class Engine:
         """Before a launch: lend the runner this thread until it is time to plan."""
         if self._in_flight and self._help is not None and not self._is_awaited:
             self._step_began = time.monotonic()
-            self._help()
+            self._help(self._step_began - self._ended < ASKS_AGAIN)
 
     @property
     def outputs_wait(self) -> bool:
@@ -344,6 +347,7 @@ class Engine:
             del self._requests[request.id]
             self._forks.pop(request.id, None)
             self._finished[reason] += 1
+            self._ended = time.monotonic()
         self._report(seq, reason, stop, error, last=not open_sequences)
 
     def _report(

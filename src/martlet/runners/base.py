@@ -196,9 +196,9 @@ class Runner(Protocol):
     guesses reads each step before it launches the next, whatever the lag.
     max_adapters: slots for LoRA adapters, numbered from 1; 0 where there are none.
 
-    A runner that computes on the calling thread as well as on others also has `help()`: lends it that thread until
-    little is left of the steps in flight. Its `launch` waits for the step before, so that when it returns the results
-    of all but the newest step are there.
+    A runner that computes on the calling thread as well as on others also has `help(to_the_end)`: lends it that thread
+    until the steps in flight are done, or little is left of them. Its `launch` waits for the step before, so that when
+    it returns the results of all but the newest step are there.
     """
 
     memory: MemoryPlan

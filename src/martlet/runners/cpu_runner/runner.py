@@ -160,9 +160,11 @@ class CpuRunner:
                 raise step.failure
         return step
 
-    def help(self) -> None:
-        """Compute until only the head is left of the step under way: what comes now need not wait for long."""
-        self.executor.help()
+    def help(self, to_the_end: bool) -> None:
+        if to_the_end:
+            self._finish()
+        else:
+            self.executor.help()
 
     def _finish(self) -> None:
         if self._current is not None:
