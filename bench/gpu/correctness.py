@@ -18,7 +18,7 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.hub import load_tokenizer, resolve
 from martlet.hub.card import ModelCard
-from martlet.kernels.cuda import decode_attention, launch, layers, linear, prefill_attention, sampling
+from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, sampling
 from martlet.kernels.ops import Sampling
 from martlet.kernels.reference import ReferenceOps
 from martlet.model.spec import Attention, FeedForward, Rope
@@ -185,6 +185,9 @@ def kernels(args) -> None:
                     tasks[f"linear {tile} {shape} {dtype} {fp8}"] = functools.partial(product, tile, *shape, fp8)
         tasks[f"light {dtype}"] = light
     tasks["sampling"] = lambda: _sampling(expect)
+    for n, k, gated in ((6144, 4096, False), (4096, 4104, False), (4096, 14336, False), (14300, 4096, True),
+                        (128256, 4096, False)):  # fmt: skip
+        tasks[f"few rows {k}x{n}"] = functools.partial(_few_rows, expect, n, k, gated)
     try:
         with launch.compiled_together():
             for task in tasks.values():
@@ -208,6 +211,26 @@ def _fresh(spec: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     unseen = torch.full((count, count), float("-inf"), device="cuda").triu(1)
     want = torch.softmax(q @ k.transpose(1, 2) * spec.scale + unseen, -1) @ v
     return prefill_attention.fresh_attention(qkv, count, spec), want.transpose(0, 1).reshape(count, -1)
+
+
+def _few_rows(expect, n: int, k: int, gated: bool) -> None:
+    """Products of few rows, which only a Hopper has; what a row gives is the same bit for bit among other rows."""
+    if not launch.has_wgmma():
+        return
+    weight = linear.Linear(torch.randn(2 * n if gated else n, k, device="cuda").bfloat16().mul_(k**-0.5))
+    x = torch.randn(64, k, device="cuda").bfloat16()
+    want = x.float() @ weight.matrix.float().T
+    if gated:
+        want = torch.nn.functional.silu(want[:, :n]) * want[:, n:]
+    tile = few_rows.tile_for(x, weight, gated=gated)
+    assert tile is not None
+    whole = few_rows.product(x, weight.matrix, tile, gated=gated, activation="silu" if gated else "")
+    for rows in (64, 40, 7):
+        got = few_rows.product(x[-rows:], weight.matrix, tile, gated=gated, activation="silu" if gated else "")
+        expect(f"few rows {k}x{n} {rows}", got if gated else got.sum(0), want[-rows:], 5e-3 if gated else 2e-5)
+        if not launch.compiling:
+            same = torch.equal(got, whole[..., -rows:, :])
+            expect(f"few rows {k}x{n} {rows} as among 64", torch.tensor(float(same)), torch.ones(()))
 
 
 def _sampling(expect) -> None:

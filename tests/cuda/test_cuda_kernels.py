@@ -64,6 +64,17 @@ def test_a_float32_residual_loses_nothing_to_what_stands_around_products():
     assert close(residual, want)
 
 
+def test_norm_adds_up_parts():
+    x, parts, gain = randn(3, 576, dtype=torch.float16), randn(4, 3, 576), randn(576, dtype=torch.float16)
+    want = x.float() + parts.sum(0)
+    picks = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    some = layers.add_rms_norm(x.clone(), parts, gain, 1e-5, picks)
+    all_ = layers.add_rms_norm(x, parts, gain, 1e-5)
+    assert close(x, want)
+    assert close(all_, OPS.rms_norm(want, gain.float(), 1e-5), x.dtype)
+    assert torch.equal(some, all_[[2, 0]])
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activation(kind, gated):
@@ -179,6 +190,18 @@ def test_rotation_of_float32_rounds_once(name):
     want_q, want_cache = case.rotate()
     assert torch.equal(q, want_q.half()) and torch.equal(cache, want_cache.half())
     assert torch.equal(out[:, -case.spec.kv_size :], values.half()) and torch.equal(case.qkv, before)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_rotation_adds_up_parts(name):
+    case = make_case(name, start=[3, 0, 17, 5], count=[1, 6, 1, 2])
+    want_q, want_cache = case.rotate()
+    whole = case.qkv
+    some = torch.randn(2, *whole.shape, device=DEVICE)
+    case.qkv = torch.stack([*some, whole - some.sum(0)])
+    q, cache = case.rotate(out=torch.empty_like(whole))
+    assert close(q, want_q)
+    assert close(cache, want_cache)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

@@ -88,6 +88,12 @@ def is_hopper() -> bool:
 
 
 @functools.cache
+def has_wgmma() -> bool:
+    """Whether the GPU is a Hopper, whose warp groups multiply from shared memory; no other has these instructions."""
+    return not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
 def num_sms() -> int:
     """Multiprocessors of the GPU; 4 under the interpreter, so that the paths that split work are walked."""
     return 4 if INTERPRETED else torch.cuda.get_device_properties("cuda").multi_processor_count

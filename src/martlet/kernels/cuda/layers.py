@@ -27,6 +27,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(at, stride, mask, PARTS: tl.constexpr):
+    """float32 sum of what is `at`, and at PARTS - 1 places further on, `stride` apart."""
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(at + part * stride, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _store_fp8(out, scales, t, k, x, mask, WIDTH):
     """Row t of out, e4m3, and its scale: the largest of x comes to 448."""
     unit = tl.maximum(tl.max(tl.where(mask, tl.abs(x), 0.0), 0), 1e-30) * (1.0 / 448.0)
@@ -108,8 +117,8 @@ def scatter(state: torch.Tensor, changes: torch.Tensor) -> None:
 
 
 @triton.jit(do_not_specialize_on_alignment=["picks"])
-def _norm(x, delta, gain, out, scales, picks, WIDTH, eps, ADD: tl.constexpr, PICK: tl.constexpr, FP8: tl.constexpr,
-          BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _norm(x, delta, gain, out, scales, picks, WIDTH, eps, part_stride, PARTS: tl.constexpr, PICK: tl.constexpr,
+          FP8: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     t = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     mask = k < WIDTH
@@ -117,8 +126,9 @@ def _norm(x, delta, gain, out, scales, picks, WIDTH, eps, ADD: tl.constexpr, PIC
     source = (tl.load(picks + t) if PICK else t).to(tl.int64)
     wait(PDL)
     v = tl.load(x + source * WIDTH + k, mask=mask, other=0.0)
-    if ADD:
-        v = (v.to(tl.float32) + tl.load(delta + source * WIDTH + k, mask=mask, other=0.0).to(tl.float32)).to(v.dtype)
+    if PARTS > 0:
+        change = sum_of_parts(delta + source * WIDTH + k, part_stride, mask, PARTS)
+        v = (v.to(tl.float32) + change).to(v.dtype)
         if not PICK:
             tl.store(x + source * WIDTH + k, v, mask=mask)
     v = v.to(tl.float32)
@@ -140,7 +150,7 @@ def add_rms_norm(
 ) -> torch.Tensor | Fp8:
     """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone.
 
-    fp8: as Fp8; else in `dtype`, the gain's if None, whatever x is kept in.
+    delta [T, W], or [P, T, W] to be summed. fp8: as Fp8; else in `dtype`, the gain's if None, whatever x is kept in.
     """
     count, width = len(x) if picks is None else len(picks), x.shape[1]
     out = room_for(count, width, x.device) if fp8 else gain.new_empty(count, width, dtype=dtype)
@@ -149,9 +159,15 @@ def add_rms_norm(
         launch.run(
             _norm, (count,),
             x, x if delta is None else delta, gain, *_places(out), gain if picks is None else picks, width, eps,
-            ADD=delta is not None, PICK=picks is not None, FP8=fp8, BLOCK=block, warps=min(max(block // 512, 1), 16),
+            x.numel(), PARTS=parts_of(delta), PICK=picks is not None, FP8=fp8, BLOCK=block,
+            warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return out
+
+
+def parts_of(delta: torch.Tensor | None) -> int:
+    """Of how many parts [T, W] it is the sum."""
+    return 0 if delta is None else len(delta) if delta.dim() == 3 else 1
 
 
 def _places(out: torch.Tensor | Fp8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import triton.language as tl
 from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.fp8 import to_three_bits
 from martlet.kernels.cuda.launch import wait
+from martlet.kernels.cuda.layers import parts_of, sum_of_parts
 from martlet.model.spec import Attention
 
 HEADS_A_PROGRAM = 8  # twice as many where there are tokens enough to fill the GPU
@@ -18,9 +19,9 @@ MANY_TOKENS = 1024
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _rotate(
     qkv, norms, table, rows, positions, block_table, cache, scales, out,
-    eps, block_stride, cache_stride, value_stride, value_scale_stride,
+    eps, part_stride, block_stride, cache_stride, value_stride, value_scale_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, SCALED: tl.constexpr, COPY: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, COPY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,13 +44,13 @@ def _rotate(
     mask = (head < ALL) & (pair < HALF)
     line = qkv + t.to(tl.int64) * ALL * DIM + head * DIM
     wait(PDL)
-    x = tl.load(line + one, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(line + two, mask=mask, other=0.0).to(tl.float32)
+    x = sum_of_parts(line + one, part_stride, mask, PARTS)
+    y = sum_of_parts(line + two, part_stride, mask, PARTS)
     squares = tl.sum(x * x + y * y, 1)[:, None]
     if BLOCK_P > 0:
         unturned = ROT + tl.arange(0, BLOCK_P)[None, :]
         mask_rest = (head < ALL) & (unturned < DIM)
-        rest = tl.load(line + unturned, mask=mask_rest, other=0.0).to(tl.float32)
+        rest = sum_of_parts(line + unturned, part_stride, mask_rest, PARTS)
         squares += tl.sum(rest * rest, 1)[:, None]
     if NORM:
         scale = tl.where(is_qk, 1.0 / tl.sqrt(squares / DIM + eps), 1.0)
@@ -104,22 +105,24 @@ def rotate_and_write(
 ) -> torch.Tensor:
     """Normalise (if norms) and rotate q and k, write k and v to the cache; returns q [T, H, D], part of `out`.
 
-    out: as qkv, perhaps in another dtype; None for qkv itself.
     qkv [T, (H + 2 K) * D]; norms float32 [H + K, D]; table float32 [length, rope.dim], cos then sin; rows, positions
     int32 [T], rows -1 are padding; block_table int32 [rows, P]; cache [2, blocks, K, block_size, D]. With scales
     float32 [2, blocks, K, block_size] the cache is float8_e4m3fn, to be multiplied by them: a scale a token and head.
+    out [T, (H + 2 K) * D]: None for qkv itself, or where all of it goes, perhaps in another dtype; qkv may be parts
+    [P, T, (H + 2 K) * D] then, to be summed.
     """
-    count, heads, rest = len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim - spec.rope.dim
+    count, heads, rest = qkv.shape[-2], spec.heads + 2 * spec.kv_heads, spec.head_dim - spec.rope.dim
     out = qkv if out is None else out
     block_h = HEADS_A_PROGRAM * (2 if count >= MANY_TOKENS else 1)
     launch.run(
         _rotate, (count, triton.cdiv(heads, block_h)),
         qkv, table if norms is None else norms, table, rows, positions, block_table, cache,
         table if scales is None else scales, out,
-        eps, block_table.stride(0), cache.stride(1), cache.stride(0), 0 if scales is None else scales.stride(0),
+        eps, out.numel(), block_table.stride(0), cache.stride(1), cache.stride(0),
+        0 if scales is None else scales.stride(0),
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, ROT=spec.rope.dim,
         INTERLEAVED=spec.rope.style == "interleaved", NORM=norms is not None, SCALED=scales is not None,
-        COPY=out is not qkv, BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h,
+        PARTS=parts_of(qkv), COPY=out is not qkv, BLOCK_SIZE=cache.shape[3], BLOCK_H=block_h,
         BLOCK_R=triton.next_power_of_2(max(spec.rope.dim // 2, 1)),
         BLOCK_P=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip

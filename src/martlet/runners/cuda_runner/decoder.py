@@ -1,8 +1,9 @@
 """The one decoder on a GPU: which kernels a step is, from token rows to logits.
 
 Two ways through a layer. A step of one token reads weights and little else: six fused kernels a layer. A wider one is
-cuBLAS for the products and light kernels between them. With FP8 weights the first reads half the bytes, and the second
-multiplies FP8 by FP8, made where the product's input is made.
+cuBLAS for the products and light kernels between them; products of up to 64 rows with large matrices are ours where
+that is faster (`few_rows`). With FP8 weights the first reads half the bytes, and the second multiplies FP8 by FP8, made
+where the product's input is made.
 
 Sums have a dtype of their own (`dtype_of_sums`), that of x: the residual stream, and what a product gives until it is
 rounded to be multiplied again. Kernels go by the dtypes of their tensors.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import decode_attention, layers, prefill_attention, rotary
+from martlet.kernels.cuda import decode_attention, few_rows, layers, prefill_attention, rotary
 from martlet.kernels.cuda.fp8 import Fp8
 from martlet.kernels.cuda.linear import Linear, linear, product
 from martlet.kernels.cuda.lora import Groups
@@ -148,6 +149,8 @@ class Decoder:
         """[S, W] -> float32 [S, V]."""
         if len(hidden) == 1:
             y = linear(hidden, self.weights.head, dtype=torch.float32)
+        elif (parts := self._few_rows(hidden, self.weights.head, None)) is not None:
+            y = parts[0] if len(parts) == 1 else parts.sum(0)
         else:
             y = product(hidden, self.weights.head, torch.float32)
         if self.ranks is not None:
@@ -199,11 +202,13 @@ class Decoder:
         step: StepTensors,
         groups: Groups | None,
     ) -> torch.Tensor:
-        """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D].
+        """x [T, W] += delta; queries, keys and values of its norm, [T or more, (H + 2 K) * D], or parts of them.
 
         x misses a layer's last product until the next norm adds it.
         """
         y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
+        if not step.fresh and (parts := self._few_rows(y, block.qkv, groups)) is not None:
+            return parts
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
         if rows <= len(x):
             return self._product(y, block.qkv, x.dtype, number, "qkv", groups)
@@ -220,8 +225,10 @@ class Decoder:
         delta = self._onto(x, y, block.o, block.attn_post_norm, number, "o", groups)
         y = self._add_norm(x, delta, block.mlp_norm, fp8=block.up.fp8)
         if groups is None:
-            up = product(y, block.up, x.dtype)
-            hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8, dtype=self.dtype)
+            gated = mlp.activation if mlp.gated else None
+            if (hidden := self._few_rows(y, block.up, groups, gated)) is None:
+                up = product(y, block.up, x.dtype)
+                hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8, dtype=self.dtype)
         else:
             assert self.slots is not None and isinstance(y, torch.Tensor)
             hidden = self.slots.hidden(y, block.up, x.dtype, number, mlp, groups)
@@ -239,7 +246,7 @@ class Decoder:
     ) -> torch.Tensor | Share | None:
         """x += the product of y, in the product itself where one dtype and no norm allow it; else what is to be added.
 
-        With ranks the product is a share, in the place where they join it.
+        With ranks the product is a share, in the place where they join it. [P, T, W] are parts, to be summed.
         """
         if self.ranks is not None:
             share = self.ranks.place(MIXER if name == "o" else MLP, len(x), self.device)
@@ -249,6 +256,8 @@ class Decoder:
             return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps, dtype=x.dtype)
         if post_norm is None and weight.bias is None and weight.matrix.dtype == x.dtype:
             assert isinstance(y, torch.Tensor)
+            if (parts := self._few_rows(y, weight, groups)) is not None:
+                return parts
             if groups is None:
                 x.addmm_(y, weight.matrix.T)
             else:
@@ -257,6 +266,20 @@ class Decoder:
             return None
         delta = self._product(y, weight, x.dtype, number, name, groups)
         return delta if post_norm is None else layers.add_rms_norm(delta, None, post_norm, self.spec.eps, dtype=x.dtype)
+
+    def _few_rows(
+        self, x: torch.Tensor | Fp8, weight: Linear, groups: Groups | None, gated: str | None = None
+    ) -> torch.Tensor | None:
+        """The product of few rows where `few_rows` has it, as parts [P, T, N] or, with a gate's activation, [T, N].
+
+        None where cuBLAS is to do it.
+        """
+        if groups is not None or self.ranks is not None or isinstance(x, Fp8):
+            return None
+        tile = few_rows.tile_for(x, weight, gated=gated is not None)
+        if tile is None:
+            return None
+        return few_rows.product(x, weight.matrix, tile, gated=gated is not None, activation=gated or "")
 
     def _product(
         self,
@@ -291,11 +314,11 @@ class Decoder:
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
     ) -> torch.Tensor:
-        """qkv [T or more, (H + 2 K) * D] -> [T, H * D]; keys and values go to the cache of layer `number`."""
+        """qkv [T or more, (H + 2 K) * D] or its parts -> [T, H * D]; keys and values go to the cache of the layer."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
         rotated = qkv
         if qkv.dtype != self.dtype:
-            rotated = torch.empty_like(qkv, dtype=self.dtype)
+            rotated = qkv.new_empty(qkv.shape[-2:], dtype=self.dtype)
             rotated[len(step.rows) :] = 0
         q = self._rotate(qkv, rotated, spec, block, number, step, state)
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
@@ -328,8 +351,9 @@ class Decoder:
         """Queries [T, H, D], rotated, in `out`; keys and values go there too and to the cache of layer `number`."""
         count = len(step.rows)
         return rotary.rotate_and_write(
-            qkv[:count], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions,
-            state.blocks, state.caches[number], spec, state.scales[number], out=None if out is qkv else out[:count],
+            qkv if qkv.dim() == 3 else qkv[:count], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows,
+            step.positions, state.blocks, state.caches[number], spec, state.scales[number],
+            out=None if out is qkv else out[:count],
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import launch, layers, sampling
+from martlet.kernels.cuda import few_rows, launch, layers, sampling
 from martlet.model.spec import DecoderSpec
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
@@ -71,7 +71,7 @@ class Graphs:
         most = self.sizes[-1]
         with launch.compiled_together():
             for adapted in (False, True) if self.decoder.slots is not None else (False,):
-                for size in {1, min(8, most), most}:
+                for size in {1, min(8, most), most, *(size for size in few_rows.sizes() if size <= most)}:
                     self._blank((size, sampler.GREEDY, adapted))
                 self._blank(Mixed(min(16, most), 512, self.decoder.queries, adapted))
             for kind in (sampler.DRAW, sampler.CUT):
