@@ -14,7 +14,7 @@ import torch
 import triton
 from report import MODELS, free, graph_us, median_us, runner_for, say
 
-from martlet.kernels.cuda import decode_attention, launch, layers, linear, prefill_attention, rotary, sampling
+from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, rotary, sampling
 from martlet.model.spec import Attention, Rope
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox
@@ -104,13 +104,17 @@ def steps(args) -> None:
         "piped 4x512 s4, overlap all": [(linear, "tile_for", piped(4, 512, 4, 4)), (linear, "OVERLAP_BYTES", 1 << 40)],
         "piped 4x512 s4 everywhere": [(linear, "tile_for", lambda *shape: linear.Tile(4, 512, 4, stages=4))],
     }
-    many_rows = {"as is": [], "no overlap": [(launch, "overlap_allowed", False)]}
+    many_rows = {
+        "as is": [],
+        "no overlap": [(launch, "overlap_allowed", False)],
+        "cuBLAS alone": [(few_rows, "allowed", False)],
+    }
     for model in args.models:
         runner = runner_for(model, kv_cache_tokens=300_000)
         blocks = runner.state.blocks
         shuffled = torch.randperm(runner.memory.num_blocks, device="cuda")
         blocks.copy_(shuffled.repeat(-(-blocks.numel() // len(shuffled)))[: blocks.numel()].view_as(blocks))
-        for batch, context in ((1, 512), (8, 512), (64, 256), (128, 512), (256, 800)):
+        for batch, context in ((1, 512), (8, 512), (32, 300), (64, 256), (128, 512), (256, 800)):
             found = {}
             for name, changes in (one_row if batch == 1 else many_rows).items():
                 try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, from_fp8, in_fp8, make_case, reference_attention
 
-from martlet.kernels.cuda import decode_attention, launch, layers, linear, prefill_attention, sampling
+from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, sampling
 from martlet.kernels.ops import Sampling
 from martlet.kernels.philox import gumbel
 from martlet.kernels.reference import ReferenceOps
@@ -73,6 +73,20 @@ def test_norm_adds_up_parts():
     assert close(x, want)
     assert close(all_, OPS.rms_norm(want, gain.float(), 1e-5), x.dtype)
     assert torch.equal(some, all_[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "gated", "split"), [(14336, True, 1), (6144, False, 1), (4096, False, 2), (128256, False, 1)]
+)
+def test_tiles_of_few_rows_fit_a_hopper(outputs, gated, split):
+    """What they compute only a Hopper can tell: bench/gpu/correctness.py."""
+    tile = few_rows._tile(outputs, gated, 132)
+    programs = -(-outputs // tile.outputs) * tile.split
+    step = ((2 if gated else 1) * tile.outputs + few_rows.ROWS.value) * 2 * few_rows.HALF.value * 2
+    assert tile.split == split
+    assert 88 <= programs <= 132 or programs > 4 * 132
+    assert tile.stages * step <= 227 << 10
+    assert few_rows._tile(64, gated, 132) is None
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])

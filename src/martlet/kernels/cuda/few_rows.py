@@ -26,9 +26,12 @@ from martlet.kernels.cuda import launch
 from martlet.kernels.cuda.layers import activate
 from martlet.kernels.cuda.linear import Linear
 
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name in Triton 3.6
 ROWS = gl.constexpr(64)  # at most; the least that a warp group multiplies
 HALF = gl.constexpr(64)  # inputs of half a step: rows of 128 bytes, as wide as the multiplier's tiles are
-LEAST_BYTES = 32 << 20  # of a matrix; smaller ones have not been measured
+LEAST_BYTES = 32 << 20  # of a matrix
+LEAST_BYTES_MORE_ROWS = 8 << 20  # with more than MORE_ROWS; a step of qwen3-0.6b gains 2 to 4 % then, else nothing
+MORE_ROWS = 16
 allowed = True  # the benchmark switches it off to see what this gives
 
 
@@ -57,7 +60,7 @@ def _ask_weights(
     mbarrier.expect(ready.index(slot), BYTES, pred=here)
     for part in gl.static_range(PARTS):
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
+            _copy(
                 w_desc, [output_up if part else output, k + half * HALF], ready.index(slot),
                 w_smem.index((slot * PARTS + part) * 2 + half), pred=here,
             )  # fmt: skip
@@ -70,7 +73,7 @@ def _ask_rows(x_desc, x_smem, ready, slot, k, here):
         rows = x_smem.index(slot * 2 + half)
         if x_desc.block_type.shape[0] < ROWS:
             rows = rows.slice(0, x_desc.block_type.shape[0])
-        tma.async_copy_global_to_shared(x_desc, [0, k + half * HALF], ready.index(slot), rows, pred=here)
+        _copy(x_desc, [0, k + half * HALF], ready.index(slot), rows, pred=here)
 
 
 @gluon.jit
@@ -161,9 +164,10 @@ def sizes() -> list[int]:
 def tile_for(x: torch.Tensor, weight: Linear, *, gated: bool = False) -> Tile | None:
     """How x [T, K] is multiplied here; None where cuBLAS is to do it, or nobody has measured."""
     matrix = weight.matrix
+    least = LEAST_BYTES_MORE_ROWS if len(x) > MORE_ROWS else LEAST_BYTES
     if not (
         allowed and weight.plain and weight.bias is None and 0 < len(x) <= ROWS.value and launch.has_wgmma()
-        and x.dtype == matrix.dtype == torch.bfloat16 and matrix.nbytes >= LEAST_BYTES
+        and x.dtype == matrix.dtype == torch.bfloat16 and matrix.nbytes >= least
         and matrix.is_contiguous() and matrix.shape[1] % 8 == 0
     ):  # fmt: skip
         return None
@@ -172,20 +176,22 @@ def tile_for(x: torch.Tensor, weight: Linear, *, gated: bool = False) -> Tile | 
 
 @functools.cache
 def _tile(outputs: int, gated: bool, sms: int) -> Tile | None:
-    """By shape, from llama3-8b with 64 rows on one H200: microseconds of one product among its like, cuBLAS beside.
+    """By shape, from llama3-8b with 64 rows on one H200: microseconds of a product among its like, cuBLASLt beside.
 
-    Wanted are programs for nearly all multiprocessors, and no second round of them that is half empty.
+    Wanted is a program for nearly every multiprocessor, and no second round of them that is half empty. Tiles of 64
+    outputs read x as often as weights, which the L2 cache allows while weights come at 3.6 TB/s.
     """
-    if gated:  # 28,672 x 4,096: 60.7; 62.1 and 2.8 for the activation
-        return Tile(128, 8, stages=2, turn=3) if 2 * sms <= 3 * triton.cdiv(outputs, 128) <= 3 * sms else None
+    if gated:  # 28,672 x 4,096: 60.7; 61.5, and 2.8 for the activation
+        return Tile(128, 8, stages=2, turn=2) if _fill(triton.cdiv(outputs, 128), sms) else None
     blocks = triton.cdiv(outputs, 64)
-    if 2 * sms <= 6 * blocks <= 3 * sms:  # 4,096 x 4,096: 10.2; 12.2. 4,096 x 14,336: 31.1; 35.5
-        return Tile(64, 4, stages=6, split=2)
-    if sms < 2 * blocks <= 2 * sms:  # 6,144 x 4,096: 15.7; 16.6. Two programs share a multiprocessor
-        return Tile(64, 4, stages=3, split=2)
-    if blocks >= 8 * sms:  # 128,256 x 4,096: 259; 295
-        return Tile(128, 8, stages=2, turn=1)
-    return None
+    for split in (1, 2):  # 6,144 x 4,096: 15.7; 16.4. 4,096 x 4,096: 10.2; 12.2. 4,096 x 14,336: 31.1; 32.0
+        if _fill(split * blocks, sms):
+            return Tile(64, 4, stages=6, split=split)
+    return Tile(128, 8, stages=2, turn=1) if blocks >= 8 * sms else None  # 128,256 x 4,096: 259; 295 (cuBLAS)
+
+
+def _fill(programs: int, sms: int) -> bool:
+    return 2 * sms <= 3 * programs <= 3 * sms
 
 
 def product(

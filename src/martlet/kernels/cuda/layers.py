@@ -160,7 +160,7 @@ def add_rms_norm(
             _norm, (count,),
             x, x if delta is None else delta, gain, *_places(out), gain if picks is None else picks, width, eps,
             x.numel(), PARTS=parts_of(delta), PICK=picks is not None, FP8=fp8, BLOCK=block,
-            warps=min(max(block // 512, 1), 16),
+            warps=min(max(block // (512 if parts_of(delta) < 2 else 256), 1), 16),
         )  # fmt: skip
     return out
 
