@@ -44,6 +44,12 @@ API void martlet_help(Executor* executor) { executor->help(); }
 
 API void martlet_finish(Executor* executor) { executor->finish(); }
 
+// Rows up to which a head of this format is worth a screen; 0: it is not.
+API int martlet_screen_rows(Executor* executor, int format) { return executor->screen_rows(Format(format)); }
+
+// head: packed panels. out: panels * martlet_panel_bytes(kScreen, k) bytes.
+API void martlet_screen(Executor* executor, const Matrix* head, uint8_t* out) { executor->make_screen(*head, out); }
+
 API void martlet_run(Executor* executor, const Op* ops, int n_ops, const Batch* batch) {
   executor->run(ops, n_ops, *batch);
 }

@@ -34,7 +34,8 @@ enum Format : int32_t {
   kInt4x32 = 11,
   kInt4x64 = 12,
   kInt4x128 = 13,
-  kFormats = 14,
+  kScreen = 14,  // of a head: see screen.hpp
+  kFormats = 15,
   kF16 = 32,  // only as a source
 };
 
@@ -80,6 +81,7 @@ constexpr Layout kLayouts[kFormats] = {
     {32, 1, 128, 512, 0, kActSplit32},       // int4: d, zeros |
     {32, 2, 128, 512, 0, kActSplit32},
     {32, 4, 128, 512, 0, kActSplit32},
+    {32, 1, 0, 64 + 640, 128, kActSplit32},  // screen: d | slack of each output
 };
 
 constexpr bool is_int4(int f) { return f >= kInt4x32 && f <= kInt4x128; }

@@ -101,6 +101,8 @@ struct Reader<kQ4_1> : SimpleReader<kQ4_1, 4, true> { using SimpleReader::Simple
 template <>
 struct Reader<kQ5_0> : SimpleReader<kQ5_0, 5, false> { using SimpleReader::SimpleReader; };
 template <>
+struct Reader<kScreen> : SimpleReader<kScreen, 5, false> { using SimpleReader::SimpleReader; };
+template <>
 struct Reader<kQ5_1> : SimpleReader<kQ5_1, 5, true> { using SimpleReader::SimpleReader; };
 template <>
 struct Reader<kQ8_0> : SimpleReader<kQ8_0, 8, false> { using SimpleReader::SimpleReader; };
@@ -461,6 +463,7 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kQ4_K: return block_panel<kQ4_K>(panel, k, acts, stride, rows, scratch, out);
     case kQ5_K: return block_panel<kQ5_K>(panel, k, acts, stride, rows, scratch, out);
     case kQ6_K: return block_panel<kQ6_K>(panel, k, acts, stride, rows, scratch, out);
+    case kScreen: return block_panel<kScreen>(panel, k, acts, stride, rows, scratch, out);
     case kInt4x32: return block_panel<kInt4x32>(panel, k, acts, stride, rows, scratch, out);
     case kInt4x64: return block_panel<kInt4x64>(panel, k, acts, stride, rows, scratch, out);
     case kInt4x128: return block_panel<kInt4x128>(panel, k, acts, stride, rows, scratch, out);

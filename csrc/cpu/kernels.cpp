@@ -7,6 +7,7 @@
 #include "recurrence.hpp"
 #include "rows.hpp"
 #include "sampler.hpp"
+#include "screen.hpp"
 
 #define NAME_(isa) kernels_##isa
 #define NAME(isa) NAME_(isa)
@@ -37,6 +38,8 @@ const Kernels NAME(MARTLET_SET) = {
     MARTLET_ISA::attend_chunk,     MARTLET_ISA::merge_chunk,      MARTLET_ISA::finish_attention,
     MARTLET_ISA::norm_add,         MARTLET_ISA::soft_cap,
     MARTLET_ISA::layer_norm,       MARTLET_ISA::shift,            MARTLET_ISA::recur,
+    MARTLET_ISA::screen_rows,      MARTLET_ISA::make_screen,      MARTLET_ISA::screen_row,
+    MARTLET_ISA::highest_bound,
     MARTLET_ISA::take_best,        MARTLET_ISA::take_best_of,     MARTLET_ISA::sample_with,
     MARTLET_ISA::describe_with,
 };

@@ -33,6 +33,12 @@ struct Kernels {
   // Tokens `first` ... `first + count - 1`, of one sequence, through one head. state: the head's. kept: null, or for
   // each of these tokens the slot that the state after it goes to as well.
   void (*recur)(const RecurOp&, int head, int64_t first, int count, float* state, const int32_t* kept);
+  int (*screen_rows)(Format);  // rows of a step up to which a screen of a head in this format pays; 0: none is made
+  void (*make_screen)(Format, const uint8_t* panel, int k, uint8_t* out);
+  // What a screen meets of a prepared row, and that row's norm.
+  float (*screen_row)(ActKind, const uint8_t* acts, int k, float* mixed);
+  // The most that a panel's logits in `keep` can be, where the row's norm is `norm`.
+  float (*highest_bound)(const float* scores, const float* slack, float norm, uint32_t keep);
   void (*take_best)(const float* row, int first, int columns, float* best, int32_t* token);
   void (*take_best_of)(const float* row, int first, uint32_t mask, float* best, int32_t* token);
   // scratch: sampler_bytes(n). seen: n zeros, left as zeros.

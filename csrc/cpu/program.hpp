@@ -149,7 +149,8 @@ struct CombineOp {
   int32_t add;
 };
 
-// Logits of the queries' tokens, and what is asked of them.
+// Logits of the queries' tokens, and what is asked of them. Where a step wants the likeliest tokens and nothing else,
+// those that the screen cannot rule out are all that is computed.
 struct HeadOp {
   Matrix w;
   const float* x;
@@ -157,6 +158,9 @@ struct HeadOp {
   int64_t x_stride;
   float eps;
   float softcap;  // of the logits; 0: none
+  int32_t screen_rows;  // queries up to which the screen is asked; 0: there is none
+  int32_t reserved;
+  const uint8_t* screen;  // [panels of w] screens, see screen.hpp
 };
 
 // What follows is RWKV's. A sequence's state is a slot of f32, slots standing `state_stride` apart; the `state` of an

@@ -150,6 +150,36 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
   }
 }
 
+// The values of a row that `prepare` made, of any kind but words.
+void restore(ActKind kind, const uint8_t* acts, int k, float* out) {
+  const uint8_t* groups = acts + groups_at(kind, k);
+  const auto scale = [&](int group) { return scalar<float>(groups + group * sizeof(Group)); };
+  const auto split = [&](int i, int block) {  // high parts of a block, then its low ones
+    const int8_t* at = (const int8_t*)acts + i / block * 2 * block + i % block;
+    return (float)(128 * at[0] + at[block]);
+  };
+  switch (kind) {
+    case kActF32: std::memcpy(out, acts, 4 * (size_t)k); return;
+    case kActBF16:
+      if (!kPairDot) std::memcpy(out, acts, 4 * (size_t)k);
+      for (int i = 0; kPairDot && i < k; ++i) {
+        const uint32_t bits = (uint32_t)scalar<uint16_t>(acts + 2 * i) << 16;
+        std::memcpy(out + i, &bits, 4);
+      }
+      return;
+    case kActByte64:
+      for (int i = 0; i < k; ++i) out[i] = (float)(int8_t)acts[i] * scale(i / 64);
+      return;
+    case kActSplit32:
+      for (int i = 0; i < k; ++i) out[i] = split(i, 32) * scale(i / 32);
+      return;
+    case kActSplit1024:
+      for (int i = 0; i < k; ++i) out[i] = split(i, 64) * scale(i / 1024);
+      return;
+    default: __builtin_trap();
+  }
+}
+
 // e^-x overflows to a large finite number, so that both ends come out right: x and 0.
 INLINE F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }
 

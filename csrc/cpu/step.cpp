@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <climits>
 
 #include "pack.hpp"
 
 namespace martlet {
 namespace {
 
-constexpr int kHeadRows = 64;  // rows of logits computed together
 // A block of rows goes through all linears up to the next attention on one thread: its activations stay in that
 // thread's cache, and nobody waits in between. Every block reads the weights, so a thread needs enough rows.
 constexpr int kRowBlock = 96, kRowsForBlocks = 64;
@@ -95,7 +93,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   int64_t times = 1;  // rows a token has in the linears of experts
   const bool by_rows = row_blocks((int)n) != 0;
   plans_.clear();
-  int64_t acts = 0, queries = 0, parts = 0, counters = 0, logits = 0;
+  int64_t acts = 0, queries = 0, parts = 0, counters = 0;
   const auto reserve_linear = [&](const Matrix& w) {
     const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
     acts = std::max(acts, (times * rows + kSpareRows) * row);
@@ -130,25 +128,8 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
     }
     picks = picks || (ops[i].kind == kPick && picks_);
     if (ops[i].kind == kHead) {
-      const Matrix& w = ((const HeadOp*)ops[i].op)->w;
-      reserve_linear(w);
-      int slots = 0;
-      query_tokens_.resize(batch.n_queries);
-      logit_slot_.resize(batch.n_queries);
-      for (int q = 0; q < batch.n_queries; ++q) {
-        if (q % kHeadRows == 0) slots = 0;
-        const int token = batch.queries[q].token;
-        query_tokens_[q] = picks ? q : token;
-        logit_slot_[q] = needs_logits(batch.queries[q], tokens_[token].position + 1) ? slots++ : -1;
-        logits = std::max<int64_t>(logits, slots);
-      }
-      logits_.reserve(logits * w.n * 4);
-      for (Own& own : own_) {
-        Best* best = (Best*)own.best.reserve(sizeof(Best) * std::max(1, batch.n_queries));
-        std::fill(best, best + batch.n_queries, Best{-INFINITY, INT_MAX});
-        own.sampler.reserve(sampler_bytes(w.n));
-        own.seen.reserve(4 * w.n);
-      }
+      reserve_linear(((const HeadOp*)ops[i].op)->w);
+      lay_out_head(*(const HeadOp*)ops[i].op, picks);
     }
   }
   acts_.reserve(acts);
@@ -298,92 +279,6 @@ void Executor::pick(Worker& worker, const PickOp& op) {
     }
   });
   own_[worker.rank].rows = batch_->n_queries;
-}
-
-// ---- Head and sampling ----
-
-bool Executor::needs_logits(const Query& query, int known) const {
-  const Sampling& s = batch_->sampling[query.row];
-  return query.target >= 0 || query.top >= 0 || s.temperature >= 1e-5f || s.n_bias || s.n_allowed ||
-         (s.n_end && known - s.prompt_len < s.min_tokens) || s.presence != 0 || s.frequency != 0 || s.repetition != 1;
-}
-
-void Executor::head(Worker& worker, const HeadOp& op) {
-  const int panels = panels_of(op.w), vocab = op.w.n;
-  const Format format = Format(op.w.format);
-  const int64_t bytes = panel_bytes(format, op.w.k);
-  float* logits = (float*)logits_.reserve(0);
-  Own& own = own_[worker.rank];
-  uint8_t* scratch = own.panel.reserve(0);
-  float* products = (float*)own.products.reserve(0);
-  Best* best = (Best*)own.best.reserve(0);
-  if (batch_->before_head) {
-    if (worker.rank == 0) batch_->before_head();
-    worker.barrier();
-  }
-  for (int first = 0; first < batch_->n_queries; first += kHeadRows) {
-    const int n = std::min(kHeadRows, batch_->n_queries - first);
-    const Prepared rows = prepare(worker, op.w, op.x, op.x_stride, op.norm, op.eps, query_tokens_.data() + first, n,
-                              nullptr);
-    worker.each(panels, grain_of(panels, team_.size()), [&](int begin, int end) {
-      for (int p = begin; p < end; ++p) {
-        const int columns = std::min(kPanel, vocab - p * kPanel);
-        kernels_.panel_product(format, op.w.panels + p * bytes, op.w.k, rows.acts, rows.stride, n, scratch, products);
-        for (int r = 0; r < n; ++r) {
-          const float* row = products + r * kPanel;
-          const int slot = logit_slot_[first + r];
-          if (slot < 0) {
-            const Query& query = batch_->queries[first + r];
-            const uint32_t* mask = query.target < 0 ? batch_->sampling[query.row].mask : nullptr;
-            Best& mine = best[first + r];
-            const uint32_t real = columns < kPanel ? (1u << columns) - 1 : ~0u;
-            if (mask) kernels_.take_best_of(row, p * kPanel, mask[p] & real, &mine.value, &mine.token);
-            else kernels_.take_best(row, p * kPanel, columns, &mine.value, &mine.token);
-          } else {
-            float* to = logits + (int64_t)slot * vocab + p * kPanel;
-            std::copy(row, row + columns, to);
-            if (op.softcap != 0.0f) kernels_.soft_cap(to, columns, op.softcap);
-          }
-        }
-      }
-    });
-    worker.each(n, 1, [&](int begin, int end) {
-      for (int q = first + begin; q < first + end; ++q) {
-        if (logit_slot_[q] >= 0) {
-          answer(worker, q, vocab);
-          continue;
-        }
-        Best all{-INFINITY, INT_MAX};
-        for (Own& other : own_) {
-          const Best& theirs = ((Best*)other.best.reserve(0))[q];
-          if (theirs.value > all.value || (theirs.value == all.value && theirs.token < all.token)) all = theirs;
-        }
-        batch_->answers[q] = {all.token == INT_MAX ? 0 : all.token, 0, 0.0f, 0};
-      }
-    });
-  }
-  if (worker.rank == 0)
-    for (int q = 0; q < batch_->n_queries; ++q) {
-      const Query& query = batch_->queries[q];
-      int32_t* tokens = batch_->tokens + query.row * batch_->tokens_stride;
-      if (query.target < 0) tokens[tokens_[query.token].position + 1] = batch_->answers[q].token;
-    }
-}
-
-void Executor::answer(Worker& worker, int q, int vocab) {
-  const Query& query = batch_->queries[q];
-  const float* logits = (const float*)logits_.reserve(0) + (int64_t)logit_slot_[q] * vocab;
-  void* scratch = own_[worker.rank].sampler.reserve(0);
-  Answer& answer = batch_->answers[q];
-  answer = {query.target, 0, 0.0f, 0};
-  if (query.target < 0)
-    answer.token = kernels_.sample(batch_->sampling[query.row], batch_->tokens + query.row * batch_->tokens_stride,
-                                   tokens_[query.token].position + 1, logits, vocab, scratch,
-                                   (int32_t*)own_[worker.rank].seen.reserve(0));
-  if (query.top >= 0)
-    kernels_.describe(logits, vocab, answer.token, query.top, scratch, &answer,
-                      batch_->top_ids + (int64_t)q * batch_->top_stride,
-                      batch_->top_logprobs + (int64_t)q * batch_->top_stride);
 }
 
 }  // namespace martlet

@@ -26,8 +26,9 @@ class Scratch {
       memory_.reset(new uint8_t[bytes + 64]());
       size_ = bytes;
     }
-    return memory_.get() + (64 - (uintptr_t)memory_.get() % 64) % 64;
+    return get();
   }
+  uint8_t* get() const { return memory_.get() + (64 - (uintptr_t)memory_.get() % 64) % 64; }
 
  private:
   std::unique_ptr<uint8_t[]> memory_;
@@ -57,6 +58,8 @@ class Executor {
     finish();
     return team_;
   }
+  int screen_rows(Format head) const { return kernels_.screen_rows(head); }
+  void make_screen(const Matrix& head, uint8_t* out);
 
  private:
   struct Token {
@@ -86,7 +89,8 @@ class Executor {
   };
   // A thread's own memory.
   struct Own {
-    Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best;
+    Scratch acts, taken, panel, products, lora, queries, attention, sampler, seen, best, scores, screen;
+    float least[kOwnRows];  // what each query's best logit is at least
     int rows = 0;    // that operations have now: tokens, or picked ones
     int shrunk = 0;  // tasks with A in this step, up to the linear the thread is at
   };
@@ -156,6 +160,12 @@ class Executor {
   const int32_t* table(int seq) const { return batch_->blocks + batch_->rows[seq] * batch_->blocks_stride; }
   int64_t query_bytes(const AttentionOp& op) const;  // of the queries that share a kv head
   bool needs_logits(const Query&, int known) const;
+  void lay_out_head(const HeadOp&, bool picks);
+  void screen(Worker&, const HeadOp&, Prepared& rows);
+  void take_best(const HeadOp&, int query, int panel, const float* row, Best&) const;
+  uint32_t columns_of(const HeadOp&, int query, int panel) const;
+  bool ruled_out(const Worker&, int panels, int panel) const;
+  Best best_of(int query, Scratch Own::* bests) const;
   void answer(Worker&, int query, int vocab);
 
   Team team_;
@@ -182,7 +192,8 @@ class Executor {
   Scratch lora_inputs_, lora_t_;
   std::atomic<int> shrunk_{0};  // tasks with A that are done in this step
   std::vector<int32_t> query_tokens_, logit_slot_;
-  Scratch acts_, queries_, parts_, logits_;
+  bool screens_ = false;  // only what the head's screen leaves is computed
+  Scratch acts_, queries_, parts_, logits_, bounds_;
   std::unique_ptr<std::atomic<int>[]> done_;  // finished chunks of each split (tile, kv head)
   int64_t done_size_ = 0;
 };

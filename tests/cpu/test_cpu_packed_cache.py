@@ -17,7 +17,7 @@ from martlet.hub.dummy import DummyCheckpoint
 from martlet.kernels.cpu.library import Executor, library
 from martlet.model import families, weights
 from martlet.runners.base import LoadOptions
-from martlet.runners.cpu_runner import CpuRunner, packed_cache
+from martlet.runners.cpu_runner import CpuRunner, packed_cache, packing
 
 CONFIG = {
     "model_type": "llama",
@@ -52,6 +52,7 @@ def model(tmp_path, monkeypatch):
     library()  # opened where it was built, before the cache is elsewhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 10)
+    monkeypatch.setattr(packing, "SCREEN_BYTES", 0)
     save(tmp_path / "model", 1)
     return tmp_path / "model"
 
@@ -75,6 +76,8 @@ def matrices(folder, **options) -> list[bytes]:
     found = [runner.decoder.embed, runner.decoder.head]
     for block in runner.decoder.blocks:
         found += [one.matrix for one in block.linears]
+    if runner.decoder.screen.matrix:
+        found.append(runner.decoder.screen.matrix)
     panels = [bytes(matrix.memory) for matrix in found]
     runner.close()
     return panels
@@ -89,6 +92,13 @@ def test_the_second_start_packs_nothing_and_has_the_same_weights(model, packs):
     assert packs[0] == 10 and len(files(model)) == 1
     assert matrices(model) == first and packs[0] == 10
     assert matrices(model, packed_cache=False) == first and packs[0] == 20
+
+
+def test_a_head_s_screen_is_kept_too(model, monkeypatch):
+    monkeypatch.setattr(Executor, "screen_rows", lambda self, head: 1)
+    first = matrices(model)
+    monkeypatch.delattr(Executor, "screen")
+    assert matrices(model) == first
 
 
 @pytest.mark.parametrize("huge", [True, False])
@@ -237,6 +247,7 @@ def test_no_room_is_no_reason_not_to_start(model, monkeypatch, packs):
     folder.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 10)
+    monkeypatch.setattr(packing, "SCREEN_BYTES", 0)
     assert matrices(model) == first
 
 

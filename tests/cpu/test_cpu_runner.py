@@ -17,7 +17,7 @@ from martlet.hub.card import ModelCard
 from martlet.kernels.cpu import build
 from martlet.kernels.cpu import library as native
 from martlet.runners.base import Batch, LoadOptions, NewRow, Step, StepResult
-from martlet.runners.cpu_runner import CpuRunner
+from martlet.runners.cpu_runner import CpuRunner, packing
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
 
@@ -163,6 +163,30 @@ def test_an_engine_that_guesses_gives_the_same_tokens_in_fewer_steps():
     assert guessed == plain and len(plain) == 100
     assert without.guesses == 0 and stats.guesses > 0
     assert stats.steps == without.steps - sum(stats.right_guesses) < without.steps
+
+
+@pytest.mark.parametrize("quant", ["float32", "bf16", "int8"])
+def test_a_screened_head_gives_the_same_tokens(monkeypatch, quant):
+    """Of one sequence and of three, with a mask and with guesses; those who ask for more get it beside them."""
+    monkeypatch.setattr(packing, "SCREEN_BYTES", 0)
+    monkeypatch.setattr(native.Executor, "screen_rows", lambda self, head: 4)
+    greedy, asks = SamplingParams(temperature=0), SamplingParams(temperature=0, logprobs=1)
+    found = []
+    for share in (0, 2):
+        monkeypatch.setattr(packing, "SCREEN_SHARE", share)
+        runner = load("llama", quant=quant)
+        assert bool(runner.decoder.screen.rows) == (share == 0)
+        driver, tokens = Driver(runner), []
+        enter = [(row, TOKENS[9 * row : 9 * row + 9], asks if row == 3 else greedy) for row in range(4)]
+        tokens += driver.step([(0, 9, True)], enter).tokens.tolist()
+        for _ in range(20):
+            tokens += driver.step([(0, 1, True)]).tokens.tolist()
+        tokens += driver.step([(0, 1, True), (1, 9, True), (2, 9, True)]).tokens.tolist()
+        tokens += driver.step([(1, 3, True)], drafts=np.array([[3, 4]], np.int32)).tokens.tolist()
+        tokens += driver.step([(0, 1, True), (2, 1, True), (3, 9, True)]).tokens.tolist()
+        found.append(tokens)
+        runner.close()
+    assert found[0] == found[1]
 
 
 def test_copied_blocks_continue_like_their_source():

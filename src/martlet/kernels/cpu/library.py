@@ -11,7 +11,7 @@ import numpy as np
 
 from martlet.errors import BackendUnavailable
 from martlet.kernels.cpu import build
-from martlet.kernels.cpu.program import PANEL, Batch, Format, Op, Program
+from martlet.kernels.cpu.program import PANEL, Batch, Format, Matrix, Op, Program
 
 ISAS = ("generic", "avx2", "avx512_vnni", "avx512_bf16", "amx")
 SPINS = 4000  # polls before a waiting thread sleeps: 50-200 us, more than the gaps within a step
@@ -27,6 +27,8 @@ _SIGNATURES = {
     "martlet_begin": (None, [c_void_p, POINTER(Op), c_int, POINTER(Batch)]),
     "martlet_help": (None, [c_void_p]),
     "martlet_finish": (None, [c_void_p]),
+    "martlet_screen_rows": (c_int, [c_void_p, c_int]),
+    "martlet_screen": (None, [c_void_p, POINTER(Matrix), c_void_p]),
     "martlet_run": (None, [c_void_p, POINTER(Op), c_int, POINTER(Batch)]),
 }
 
@@ -89,6 +91,16 @@ class Executor:
             raise ValueError(f"{len(rows)} rows and {len(out)} bytes are no whole panels of {target.name}")
         self.finish()
         library().martlet_pack(self._handle, source, target, rows.ctypes.data, panels, inputs, out.ctypes.data)
+
+    def screen_rows(self, head: Format) -> int:
+        """Rows of a step up to which a screen of a head in this format pays; 0 where none does."""
+        return library().martlet_screen_rows(self._handle, head)
+
+    def screen(self, head: Matrix, out: np.ndarray) -> None:
+        """Make the screen of a packed head: uint8 [panels * panel_bytes(Format.SCREEN, head.k)]."""
+        if len(out) != -(-head.n // PANEL) * panel_bytes(Format.SCREEN, head.k):
+            raise ValueError(f"{len(out)} bytes are no screen of {head.n} outputs")
+        library().martlet_screen(self._handle, head, out.ctypes.data)
 
     def run(self, program: Program, batch: Batch) -> None:
         """Run every operation of the program for the batch; returns when all threads are done."""

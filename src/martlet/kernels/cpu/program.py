@@ -31,6 +31,7 @@ class Format(IntEnum):
     INT4_32 = 11
     INT4_64 = 12
     INT4_128 = 13
+    SCREEN = 14  # of a head, made from its panels
     F16 = 32  # only as a source
 
 
@@ -135,6 +136,9 @@ class HeadOp(ctypes.Structure):
         ("x_stride", c_int64),
         ("eps", c_float),
         ("softcap", c_float),
+        ("screen_rows", c_int32),
+        ("reserved", c_int32),
+        ("screen", c_void_p),
     ]
 
 

@@ -175,6 +175,7 @@ class Decoder:
                     )
         if spec.tied:
             self.head = self.embed
+        self.screen = packer.screen(self.head)
         self.weight_bytes, self.widened = packer.bytes, packer.widened
         if cache is not None:
             cache.keep()
@@ -283,7 +284,7 @@ class Decoder:
             from martlet.runners.cpu_runner import recurrence
 
             builder = recurrence.RecurrentProgram(self.spec, tokens, memory)
-            return builder.build(self.embed, self.embed_norm, self.blocks, self.last_norm, self.head)
+            return builder.build(self.embed, self.embed_norm, self.blocks, self.last_norm, self.head, self.screen)
         return _Builder(self, tokens, memory, longest, adapters).build()
 
 
@@ -340,7 +341,8 @@ class _Builder:
             if block.mlp_post_norm is not None:
                 ops.append(self._norm_add(block.mlp_post_norm))
         cap = spec.logit_softcap or 0.0
-        ops.append(HeadOp(decoder.head, address(self.x), address(decoder.norm), self.x.shape[1], spec.eps, cap))
+        head = HeadOp(decoder.head, address(self.x), address(decoder.norm), self.x.shape[1], spec.eps, cap)
+        ops.append(decoder.screen.put(head))
         program = Program(ops)
         program.keep = self.keep
         return program

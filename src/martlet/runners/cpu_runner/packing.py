@@ -10,8 +10,8 @@ import numpy as np
 from martlet.errors import BackendUnavailable
 from martlet.hub.checkpoint import PackedTensor, Tensor
 from martlet.kernels.cpu.library import Executor, panel_bytes
-from martlet.kernels.cpu.program import PANEL, CacheKind, Format, Matrix
-from martlet.runners.cpu_runner.packed_cache import PackedCache, huge_pages
+from martlet.kernels.cpu.program import PANEL, CacheKind, Format, HeadOp, Matrix
+from martlet.runners.cpu_runner.packed_cache import Entry, PackedCache, huge_pages
 
 REGION = 32 << 20  # bytes taken from the system at a time
 _ARRAYS = {"float32": Format.F32, "float16": Format.F16, "bfloat16": Format.BF16}
@@ -21,6 +21,9 @@ _BLOCKS |= {"int8_row": Format.INT8}
 # that fit no block of ours keep every bit.
 WIDENED = {"fp8": Format.BF16, "fp8_row": Format.BF16, "nf4": Format.BF16, "int": Format.F32}
 SUPER_BLOCK = 256
+# A head gets a screen where a greedy step then reads so much less: of all weights, and in bytes.
+SCREEN_SHARE, SCREEN_BYTES = 0.02, 2 << 20
+MOST_SCREENED = 16384  # inputs that csrc/cpu/screen.hpp bounds the rounding of
 
 
 def source_format(tensor: Tensor) -> Format:
@@ -84,6 +87,19 @@ class Arena:
         return taken[:size]
 
 
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """What a HeadOp has beside its matrix: panels of Format.SCREEN, for steps of up to `rows` queries; 0 for none."""
+
+    rows: int = 0
+    matrix: Matrix | None = None
+
+    def put(self, head: HeadOp) -> HeadOp:
+        if self.matrix is not None:
+            head.screen_rows, head.screen = self.rows, self.matrix.panels
+        return head
+
+
 class Packer:
     """Packs matrices into an arena with the executor's threads, or takes them from `cache`.
 
@@ -120,6 +136,17 @@ class Packer:
 
         return self._pack((gate, up), lay, panels * PANEL, target)
 
+    def screen(self, head: Matrix) -> Screen:
+        """The screen of a packed head."""
+        panels = -(-head.n // PANEL)
+        size = panels * panel_bytes(Format.SCREEN, head.k)
+        saved = panels * panel_bytes(Format(head.format), head.k) - size
+        rows = self.executor.screen_rows(head.format)
+        if not rows or head.k > MOST_SCREENED or saved < max(SCREEN_BYTES, SCREEN_SHARE * self.bytes):
+            return Screen()
+        entry = (Format(head.format), Format.SCREEN, head.n, head.k)
+        return Screen(rows, self._keep(entry, size, lambda out: self.executor.screen(head, out)))
+
     def _pack(
         self,
         parts: Sequence[Tensor],
@@ -132,19 +159,28 @@ class Packer:
         if len(sources) != 1 or any(part.shape[1] != inputs for part in parts):
             raise ValueError(f"matrices of {sources} and widths {[part.shape[1] for part in parts]} do not stack")
         entry = (source := sources.pop(), target, outputs, inputs)
-        out = None if self.cache is None else self.cache.take(entry)
-        if out is None:
-            out = self.arena.take(-(-outputs // PANEL) * panel_bytes(target, inputs))
+
+        def fill(out: np.ndarray) -> None:
             rows = [stored_rows(part) for part in parts]
             self.executor.pack(source, target, lay([_addresses(part) for part in rows]), inputs, out)
-        if self.cache is not None:
-            self.cache.put(entry, out)
-        self.bytes += len(out)
-        matrix = Matrix(out.ctypes.data, target, outputs, inputs)
-        matrix.memory = out  # a struct of ctypes takes attributes: the panels live as long as the matrix
+
         for part in parts:
             if isinstance(part, PackedTensor) and part.format in WIDENED:
                 self.widened[part.format] = target
+        return self._keep(entry, -(-outputs // PANEL) * panel_bytes(target, inputs), fill)
+
+    def _keep(self, entry: Entry, size: int, fill: Callable[[np.ndarray], object]) -> Matrix:
+        """The matrix of an entry: the cache's, or one of so many bytes that `fill` makes of zeros."""
+        out = None if self.cache is None else self.cache.take(entry)
+        if out is None:
+            out = self.arena.take(size)
+            fill(out)
+        if self.cache is not None:
+            self.cache.put(entry, out)
+        self.bytes += size
+        _, target, outputs, inputs = entry
+        matrix = Matrix(out.ctypes.data, target, outputs, inputs)
+        matrix.memory = out  # a struct of ctypes takes attributes: the panels live as long as the matrix
         return matrix
 
 

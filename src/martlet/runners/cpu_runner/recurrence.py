@@ -18,7 +18,7 @@ from martlet.kernels.cpu import program as c
 from martlet.kernels.cpu.program import ACTIVATIONS, AnyOp, Epilogue, Format, Matrix, Program, Rows, address
 from martlet.model.spec import ChannelMix, DecoderSpec, Layer, Recurrence
 from martlet.runners.base import Batch, MemoryPlan
-from martlet.runners.cpu_runner.packing import Packer, Precision, floats, order_of
+from martlet.runners.cpu_runner.packing import Packer, Precision, Screen, floats, order_of
 from martlet.runners.states import StateSlots
 
 SHIFTED = {5: "rkvg", 6: "wkvrg", 7: "rwkvag"}  # what takes a share of the token before, in the order of mix_up
@@ -210,7 +210,15 @@ class RecurrentProgram:
         self.keep.append(np.zeros((self.tokens, size), np.float32))
         return Rows(self.keep[-1].ctypes.data, size)
 
-    def build(self, embed: Matrix, embed_norm: Norm, blocks: list[RecurrentBlock], norm: Norm, head: Matrix) -> Program:
+    def build(
+        self,
+        embed: Matrix,
+        embed_norm: Norm,
+        blocks: list[RecurrentBlock],
+        norm: Norm,
+        head: Matrix,
+        screen: Screen,
+    ) -> Program:
         spec, x = self.spec, self.x
         ops: list[AnyOp] = [
             c.EmbedOp(embed, x.x, x.stride, spec.embedding_scale),
@@ -225,7 +233,7 @@ class RecurrentProgram:
             ops += [self._layer_norm(block.mlp_norm, x, self.normed), *self._channel_mix(block.channel, channel)]
             at = channel + spec.width
         cap = spec.logit_softcap or 0.0
-        ops += [self._layer_norm(norm, x, x), c.HeadOp(head, x.x, None, x.stride, 0.0, cap)]
+        ops += [self._layer_norm(norm, x, x), screen.put(c.HeadOp(head, x.x, None, x.stride, 0.0, cap))]
         program = Program(ops)
         program.keep = [self, blocks, embed_norm, norm]
         return program

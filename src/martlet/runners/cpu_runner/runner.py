@@ -399,12 +399,12 @@ def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
 
 
 def _describe(decoder: Decoder) -> str:
-    """Which formats the matrices run in: 'q4_1 weights, q8_0 head, bfloat16 KV'."""
+    """Which formats the matrices run in: 'q4_1 weights, q8_0 head with a screen, bfloat16 KV'."""
     linears = [one for block in decoder.blocks for one in block.linears]
     formats = dict.fromkeys(c.Format(one.matrix.format).name.lower() for one in linears)
-    head = c.Format(decoder.head.format).name.lower()
+    head = c.Format(decoder.head.format).name.lower() + (" head with a screen" if decoder.screen.rows else " head")
     memory = "float32 states" if decoder.spec.recurrent else f"{decoder.precision.kv.name.lower()} KV"
-    return f"{'/'.join(formats)} weights, {head} head, {memory}"
+    return f"{'/'.join(formats)} weights, {head}, {memory}"
 
 
 def _counted(
