@@ -4,6 +4,7 @@
 // in order. A query's result is therefore the same bits alone, in a prefill, in any batch and on any number of threads.
 #pragma once
 
+#include "attention_bytes.hpp"
 #include "attention_tiles.hpp"
 #include "program.hpp"
 #include "simd.hpp"
@@ -16,7 +17,7 @@ constexpr int kScoreRows = L == 16 ? 6 : L == 8 ? 3 : 1;
 constexpr int kValueRows = L == 16 ? 6 : L == 8 ? 3 : 1;
 
 // What the cache holds, and how it meets queries and weights.
-// f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32; s8 times 15-bit integers, in tiles only
+// f32; bf16 times bf16 pairs; bf16 times f32; s8 times f32; s8 times 15-bit integers
 enum class Kv { kFloats, kPairs, kWidened, kBytes, kSplit };
 
 template <Kv kKind>
@@ -73,11 +74,6 @@ INLINE void score_tile(const uint8_t* q, const uint8_t* const* k_tiles, int dim,
       store(scores + r * kChunk + v * L, C::kScaled ? s * scale : s);
     }
   }
-}
-
-INLINE void ask(const Upcoming* next, int first, int end) {
-  if (next)
-    for (int i = first; i < least(end, next->count); ++i) fetch(next->tiles[i], next->bytes);
 }
 
 // out[r][kVectors * L] = weights of kRows queries times values, for columns from `column` on.
@@ -146,25 +142,28 @@ INLINE float peak_of(float* scores, Seen seen, float cap) {
   return highest(best);
 }
 
-// The weights, 0 for all that is not seen, and their sum. They take the scales of the values with them, where those have
-// any.
+// The weights, 0 for all that is not seen, their sum, and the largest of those that are written. They take the scales of
+// the values with them, where those have any.
 template <Kv kKind>
 INLINE float weights_of(const float* scores, const float* value_scale, Seen seen, int tiles, float peak,
-                        uint8_t* weights) {
+                        uint8_t* weights, float* largest) {
   const auto put = [&](int i, F p) {
     if (kKind == Kv::kPairs) store(weights + 2 * i, to_bf16(p));
     else store(weights + 4 * i, p);
   };
-  F all = {};
-  const Shifted<kKind == Kv::kPairs> weight(seen.lo < seen.hi ? peak : 0.0f);
-  for (int i = 0; i < seen.begin(); i += L) put(i, F{});
-  for (int i = seen.begin(); i < seen.end(); i += L) {
+  F all = {}, best = {};
+  const Shifted<kKind == Kv::kPairs || kKind == Kv::kSplit> weight(seen.lo < seen.hi ? peak : 0.0f);
+  const int begin = seen.begin(), end = seen.end();
+  for (int i = 0; i < begin; i += L) put(i, F{});
+  for (int i = begin; i < end; i += L) {
     F p = weight.of(load<F>(scores + i));
     all += p;
     if (Cache<kKind>::kScaled) p *= load<F>(value_scale + i);
+    if (kKind == Kv::kSplit) best = max(best, p);
     put(i, p);
   }
-  for (int i = seen.end(); i < tiles * 16; i += L) put(i, F{});
+  for (int i = end; i < tiles * 16; i += L) put(i, F{});
+  if (kKind == Kv::kSplit) *largest = highest(best);
   return sum(all);
 }
 
@@ -286,7 +285,8 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   const int seen_to = least(task.position + task.tokens - begin, kChunk), tiles = (seen_to + 15) / 16;
   const int seen_from = op.window ? most(0, task.position + 1 - op.window - begin) : 0;
   const int64_t tile_bytes = cache_tile_bytes(C::kCache, op.dim), per_block = task.block_size / 16;
-  const bool wide = !kInTiles && kKind != Kv::kPairs && rows >= kWideRows;
+  constexpr bool kMayWiden = kKind != Kv::kPairs && kKind != Kv::kSplit;
+  const bool wide = kMayWiden && rows >= kWideRows;
   const int padded = kKind == Kv::kSplit ? (int)round_up(tiles, 4) : tiles;  // with weights 0
   float* scores = scratch;
   uint8_t* weights = (uint8_t*)(scratch + room_rows * kChunk);
@@ -310,7 +310,17 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
       else tile_byte_scores(q, rows, query_row_bytes(op.cache, op.dim), k_tiles[tile], op.dim, scores + tile * 16);
       continue;
     }
-    if constexpr (kKind != Kv::kPairs)
+    if constexpr (kKind == Kv::kSplit) {
+      // So many tiles together that there are sums enough to keep the multipliers busy, and no more than registers.
+      const int count = rows <= 2 && tile + 4 <= tiles ? 4 : tile + 2 <= tiles ? 2 : 1;
+      for (int i = 1; i < count; ++i)
+        if (task.next) fetch(v_tiles[tile + i], tile_bytes);
+      const int64_t stride = query_row_bytes(op.cache, op.dim);
+      byte_scores((const uint8_t*)task.q, rows, stride, k_tiles + tile, count, op.dim, scores + tile * 16);
+      tile += count - 1;
+      continue;
+    }
+    if constexpr (kMayWiden)
       if (wide) {
         widen_keys<C>(k_tiles[tile], op.dim, room);
         const float* scale = (const float*)(k_tiles[tile] + 16 * op.dim);
@@ -326,7 +336,8 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
     }
     scores_of<kKind, kScoreRows, 1>((const uint8_t*)task.q, rows, k_tiles + tile, op.dim, scores + tile * 16);
   }
-  float value_scale[kChunk];  // of each token
+  float value_scale[kChunk];   // of each token
+  float* largest = part.values;  // of each row's weights: there is room until the values come
   if (C::kScaled)
     for (int tile = 0; tile < padded; ++tile)
       for (int i = 0; i < 16; i += L)
@@ -340,17 +351,22 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
   for (int r = 0; r < rows; ++r) part.peak[r] = peak_of(scores + r * kChunk, seen_by(r), op.softcap);
   for (int r = 0; r < rows; ++r) {
     uint8_t* row = weights + (int64_t)r * kChunk * C::kBytes;
-    part.total[r] = weights_of<kKind>(scores + r * kChunk, value_scale, seen_by(r), padded, part.peak[r], row);
-    if (kKind == Kv::kSplit)  // in place of the row's scores
-      quantise_long((const float*)row, nullptr, 1.0f, padded * 16, (uint8_t*)(scores + r * kChunk));
+    part.total[r] =
+        weights_of<kKind>(scores + r * kChunk, value_scale, seen_by(r), padded, part.peak[r], row, largest + r);
   }
+  if (kKind == Kv::kSplit)  // in place of the rows' scores
+    for (int r = 0; r < rows; ++r)
+      split_weights((const float*)weights + r * kChunk, largest[r], padded * 16, (uint8_t*)(scores + r * kChunk));
   const bool together = kInTiles || wide;  // values that are not walked tile by tile
   ask(task.next, together ? 0 : tiles, kChunk / 16 + 1);
-  if constexpr (kKind == Kv::kSplit)
-    return tile_byte_values((const uint8_t*)scores, rows, 4 * kChunk, v_tiles, first, tiles, padded, op.dim,
-                            (uint8_t*)room, part.values);
+  if constexpr (kKind == Kv::kSplit) {
+    const uint8_t* parts = (const uint8_t*)scores;
+    if (!kInTiles) return byte_values<6>(parts, rows, 4 * kChunk, v_tiles, tiles, op.dim, task.next, part.values);
+    return tile_byte_values(parts, rows, 4 * kChunk, v_tiles, first, tiles, padded, op.dim, (uint8_t*)room,
+                            part.values);
+  }
   if constexpr (kInTiles) return tile_values(weights, rows, v_tiles, first, tiles, op.dim, part.values);
-  if constexpr (kKind != Kv::kPairs)
+  if constexpr (kMayWiden)
     if (wide) return wide_values_of<C>((const float*)weights, rows, v_tiles, first, tiles, op.dim, room, part.values);
   values_of<kKind, kValueRows>(weights, rows, v_tiles, tiles, op.dim, task.next, part.values);
 }
@@ -359,7 +375,7 @@ void chunk_of(const AttentionOp& op, const AttentionTask& task, int chunk, float
 void attend_chunk(const AttentionOp& op, const AttentionTask& task, int chunk, float* scratch, Softmax part) {
   switch (op.cache) {
     case kCacheBF16: return chunk_of<kPairDot ? Kv::kPairs : Kv::kWidened>(op, task, chunk, scratch, part);
-    case kCacheInt8: return chunk_of<kTiles ? Kv::kSplit : Kv::kBytes>(op, task, chunk, scratch, part);
+    case kCacheInt8: return chunk_of<kLongBytes ? Kv::kSplit : Kv::kBytes>(op, task, chunk, scratch, part);
     default: return chunk_of<Kv::kFloats>(op, task, chunk, scratch, part);
   }
 }

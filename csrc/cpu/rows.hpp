@@ -110,15 +110,15 @@ INLINE void quantise_long(const float* x, const float* norm, float factor, int k
     for (int at = begin; at < end; at += L) peak = max(peak, abs(normed(x, norm, factor, at, least(L, end - at))));
     const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
     I total = {};
-    for (int block = begin; block < end; block += kBlock)
-      for (int i = 0; i < kBlock; i += L) {
-        const int at = block + i;
-        const F v = normed(x, norm, factor, at, most(0, least(L, end - at)));
-        const I q = round_to_int(v * inverse), high = (q + 64) >> 7;
-        total += q;
-        store(out + 2 * block + i, to_bytes(high));
-        store(out + 2 * block + kBlock + i, to_bytes(q - (high << 7)));
+    for (int block = begin; block < end; block += kBlock) {
+      I q[kBlock / L];
+      for (int i = 0; i < kBlock / L; ++i) {
+        const int at = block + i * L;
+        q[i] = round_to_int(normed(x, norm, factor, at, most(0, least(L, end - at))) * inverse);
+        total += q[i];
       }
+      store_parts<false>(out + 2 * block, q);
+    }
     const Group group = {largest / kMost, 0.0f, -128 * sum(total), {}};
     std::memcpy(groups, &group, sizeof group);
   }
@@ -320,9 +320,9 @@ INLINE void clear_behind(const AttentionOp& op, int slot, void* v_tile) {
 }
 
 // Bytes of one query as it meets a cache: bf16 where one of bf16 is multiplied in pairs, 15-bit integers and their
-// scale (kActSplit1024) where one of int8 is multiplied in tiles, else f32.
+// scale (kActSplit1024) where one of int8 is multiplied as it is, else f32.
 int64_t query_row_bytes(int32_t cache, int64_t dim) {
-  if (cache == kCacheInt8 && kTiles) return 2 * round_up(dim, 64) + 64;
+  if (cache == kCacheInt8 && kLongBytes) return 2 * round_up(dim, 64) + 64;
   return dim * (cache == kCacheBF16 && kPairDot ? 2 : 4);
 }
 
@@ -336,7 +336,7 @@ void rotate_queries(const AttentionOp& op, int64_t t, int kv_head, void* q) {
     uint8_t* out = (uint8_t*)q + h * query_row_bytes(op.cache, op.dim);
     if (op.cache == kCacheBF16 && kPairDot)
       for (int i = 0; i < op.dim; i += L) store(out + 2 * i, to_bf16(load<F>(head + i)));
-    else if (op.cache == kCacheInt8 && kTiles) quantise_long(head, nullptr, 1.0f, op.dim, out);
+    else if (op.cache == kCacheInt8 && kLongBytes) quantise_long(head, nullptr, 1.0f, op.dim, out);
     else std::memcpy(out, head, 4 * (size_t)op.dim);
   }
 }

@@ -174,6 +174,13 @@ INLINE Quads start_quads(I sum) { return sum; }
 INLINE I add_quads(I, Quads run) { return run; }
 #endif
 
+// Whether a product of bytes is so cheap that two of them, for factors of 15 bits, beat widening the other side.
+#if defined(__AVX512VNNI__)
+constexpr bool kLongBytes = true;
+#else
+constexpr bool kLongBytes = false;
+#endif
+
 // Whether many rows are better multiplied as 16-bit words, two in a lane: without VNNI that takes half the operations.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kWords = true;
@@ -272,6 +279,35 @@ INLINE Bytes to_bytes(I v) {
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
 #else
   return __builtin_convertvector(v, Bytes);
+#endif
+}
+
+// 64 integers of 15 bits as their high parts, then their low ones, of 7 bits and a sign: integer = 128 * high + low.
+// kPositive: none is negative, and then neither are the low parts.
+template <bool kPositive>
+INLINE void store_parts(uint8_t* out, const I* q) {
+#if defined(__AVX512F__)
+  // Packing goes within each quarter of a vector; the quarters are put in order at the end.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i high[2], low[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i words = _mm512_packs_epi32((__m512i)q[2 * i], (__m512i)q[2 * i + 1]);
+    if (kPositive) {
+      high[i] = _mm512_srli_epi16(words, 7);
+      low[i] = _mm512_and_si512(words, _mm512_set1_epi16(127));
+    } else {
+      high[i] = _mm512_srai_epi16(_mm512_add_epi16(words, _mm512_set1_epi16(64)), 7);
+      low[i] = _mm512_sub_epi16(words, _mm512_slli_epi16(high[i], 7));
+    }
+  }
+  store(out, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(high[0], high[1])));
+  store(out + 64, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low[0], low[1])));
+#else
+  for (int i = 0; i < 64 / L; ++i) {
+    const I high = (q[i] + (kPositive ? 0 : 64)) >> 7;
+    store(out + i * L, to_bytes(high));
+    store(out + 64 + i * L, to_bytes(q[i] - (high << 7)));
+  }
 #endif
 }
 
