@@ -118,23 +118,54 @@ def test_steps_of_any_size_give_the_bits_of_one(isa, heads, kv_heads, dim, cache
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("window", [1, 5, 16, 130, 300])
-def test_window(isa, window):
-    layer = Layer(executor(isa), 4, 2, 32, window=window, longest=320)
+@pytest.mark.parametrize("cache", [CacheKind.F32, CacheKind.INT8], ids=lambda kind: kind.name)
+def test_window(isa, window, cache):
+    layer = Layer(executor(isa), 4, 2, 32, window=window, longest=320, cache=cache)
     x = inputs(3, 301, layer)
-    close(layer.step(x[:290], [0], [0], [290]), layer.wanted(x)[:290])
+    wanted = layer.wanted(x)
+    close(layer.step(x[:290], [0], [0], [290]), wanted[:290], cache)
     for at in range(290, 301):
-        close(layer.step(x[at : at + 1], [0], [at], [1]), layer.wanted(x)[at : at + 1])
+        close(layer.step(x[at : at + 1], [0], [at], [1]), wanted[at : at + 1], cache)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (5, 1), (7, 1), (8, 2)])
+@pytest.mark.parametrize("dim", [32, 48, 64, 96, 128, 256])
+def test_bytes_in_every_shape(isa, heads, kv_heads, dim):
+    """Prompts, a few tokens and single ones: other numbers of rows, of tiles and of columns meet in each."""
+    cache = CacheKind.INT8
+    layer, parts = (Layer(executor(isa), heads, kv_heads, dim, rows=1, cache=cache) for _ in range(2))
+    x = inputs(8, 150, layer)
+    whole = layer.step(x, [0], [0], [150])
+    close(whole, layer.wanted(x), cache)
+    cuts = [0, 95, 96, 98, 102, 128, 149, 150]
+    found = [parts.step(x[a:b], [0], [a], [b - a]) for a, b in itertools.pairwise(cuts)]
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_bytes_hold_values_of_any_size(isa):
+    """Each token and head has its own scale: a loud one beside silent ones costs these nothing."""
+    layer = Layer(executor(isa), 3, 1, 64, rows=1, cache=CacheKind.INT8)
+    x = inputs(9, 40, layer)
+    x[:, 192:256] *= 1e-3  # nobody stands out, so all values count alike
+    values = np.where(np.arange(40) % 8 == 0, 1e4, 1e-4).astype(np.float32)
+    values[3] = 0
+    x[:, 256:] *= values[:, None]
+    found, wanted = layer.step(x, [0], [0], [40]), layer.wanted(x)
+    assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("isa", HERE[-1:])
 @pytest.mark.parametrize("context", [1, 127, 128, 129, 4097])
 @pytest.mark.parametrize("block_size", [16, 48])
-def test_long_contexts(isa, context, block_size):
-    layer = Layer(executor(isa), 9, 3, 64, rows=1, longest=4112, block_size=block_size)
+@pytest.mark.parametrize("cache", [CacheKind.F32, CacheKind.INT8], ids=lambda kind: kind.name)
+def test_long_contexts(isa, context, block_size, cache):
+    layer = Layer(executor(isa), 9, 3, 64, rows=1, longest=4112, block_size=block_size, cache=cache)
     x = inputs(4, context, layer)
     y = layer.step(x, [0], [0], [context])[-1]
     q_only = layer.wanted(x[-200:])[-1] if context <= 200 else _last(layer, x)
-    close(y, q_only)
+    close(y, q_only, cache)
 
 
 def _last(layer: Layer, x: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ class EngineFlags:
     )
     kv_cache_tokens: int | None = flag("size of the KV cache in tokens (default: from the memory)", None)
     kv_cache_dtype: str = flag(
-        "how keys and values are kept; fp8 (on a GPU) holds twice the tokens and decodes faster",
+        "how keys and values are kept; fp8 (on a GPU) and int8 (on a CPU, where auto is that beside --quant int8) "
+        "hold twice the tokens and decode faster",
         "auto",
         choices=KV_DTYPES,
     )

@@ -29,8 +29,8 @@ class LoadOptions:
     device: "auto", "cpu" or "cuda". dtype: "auto", "float32", "bfloat16" or "float16". max_model_len: longest sequence,
     at most what the model allows. max_num_seqs: sequences in a batch. kv_cache_tokens: size of the KV memory in tokens;
     None sizes it from `memory_utilization` of the memory that is free. block_size: tokens of a KV block. kv_dtype: one
-    of KV_DTYPES; "auto" is what the runner computes in. seed: of dummy weights. packed_cache: keep
-    packed weights in the user's cache, so that the next start is faster.
+    of KV_DTYPES; "auto" is what the runner computes in, and int8 beside int8 weights on a CPU. seed: of dummy weights.
+    packed_cache: keep packed weights in the user's cache, so that the next start is faster.
     max_adapters: LoRA adapters that may be active in a batch, 0 for none; max_lora_rank: the largest rank of one.
     tensor_parallel_size: processes that share the model, one a GPU (martlet.runners.parallel). symmetric_memory: they
     add up through memory they can all read; without, through NCCL alone, to measure what it gives.

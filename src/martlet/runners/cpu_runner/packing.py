@@ -67,7 +67,7 @@ PRECISIONS = {
     "stored": Precision("stored"),
     "float32": Precision("float32", Format.F32, Format.F32, CacheKind.F32),
     "bf16": Precision("bf16", Format.BF16, Format.BF16),
-    "int8": Precision("int8", Format.INT8, Format.INT8),
+    "int8": Precision("int8", Format.INT8, Format.INT8, CacheKind.INT8),  # rounds less than the weights do already
     "int4": Precision("int4", Format.Q4_1, Format.INT8),
 }
 
