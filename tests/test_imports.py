@@ -80,6 +80,7 @@ ids = backend.tokenizer.encode_prompt("Hello")
 (answer,) = backend.generate([Request("1", ids, SamplingParams(max_tokens=1), stream=True)])
 assert answer.token_ids
 heavy = {"torch", "jinja2", "ml_dtypes", "orjson", "gguf", "safetensors", "subprocess", "zipfile", "shutil", "uuid"}
+heavy |= {"concurrent.futures.thread"}
 ours = {"hub.peft", "hub.pypi", "hub.sentencepiece", "hub.tiktoken", "hub.safetensors_file", "model.adapters"}
 ours |= {"runners.cpu_runner.recurrence", "kernels.ops", "grammar.process", "chat"}
 print(sorted((heavy | {f"martlet.{name}" for name in ours}) & set(sys.modules)))
