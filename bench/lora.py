@@ -34,7 +34,7 @@ def run(engine: Engine, adapters: int, prompt: int, tokens: int) -> tuple[float,
         name = f"a{i % adapters}" if adapters else None
         engine.add(Request(str(i), [1 + (7 * i + j) % 999 for j in range(prompt)], params, adapter=name))
     while engine.scheduler.waiting or any(
-        engine.scheduler.table.known[s.row] <= prompt for s in engine.scheduler.running
+        engine.scheduler.table.arrived[s.row] <= prompt for s in engine.scheduler.running
     ):
         engine.step()
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter()
