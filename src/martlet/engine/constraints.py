@@ -14,13 +14,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.grammar import Grammar
 from martlet.hub.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from martlet.engine.sequence import RowTable
+    from martlet.runners.base import Batch
 
 CHECK_SECONDS = 4.0  # to compile a grammar and compute its first masks
 MASK_SECONDS = 3.0  # to compute a mask, or to compile again
@@ -81,6 +85,35 @@ class StepMasks:
         assert self.bits is not None
         word = self.bits[np.arange(len(tokens)), tokens >> 5]
         return (word >> (tokens & 31).astype(np.uint32)) & 1 == 1
+
+    def judged(self, tokens: np.ndarray) -> np.ndarray:
+        """A step's sampled tokens, [B] or [B, 1 + D], without those whose mask was late or did not allow them."""
+        tokens = tokens.copy()
+        column = tokens.reshape(len(tokens), -1)[:, 0]  # a view
+        allowed = self.allows(column[self.entries])
+        for constraint, fine in zip(self.members, allowed, strict=True):
+            if not fine and constraint.error is None:
+                constraint.error = InvalidRequest(
+                    "the grammar and the request's other settings (min_tokens, allowed_token_ids, logit_bias) together "
+                    f"leave no token after {len(constraint.tokens)} tokens",
+                    param="grammar",
+                )
+        column[self.entries[self.late | ~allowed]] = -1
+        return tokens
+
+    def follow(self, rows: np.ndarray, tokens: np.ndarray, going_on: np.ndarray, held: np.ndarray) -> None:
+        """Tell the matchers of `judged` tokens, where the sequences [B] go on; rows without one are held, or fail."""
+        constraints, column = self.constraints, tokens.reshape(len(tokens), -1)[:, 0]
+        for b, constraint in zip(self.entries.tolist(), self.members, strict=True):
+            if not going_on[b]:
+                continue
+            if column[b] >= 0:
+                constraints.advance(constraint, int(column[b]))
+            else:
+                held[rows[b]] = not constraint.ready
+                if constraint.error is not None and constraint not in constraints.failed:
+                    constraints.failed.append(constraint)
+        constraints.flush()
 
 
 class Checks:
@@ -227,6 +260,17 @@ class Constraints:
         limit = MASK_SECONDS if self._started else START_SECONDS
         if self._asked and (not self._port.alive or time.monotonic() - self._port.busy_since > limit):
             self._give_up()
+
+    def masks_of(self, batch: Batch, table: RowTable) -> StepMasks | None:
+        """Ask for the masks of rows that begin; those of the step's rows that sample, None where there are none."""
+        for new in batch.new_rows:
+            if (found := table.sequences[new.row].constraint) is not None:
+                self.enter(found, new.row)
+        self.flush()
+        entries = np.flatnonzero(batch.sample & table.stepwise[batch.rows])
+        if not len(entries):
+            return None
+        return StepMasks(self, entries, [table.sequences[row].constraint for row in batch.rows[entries]])
 
     def collect(self, members: Sequence[Constraint]) -> tuple[np.ndarray, np.ndarray]:
         """Masks of the members' next tokens, copied, uint32 [M, words], and which of them are late, bool [M]."""

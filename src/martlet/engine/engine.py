@@ -13,7 +13,7 @@ import numpy as np
 
 from martlet.engine.adapters import AdapterNames, AdapterSlots
 from martlet.engine.block_pool import root_digest
-from martlet.engine.constraints import PATIENCE, Constraints, StepMasks, constraints_for
+from martlet.engine.constraints import PATIENCE, Constraints, constraints_for
 from martlet.engine.detokenizer import Detokenizer
 from martlet.engine.histogram import Histogram
 from martlet.engine.options import EngineOptions
@@ -23,7 +23,7 @@ from martlet.engine.sequence import Sequence
 from martlet.errors import InvalidRequest, MartletError, Overloaded
 from martlet.grammar import Grammar
 from martlet.hub.tokenizer import Tokenizer
-from martlet.runners.base import Batch, Runner, Step, StepResult, TokenLogprobs
+from martlet.runners.base import Runner, Step, StepResult, TokenLogprobs
 
 log = logging.getLogger("martlet")
 
@@ -236,8 +236,8 @@ class Engine:
         self.scheduler.refused.clear()
         if plan is not None:
             self._step_tokens.observe(plan.batch.num_tokens)
-            if constrained:
-                plan = self._constrain(plan)
+            if constrained and (masks := self.constraints.masks_of(plan.batch, self.scheduler.table)) is not None:
+                plan = replace(plan, batch=replace(plan.batch, masks=masks))
             self._in_flight.append((plan, self._launch(plan)))
         self._launched = plan is not None
 
@@ -287,10 +287,10 @@ class Engine:
             self.scheduler.clear(plan)
         table, batch = self.scheduler.table, plan.batch
         before = table.arrived[batch.rows]
-        chosen = result.tokens if batch.masks is None else self._judged(batch, result.tokens)
+        chosen = result.tokens if batch.masks is None else batch.masks.judged(result.tokens)
         live, ended = self.scheduler.complete(plan, chosen)
         if batch.masks is not None:
-            self._follow(batch, chosen, live & ~ended)
+            batch.masks.follow(batch.rows, chosen, live & ~ended, table.held)
         sampled = live & batch.sample & (table.arrived[batch.rows] > before)
         arrived = table.arrived[batch.rows]
         self._generated_tokens += int((arrived - before)[sampled].sum())
@@ -438,51 +438,6 @@ class Engine:
         while constraints.failed:
             broken = constraints.failed.pop()
             self._fail_request(broken.owner.request.id, broken.error)
-
-    def _constrain(self, plan: Plan) -> Plan:
-        """Ask for the masks of rows that begin, and give the step those of the rows that sample."""
-        constraints, table, batch = self.constraints, self.scheduler.table, plan.batch
-        assert constraints is not None
-        for new in batch.new_rows:
-            if (found := table.sequences[new.row].constraint) is not None:
-                constraints.enter(found, new.row)
-        constraints.flush()
-        entries = np.flatnonzero(batch.sample & table.stepwise[batch.rows])
-        if not len(entries):
-            return plan
-        members = [table.sequences[row].constraint for row in batch.rows[entries]]
-        return replace(plan, batch=replace(batch, masks=StepMasks(constraints, entries, members)))
-
-    def _judged(self, batch: Batch, tokens: np.ndarray) -> np.ndarray:
-        """The sampled tokens without those whose mask was late or did not allow them."""
-        masks, tokens = batch.masks, tokens.copy()
-        column = tokens.reshape(len(tokens), -1)[:, 0]  # a view
-        allowed = masks.allows(column[masks.entries])
-        for constraint, fine in zip(masks.members, allowed, strict=True):
-            if not fine and constraint.error is None:
-                constraint.error = InvalidRequest(
-                    "the grammar and the request's other settings (min_tokens, allowed_token_ids, logit_bias) together "
-                    f"leave no token after {len(constraint.tokens)} tokens",
-                    param="grammar",
-                )
-        column[masks.entries[masks.late | ~allowed]] = -1
-        return tokens
-
-    def _follow(self, batch: Batch, tokens: np.ndarray, going_on: np.ndarray) -> None:
-        """Tell the matchers of what was sampled; rows without a token wait, or fail."""
-        constraints, table = self.constraints, self.scheduler.table
-        assert constraints is not None
-        column = tokens.reshape(len(tokens), -1)[:, 0]
-        for b, constraint in zip(batch.masks.entries.tolist(), batch.masks.members, strict=True):
-            if not going_on[b]:
-                continue
-            if column[b] >= 0:
-                constraints.advance(constraint, int(column[b]))
-            else:
-                table.held[batch.rows[b]] = not constraint.ready
-                if constraint.error is not None and constraint not in constraints.failed:
-                    constraints.failed.append(constraint)
-        constraints.flush()
 
     def stats(self) -> Stats:
         """A snapshot; any thread may call it."""
