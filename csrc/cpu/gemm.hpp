@@ -15,7 +15,8 @@ constexpr int kStep = 4 * kPanel;             // bytes of one step of a panel
 constexpr int kWide = L >= 8 ? 2 : 4;         // vectors of outputs that a tile keeps in registers
 constexpr int kFloatRows = L == 16 ? 12 : L == 8 ? 6 : 1;  // rows that a tile keeps in registers: f32
 constexpr int kBF16Rows = L == 16 ? 12 : L == 8 ? 5 : 1;   // bf16, which needs registers for both halves
-constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 2 : 1;    // int8
+constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 4 : 1;    // int8
+constexpr int kFewByteRows = L == 8 ? 2 : kByteRows;       // up to twice as many: tiles enough to ask for memory
 constexpr int kSplitRows = L == 16 ? 4 : L == 8 ? 2 : 1;   // block formats
 
 // ---- Readers of block formats. `v` counts vectors of L outputs, `j` steps of 4 inputs within a block. ----
@@ -330,6 +331,10 @@ struct DenseTile {
 // ---- Words: many rows meet a panel widened to 16 bits, [half][block]([scales, minima][16] f32, [steps][16][2]). ----
 
 constexpr int kWordRows = kWords ? 6 : 1 << 30;  // fewer do not pay for the widening
+constexpr int kByteWordRows = kWords ? 32 : 1 << 30;  // of int8, which takes few operations without
+
+constexpr bool by_words(Format f, int rows) { return rows >= (f == kInt8 ? kByteWordRows : kWordRows); }
+
 constexpr int kWordTile = 6, kHalf = kPanel / 2, kHalfStep = 4 * kHalf;
 
 template <Format f>
@@ -424,7 +429,7 @@ template <Format f>
 void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
                  float* out) {
   const int padded = (int)padded_inputs(f, k);
-  if (kWords && rows >= kWordRows) return words_panel<f>(panel, padded, acts, stride, rows, scratch, nullptr, out);
+  if (by_words(f, rows)) return words_panel<f>(panel, padded, acts, stride, rows, scratch, nullptr, out);
   Ahead ahead(panel, panel_bytes(f, k), padded / 4, rows, kSplitRows);
   if (f != kQ8_0 && rows > 2 * kSplitRows) {
     Widened<f>::template widen<false>(panel, padded / 32, scratch);
@@ -435,7 +440,7 @@ void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t strid
 }
 
 // out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, integers as words
-// from kWordRows rows on. scratch: room for a widened panel (widened_bytes).
+// where by_words says so. scratch: room for a widened panel (widened_bytes).
 void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                    uint8_t* scratch, float* out) {
   switch (f) {
@@ -450,10 +455,12 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kInt8: {
       const int padded = (int)padded_inputs(f, k);
       const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);
-      if (kWords && rows >= kWordRows)
-        return words_panel<kInt8>(panel, padded, acts, stride, rows, scratch, scale, out);
-      Ahead ahead(panel, panel_bytes(f, k), padded / 4, rows, kByteRows);
-      return rows_of<kByteRows>(BlockTile<Reader<kInt8>>{panel, stride, padded, scale}, acts, stride, rows, out, ahead);
+      if (by_words(f, rows)) return words_panel<kInt8>(panel, padded, acts, stride, rows, scratch, scale, out);
+      const BlockTile<Reader<kInt8>> tile{panel, stride, padded, scale};
+      const bool few = rows <= 2 * kFewByteRows;
+      Ahead ahead(panel, panel_bytes(f, k), padded / 4, rows, few ? kFewByteRows : kByteRows);
+      if (few) return rows_of<kFewByteRows>(tile, acts, stride, rows, out, ahead);
+      return rows_of<kByteRows>(tile, acts, stride, rows, out, ahead);
     }
     case kQ4_0: return block_panel<kQ4_0>(panel, k, acts, stride, rows, scratch, out);
     case kQ4_1: return block_panel<kQ4_1>(panel, k, acts, stride, rows, scratch, out);
