@@ -1,6 +1,7 @@
-// The two products of attention with a cache of int8, in vectors. Queries and weights have 15 bits in two parts of s8 or
+// The two products of attention with a cache of int8, in vectors. Queries and weights have 15 bits, in two parts of s8 or
 // u8, as in tiles (attention_tiles.hpp): twice the products of eight bits, as many as pairs of bf16 take, and nothing is
-// widened. Sums are integers, so their order changes no bit.
+// widened. Without VNNI they are words, and so become the bytes that meet them, in registers. Sums are integers, so
+// their order changes no bit.
 #pragma once
 
 #include "attention_plan.hpp"
@@ -15,7 +16,7 @@ INLINE void ask(const Upcoming* next, int first, int end) {
     for (int i = first; i < least(end, next->count); ++i) fetch(next->tiles[i], next->bytes);
 }
 
-// Weights [count], none negative, as integers in two parts (store_parts), and the scale behind all. count: a multiple of 64.
+// Weights [count], none negative, as integers (store_parts), and the scale behind all. count: a multiple of 64.
 INLINE void split_weights(const float* x, float largest, int count, uint8_t* out) {
   constexpr float kMost = 16256.0f;
   const float inverse = largest > 0 ? kMost / largest : 0.0f, scale = largest / kMost;
@@ -60,23 +61,6 @@ INLINE void byte_score_tile(const uint8_t* q, int64_t stride, const uint8_t* con
   }
 }
 
-template <int M, int kTogether>
-INLINE void byte_scores_of(const uint8_t* q, int rows, int64_t stride, const uint8_t* const* k_tiles, int dim,
-                           float* scores) {
-  for (; rows >= M; rows -= M, q += M * stride, scores += M * kChunk)
-    byte_score_tile<M, kTogether>(q, stride, k_tiles, dim, scores);
-  if constexpr (M > 1)
-    if (rows) byte_scores_of<M - 1, kTogether>(q, rows, stride, k_tiles, dim, scores);
-}
-
-// scores[rows][16 * count], kChunk apart, against a few tiles of keys.
-INLINE void byte_scores(const uint8_t* q, int rows, int64_t stride, const uint8_t* const* k_tiles, int count, int dim,
-                        float* scores) {
-  if (count == 4) return byte_scores_of<2, 4>(q, rows, stride, k_tiles, dim, scores);
-  if (count == 2) return byte_scores_of<6, 2>(q, rows, stride, k_tiles, dim, scores);
-  byte_scores_of<6, 1>(q, rows, stride, k_tiles, dim, scores);
-}
-
 // out[r][kVectors * L] = weights of kRows queries, `stride` bytes apart, times values, for columns from `column` on.
 template <int kRows, int kVectors>
 INLINE void byte_value_tile(const uint8_t* weights, int64_t stride, const uint8_t* const* v_tiles, int tiles, int dim,
@@ -104,6 +88,74 @@ INLINE void byte_value_tile(const uint8_t* weights, int64_t stride, const uint8_
     for (int v = 0; v < kVectors; ++v)
       store(out + (int64_t)r * dim + column + v * L, to_float((acc[0][r][v] << 7) + acc[1][r][v]) * scale);
   }
+}
+
+#elif defined(__AVX2__)
+
+template <int kRows, int kTogether>
+INLINE void byte_score_tile(const uint8_t* q, int64_t stride, const uint8_t* const* k_tiles, int dim, float* scores) {
+  constexpr int kInTile = 16 / L, kVectors = kTogether * kInTile;
+  I acc[kRows][kVectors] = {};
+  for (int d = 0; d < dim; d += 4)
+    for (int v = 0; v < kVectors; ++v) {
+      const U key = load<U>(k_tiles[v / kInTile] + d * 16 + v % kInTile * 4 * L);
+      for (int pair = 0; pair < 2; ++pair)
+        for (int r = 0; r < kRows; ++r)
+          acc[r][v] = dot2_words(acc[r][v], byte_pair(key, pair), splat(scalar<uint32_t>(q + r * stride + 2 * d + 4 * pair)));
+    }
+  const uint8_t* groups = q + groups_at(kActSplit1024, dim);
+#pragma GCC unroll 8  // else the sums go through memory
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const F key_scale = load<F>(k_tiles[v / kInTile] + 16 * dim + v % kInTile * 4 * L);
+      store(scores + r * kChunk + v * L, to_float(acc[r][v]) * (key_scale * scalar<float>(groups + r * stride)));
+    }
+}
+
+template <int kRows, int kVectors>
+INLINE void byte_value_tile(const uint8_t* weights, int64_t stride, const uint8_t* const* v_tiles, int tiles, int dim,
+                            int column, const Upcoming* next, float* out) {
+  I acc[kRows][kVectors] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    ask(next, tile, tile + 1);
+    if (!v_tiles[tile]) continue;
+    const uint8_t* at = weights + tile * 32;
+    for (int s = 0; s < 4; ++s)
+      for (int v = 0; v < kVectors; ++v) {
+        const U value = load<U>(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
+        for (int pair = 0; pair < 2; ++pair)
+          for (int r = 0; r < kRows; ++r)
+            acc[r][v] = dot2_words(acc[r][v], byte_pair(value, pair), splat(scalar<uint32_t>(at + r * stride + 8 * s + 4 * pair)));
+      }
+  }
+  const uint8_t* scales = weights + round_up(tiles, 4) * 32;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      store(out + (int64_t)r * dim + column + v * L, to_float(acc[r][v]) * scalar<float>(scales + r * stride));
+}
+
+#endif
+
+#if defined(__AVX2__)
+
+template <int M, int kTogether>
+INLINE void byte_scores_of(const uint8_t* q, int rows, int64_t stride, const uint8_t* const* k_tiles, int dim,
+                           float* scores) {
+  for (; rows >= M; rows -= M, q += M * stride, scores += M * kChunk)
+    byte_score_tile<M, kTogether>(q, stride, k_tiles, dim, scores);
+  if constexpr (M > 1)
+    if (rows) byte_scores_of<M - 1, kTogether>(q, rows, stride, k_tiles, dim, scores);
+}
+
+// scores[rows][16 * count], kChunk apart, against a few tiles of keys.
+INLINE void byte_scores(const uint8_t* q, int rows, int64_t stride, const uint8_t* const* k_tiles, int count, int dim,
+                        float* scores) {
+  if (count == 4) return byte_scores_of<kWords ? 1 : 2, 4>(q, rows, stride, k_tiles, dim, scores);
+  if (count == 2) return byte_scores_of<kWords ? 3 : 6, 2>(q, rows, stride, k_tiles, dim, scores);
+  byte_scores_of<6, 1>(q, rows, stride, k_tiles, dim, scores);
 }
 
 template <int M>

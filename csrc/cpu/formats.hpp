@@ -45,7 +45,7 @@ enum Format : int32_t {
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 32 high parts, then 32 low parts
 //   kActByte64   groups of 64, value = scale * s8
 //   kActSplit1024  groups of 1024, value = scale * (128 * high + low); of every 64 inputs the high parts, then the low
-//                parts. Instead of kActByte64 where there are tiles: see gemm_tiles.hpp
+//                parts (store_parts). Instead of kActByte64 where there are tiles: see gemm_tiles.hpp
 //   kActWord32, kActWord64   the same integers as whole words, for many rows where that is faster (kWords)
 enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActSplit1024, kActWord32, kActWord64 };
 

@@ -174,17 +174,14 @@ INLINE Quads start_quads(I sum) { return sum; }
 INLINE I add_quads(I, Quads run) { return run; }
 #endif
 
-// Whether a product of bytes is so cheap that two of them, for factors of 15 bits, beat widening the other side.
-#if defined(__AVX512VNNI__)
-constexpr bool kLongBytes = true;
-#else
-constexpr bool kLongBytes = false;
-#endif
-
 // Whether many rows are better multiplied as 16-bit words, two in a lane: without VNNI that takes half the operations.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kWords = true;
 INLINE I dot2_words(I acc, U a, U b) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+// Signed bytes 0 and 2, or 1 and 3, of each lane as words.
+INLINE U byte_pair(U bytes, int pair) {
+  return (U)_mm256_srai_epi16(pair ? (__m256i)bytes : _mm256_slli_epi16((__m256i)bytes, 8), 8);
+}
 // Bytes 0 and 1, or 2 and 3, of each lane as words minus an offset.
 INLINE U byte_pair(U bytes, int pair, int offset) {
   const __m128i low = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
@@ -196,6 +193,13 @@ INLINE U byte_pair(U bytes, int pair, int offset) {
 constexpr bool kWords = false;
 INLINE I dot2_words(I acc, U, U) { return acc; }
 INLINE U byte_pair(U bytes, int, int) { return bytes; }
+#endif
+
+// Whether bytes are multiplied with factors of 15 bits as they are: as two products of bytes, or as words.
+#if defined(__AVX512VNNI__)
+constexpr bool kLongBytes = true;
+#else
+constexpr bool kLongBytes = kWords;
 #endif
 
 // Two bf16 in each 32-bit lane, as two vectors of floats.
@@ -283,7 +287,8 @@ INLINE Bytes to_bytes(I v) {
 }
 
 // 64 integers of 15 bits as their high parts, then their low ones, of 7 bits and a sign: integer = 128 * high + low.
-// kPositive: none is negative, and then neither are the low parts.
+// kPositive: none is negative, and then neither are the low parts. Where words are multiplied they stay whole, of every
+// four 0, 2, 1, 3.
 template <bool kPositive>
 INLINE void store_parts(uint8_t* out, const I* q) {
 #if defined(__AVX512F__)
@@ -302,6 +307,9 @@ INLINE void store_parts(uint8_t* out, const I* q) {
   }
   store(out, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(high[0], high[1])));
   store(out + 64, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low[0], low[1])));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64 / L; ++i)
+    store(out + 2 * i * L, to_words((I)_mm256_shuffle_epi32((__m256i)q[i], 0xd8)));
 #else
   for (int i = 0; i < 64 / L; ++i) {
     const I high = (q[i] + (kPositive ? 0 : 64)) >> 7;
