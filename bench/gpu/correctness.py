@@ -18,7 +18,17 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.hub import load_tokenizer, resolve
 from martlet.hub.card import ModelCard
-from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, sampling
+from martlet.kernels.cuda import (
+    decode_attention,
+    few_rows,
+    few_rows_lora,
+    launch,
+    layers,
+    linear,
+    lora,
+    prefill_attention,
+    sampling,
+)
 from martlet.kernels.ops import Sampling
 from martlet.kernels.reference import ReferenceOps
 from martlet.model.spec import Attention, FeedForward, Rope
@@ -188,6 +198,14 @@ def kernels(args) -> None:
     for n, k, gated in ((6144, 4096, False), (4096, 4104, False), (4096, 14336, False), (14300, 4096, True),
                         (128256, 4096, False)):  # fmt: skip
         tasks[f"few rows {k}x{n}"] = functools.partial(_few_rows, expect, n, k, gated)
+    for k, sizes, gated, slots, rank in (
+        (4096, (4096, 1024, 1024), False, 16, 16), (1032, (4096, 1024, 1024), False, 4, 64),
+        (520, (4096, 1024, 1024), False, 3, 32), (14336, (4096,), False, 16, 16), (4104, (4096,), False, 8, 64),
+        (264, (4096,), False, 4, 16), (4096, (14336, 14336), True, 16, 16), (1032, (12800, 12800), True, 1, 16),
+        (2056, (14300, 14300), True, 8, 64),
+    ):  # fmt: skip
+        name = f"few rows {k}x{sizes} {slots} adapters of {rank}"
+        tasks[name] = functools.partial(_adapted_rows, expect, name, k, sizes, gated, slots, rank)
     try:
         with launch.compiled_together():
             for task in tasks.values():
@@ -231,6 +249,61 @@ def _few_rows(expect, n: int, k: int, gated: bool) -> None:
         if not launch.compiling:
             same = torch.equal(got, whole[..., -rows:, :])
             expect(f"few rows {k}x{n} {rows} as among 64", torch.tensor(float(same)), torch.ones(()))
+
+
+def _adapted_rows(expect, name: str, k: int, sizes: tuple[int, ...], gated: bool, slots: int, rank: int) -> None:
+    """Products of few rows with adapters against sums in float32, the same bit for bit in a graph and among others."""
+    if not launch.has_wgmma():
+        return
+    n, parts = sum(sizes), len(sizes)
+    matrix = torch.randn(n, k, device="cuda").mul_(k**-0.5).bfloat16()
+    stack = lora.Stack(
+        torch.randn(slots, parts, rank, k, device="cuda").mul_(k**-0.5).bfloat16(),
+        torch.randn(n, slots, rank, device="cuda").mul_(rank**-0.5).bfloat16(),
+        torch.full((slots,), rank, dtype=torch.int32, device="cuda"),
+        tuple(np.cumsum(sizes[:-1]).tolist()),
+    )
+    outputs = n // 2 if gated else n
+    tile, steps = few_rows._tile(outputs, gated, launch.num_sms()), -(-k // 128)
+    assert tile is not None
+    ends = () if gated else stack.ends
+    plan = few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), ends, launch.num_sms())
+    assert plan is not None
+    x = torch.randn(64, k, device="cuda").bfloat16()
+    low = torch.empty(few_rows_lora.room(parts, rank), dtype=torch.int32, device="cuda")
+    adapters = torch.randint(slots + 1, (64,), dtype=torch.int32, device="cuda")  # 0 for none
+    rows = torch.where(torch.arange(64, device="cuda") % 9 == 0, -1, torch.arange(64, device="cuda")).int()
+
+    def made(count: int) -> torch.Tensor:
+        groups = lora.group(rows[-count:], adapters, stack.ranks, rank)
+        low.fill_(-1)
+        return few_rows_lora.product(
+            x[-count:], matrix, plan, stack, groups, low, gated=gated, activation="silu" if gated else ""
+        )
+
+    whole, graph = made(64), torch.cuda.CUDAGraph()
+    want = x.float() @ matrix.float().T
+    values = (x.float() @ stack.a.view(-1, k).float().T).view(64, slots, parts, rank).bfloat16().float()
+    for row, slot in enumerate(torch.where(rows < 0, 0, adapters).tolist()):
+        for part, (begin, size) in enumerate(zip(np.cumsum(sizes) - sizes, sizes, strict=True)):
+            if slot:
+                here = slice(begin, begin + size)
+                want[row, here] += stack.b[here, slot - 1].float() @ values[row, slot - 1, part]
+    if gated:
+        want = torch.nn.functional.silu(want[:, :outputs]) * want[:, outputs:]
+    for count in (64, 40, 7, 1):
+        got = made(count)
+        expect(f"{name}, {count} rows", got if gated else got.sum(0), want[-count:], 5e-3 if gated else 1e-3)
+        if not launch.compiling:
+            same = torch.equal(got, whole[..., -count:, :])
+            expect(f"{name}, {count} rows as among 64", torch.tensor(float(same)), torch.ones(()))
+    if launch.compiling:
+        return
+    with torch.cuda.graph(graph):
+        found = [made(64) for _ in range(8)]
+    for _ in range(20):
+        graph.replay()
+    expect(f"{name} in a graph", torch.tensor(float(all(torch.equal(got, whole) for got in found))), torch.ones(()))
 
 
 def _sampling(expect) -> None:

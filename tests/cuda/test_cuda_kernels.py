@@ -9,7 +9,16 @@ import pytest
 import torch
 from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, from_fp8, in_fp8, make_case, reference_attention
 
-from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, sampling
+from martlet.kernels.cuda import (
+    decode_attention,
+    few_rows,
+    few_rows_lora,
+    launch,
+    layers,
+    linear,
+    prefill_attention,
+    sampling,
+)
 from martlet.kernels.ops import Sampling
 from martlet.kernels.philox import gumbel
 from martlet.kernels.reference import ReferenceOps
@@ -87,6 +96,25 @@ def test_tiles_of_few_rows_fit_a_hopper(outputs, gated, split):
     assert 88 <= programs <= 132 or programs > 4 * 132
     assert tile.stages * step <= 227 << 10
     assert few_rows._tile(64, gated, 132) is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "gated", "ends"),
+    [(14336, 4096, True, ()), (6144, 4096, False, (4096, 5120)), (4096, 14336, False, ()), (4096, 264, False, ())],
+)
+@pytest.mark.parametrize(("slots", "rank"), [(1, 16), (16, 16), (16, 32), (8, 64)])
+def test_adapters_of_few_rows_fit_in(outputs, inputs, gated, ends, slots, rank):
+    """All of A is in some program's steps, and shared memory has room for it."""
+    tile, parts = few_rows._tile(outputs, gated, 132), 2 if gated else 1 + len(ends)
+    steps, blocks = -(-inputs // 128), -(-outputs // tile.outputs)
+    plan = few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), ends, 132)
+    assert slots * parts * rank <= blocks // plan.shares * plan.ranks
+    assert rank % plan.ranks == 0 and steps // tile.split >= plan.shares and blocks * tile.split <= 132
+    rows = (2 if gated else 1) * tile.outputs + few_rows.ROWS.value + plan.ranks
+    more = 2 * few_rows.ROWS.value * 128 if gated else 0  # low-rank values of `up`
+    assert tile.stages * rows * 256 + more + 1024 <= 227 << 10
+    assert few_rows_lora._plan(tile, outputs, steps, (slots, parts, 48), ends, 132) is None
+    assert few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), (100,), 132) is None
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])

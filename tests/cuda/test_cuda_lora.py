@@ -53,7 +53,7 @@ def adapted(tokens: int, inputs: int, outputs: tuple[int, ...], rank: int, dtype
     wide = torch.randn(total + 4 * len(outputs) * rank, inputs, device=DEVICE).to(dtype) / inputs**0.5
     stack = Stack(
         wide[total:].view(4, len(outputs), rank, inputs),
-        torch.randn(4, total, rank, device=DEVICE).to(dtype),
+        torch.randn(total, 4, rank, device=DEVICE).to(dtype),
         torch.tensor(used, dtype=torch.int32, device=DEVICE),
         tuple(np.cumsum(outputs[:-1]).tolist()),
     )
@@ -66,7 +66,7 @@ def adapted(tokens: int, inputs: int, outputs: tuple[int, ...], rank: int, dtype
     slot_of = torch.where(rows < 0, 0, adapters[rows.clamp(min=0).long()])
     begins = np.cumsum(outputs) - outputs
     for slot in range(4):
-        a, b = stack.a[slot, :, : used[slot]].float(), stack.b[slot, :, : used[slot]].float()
+        a, b = stack.a[slot, :, : used[slot]].float(), stack.b[:, slot, : used[slot]].float()
         parts = [
             LoraPart(int(begin), a[part], b[begin : begin + size])
             for part, (begin, size) in enumerate(zip(begins, outputs, strict=True))

@@ -12,8 +12,9 @@ S P R], low-rank values of all slots behind the outputs. And a program goes thro
 ranks of UNIT, for all tokens at once, with the values of others than a token's own slot taken as zero: outputs are read
 and written once (`finish`), on the way to the activation where one follows (`finish_activated`).
 
-Matrices of S slots stand in stacks that keep their place: a [S, P, R, K] and b [S, N, R], R being the largest rank, P
-the matrices fused into the linear (their outputs end at `ends`), ranks int32 [S] how much of R a slot uses.
+Matrices of S slots stand in stacks that keep their place: a [S, P, R, K] and b [N, S, R], R being the largest rank, P
+the matrices fused into the linear (their outputs end at `ends`), ranks int32 [S] how much of R a slot uses; the rest is
+zeros. On Hopper products of up to 64 rows with large matrices are `few_rows_lora`'s.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _expand(
                     r = step + tl.arange(0, STEP)
                     from_low = low + token[:, None] * (P * R) + part * R + r[None, :]
                     values = tl.load(from_low, mask=(m < count)[:, None], other=0.0)
-                    at = b + (slot * N + n).to(tl.int64)[None, :] * R + r[:, None]
+                    at = b + (n.to(tl.int64) * tl.num_programs(1) + slot)[None, :] * R + r[:, None]
                     weights = tl.load(at, mask=inside[None, :], other=0.0)
                     acc = tl.dot(values.to(weights.dtype), weights, acc, input_precision="ieee")
         to = y + token[:, None] * Y_STRIDE + n[None, :]
@@ -192,7 +193,7 @@ def _units(units, step, count, STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK_R:
 
 @triton.jit
 def _more(
-    acc, low, b, t, n, mine, inside, slot, r, part, N, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+    acc, low, b, t, n, mine, inside, slot, r, part, B_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
     R: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """acc [T, N] plus B times low-rank values of a part: ranks r of slots, `mine` where that is the token's slot."""
@@ -200,14 +201,14 @@ def _more(
     values = tl.load(low + t[:, None] * LOW_TOKEN + at[None, :], mask=mine, other=0.0)
     for split in tl.static_range(1, SPLIT):
         values += tl.load(low + split * LOW_SPLIT + t[:, None] * LOW_TOKEN + at[None, :], mask=mine, other=0.0)
-    at = tl.max_contiguous(tl.multiple_of(slot.to(tl.int64) * N * R + r, UNIT), UNIT)
-    weights = tl.load(b + n[:, None] * R + at[None, :], mask=inside, other=0.0)
+    at = tl.max_contiguous(tl.multiple_of(slot * R + r, UNIT), UNIT)
+    weights = tl.load(b + n.to(tl.int64)[:, None] * B_STRIDE + at[None, :], mask=inside, other=0.0)
     return tl.dot(values.to(weights.dtype), tl.trans(weights), acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T"])
 def _finish(
-    y, low, b, slots, units, out, T, N, END0, END1, Y_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, OUT_STRIDE,
+    y, low, b, slots, units, out, T, N, END0, END1, Y_STRIDE, B_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, OUT_STRIDE,
     R: tl.constexpr, SPLIT: tl.constexpr, ADD: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +233,7 @@ def _finish(
             slot, r, some = _units(units, step, count, R // UNIT, UNIT, BLOCK_R)
             mine = (of_token[:, None] == slot[None, :]) & some[None, :]
             acc = _more(
-                acc, low, b, t, n, mine, inside[:, None] & some[None, :], slot, r, part, N,
+                acc, low, b, t, n, mine, inside[:, None] & some[None, :], slot, r, part, B_STRIDE,
                 LOW_SPLIT, LOW_TOKEN, LOW_SLOT, R, SPLIT, UNIT,
             )  # fmt: skip
     tl.store(out + t[:, None] * OUT_STRIDE + n[None, :], acc.to(out.dtype.element_ty), mask=there)
@@ -240,7 +241,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["T"])
 def _finish_activated(
-    y, low, b, slots, units, out, T, HIDDEN, Y_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+    y, low, b, slots, units, out, T, HIDDEN, Y_STRIDE, B_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
     R: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -252,20 +253,18 @@ def _finish_activated(
     count = tl.load(units) * UNIT
     line = y + t[:, None] * Y_STRIDE + n[None, :]
     acc = tl.load(line, mask=there, other=0.0).to(tl.float32)
-    outputs = HIDDEN
     if GATED:
         acc_up = tl.load(line + HIDDEN, mask=there, other=0.0).to(tl.float32)
-        outputs = 2 * HIDDEN
     for step in range(0, count, BLOCK_R):
         slot, r, some = _units(units, step, count, R // UNIT, UNIT, BLOCK_R)
         mine = (of_token[:, None] == slot[None, :]) & some[None, :]
         inside = (n < HIDDEN)[:, None] & some[None, :]
         acc = _more(
-            acc, low, b, t, n, mine, inside, slot, r, 0, outputs, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, R, SPLIT, UNIT
+            acc, low, b, t, n, mine, inside, slot, r, 0, B_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT, R, SPLIT, UNIT
         )
         if GATED:
             acc_up = _more(
-                acc_up, low, b, t, HIDDEN + n, mine, inside, slot, r, 1, outputs, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
+                acc_up, low, b, t, HIDDEN + n, mine, inside, slot, r, 1, B_STRIDE, LOW_SPLIT, LOW_TOKEN, LOW_SLOT,
                 R, SPLIT, UNIT,
             )  # fmt: skip
     result = activate(acc, ACTIVATION)
@@ -315,7 +314,7 @@ def low_ranks(x: torch.Tensor, stack: Stack, groups: Groups) -> Low:
 def parted(wide: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, Low]:
     """(outputs [T, N], low-rank values) of few tokens' product with a matrix and A of all slots behind it."""
     slots, parts, rank = stack.a.shape[:3]
-    n = stack.b.shape[1]
+    n = len(stack.b)
     return wide[:, :n], Low(wide[:, n:].unflatten(1, (slots, parts, rank))[None])
 
 
@@ -352,9 +351,10 @@ def finish(
     tokens, tile = _tokens(count), FINISH if len(low.values) == 1 else _of_split(FINISH)
     launch.run(
         _finish, (triton.cdiv(n, tile.columns), triton.cdiv(count, tokens)),
-        y, low.values, stack.b, groups.slots, groups.units, out, count, n, first, second, y.stride(0), *low.strides,
-        out.stride(0), R=stack.b.shape[2], SPLIT=len(low.values), ADD=onto, UNIT=UNIT, BLOCK_T=tokens,
-        BLOCK_N=tile.columns, BLOCK_R=tile.ranks, warps=tile.warps, stages=tile.stages,
+        y, low.values, stack.b, groups.slots, groups.units, out, count, n, first, second, y.stride(0),
+        stack.b.stride(0), *low.strides, out.stride(0),
+        R=stack.b.shape[2], SPLIT=len(low.values), ADD=onto, UNIT=UNIT, BLOCK_T=tokens, BLOCK_N=tile.columns,
+        BLOCK_R=tile.ranks, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -367,7 +367,8 @@ def finish_activated(y: torch.Tensor, low: Low, stack: Stack, groups: Groups, ki
     tokens, tile = _tokens(count), FINISH_ACTIVATED if len(low.values) == 1 else _of_split(FINISH_ACTIVATED)
     launch.run(
         _finish_activated, (triton.cdiv(hidden, tile.columns), triton.cdiv(count, tokens)),
-        y, low.values, stack.b, groups.slots, groups.units, out, count, hidden, y.stride(0), *low.strides,
+        y, low.values, stack.b, groups.slots, groups.units, out, count, hidden, y.stride(0),
+        stack.b.stride(0), *low.strides,
         R=stack.b.shape[2], SPLIT=len(low.values), GATED=gated, ACTIVATION=kind, UNIT=UNIT, BLOCK_T=tokens,
         BLOCK_N=tile.columns, BLOCK_R=tile.ranks, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip

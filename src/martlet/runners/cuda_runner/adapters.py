@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import layers
+from martlet.kernels.cuda import few_rows, few_rows_lora, layers
 from martlet.kernels.cuda.linear import Linear, product
 from martlet.kernels.cuda.lora import (
     BESIDE,
@@ -48,12 +48,13 @@ def sizes(spec: DecoderSpec, layer: Layer) -> Iterator[tuple[str, list[tuple[str
 
 def bytes_for(spec: DecoderSpec, blocks: Sequence[Block], slots: int, rank: int, element: int) -> int:
     """What Slots takes."""
-    elements = 0
+    elements = lows = 0
     for layer, block in zip(spec.layers, blocks, strict=True):
         for name, parts, inputs in sizes(spec, layer):
             elements += sum(rows for _, rows in parts)
             elements += 0 if getattr(block, name).wide is not None else len(parts) * inputs
-    return slots * padded(rank) * elements * element
+            lows += few_rows_lora.room(len(parts), padded(rank))
+    return slots * padded(rank) * elements * element + 4 * lows
 
 
 class Slots:
@@ -80,9 +81,14 @@ class Slots:
                     a = wide.matrix[sum(rows) :].view(count, len(parts), self.rank, inputs)
                 else:
                     a = torch.zeros(count, len(parts), self.rank, inputs, dtype=dtype, device=device)
-                b = torch.zeros(count, sum(rows), self.rank, dtype=dtype, device=device)
+                b = torch.zeros(sum(rows), count, self.rank, dtype=dtype, device=device)
                 ends = tuple(np.cumsum(rows[:-1]).tolist())
                 self._stacks[-1][name] = Stack(a, b, self.ranks, ends)
+        # where products of few rows leave low-rank values, each its own
+        rooms = [[few_rows_lora.room(len(parts), self.rank) for parts in layer.values()] for layer in self._parts]
+        self._room = torch.empty(sum(map(sum, rooms)), dtype=torch.int32, device=device)
+        places = iter(self._room.split([size for layer in rooms for size in layer]))
+        self._lows = [{name: next(places) for name in layer} for layer in self._parts]
 
     def put(self, slot: int, adapter: Adapter) -> None:
         """Copies are queued behind the steps that were launched, so these still see what the slot held."""
@@ -96,12 +102,31 @@ class Slots:
                     if (delta := adapter.delta(f"layers.{number}.{part}")) is not None:
                         a[: len(delta.a)], b[:, : len(delta.a)] = delta.a, delta.b
                     stack.a[slot - 1, place, :used].copy_(torch.from_numpy(a))
-                    stack.b[slot - 1, begin : begin + rows, :used].copy_(torch.from_numpy(b))
+                    stack.b[begin : begin + rows, slot - 1, :used].copy_(torch.from_numpy(b))
                     begin += rows
+                stack.a[slot - 1, :, used:] = 0
+                stack.b[:, slot - 1, used:] = 0
         self.ranks[slot - 1] = used
 
     def group(self, rows: torch.Tensor, adapters: torch.Tensor) -> Groups:
+        if len(rows) <= few_rows.ROWS.value:
+            self._room.fill_(few_rows_lora.NOTHING.value)
         return group(rows, adapters, self.ranks, self.rank)
+
+    def few_rows(
+        self, x: torch.Tensor, weight: Linear, number: int, name: str, groups: Groups, gated: str | None
+    ) -> torch.Tensor | None:
+        """`Decoder._few_rows` of a linear of layer `number`, with its adapters."""
+        stack = self._stacks[number][name]
+        if weight.wide is None:
+            return None
+        plan = few_rows_lora.plan_for(x, weight, stack, groups, gated=gated is not None)
+        if plan is None:
+            return None
+        return few_rows_lora.product(
+            x, weight.matrix, plan, stack, groups, self._lows[number][name],
+            gated=gated is not None, activation=gated or "",
+        )  # fmt: skip
 
     def product(
         self,

@@ -149,7 +149,7 @@ class Decoder:
         """[S, W] -> float32 [S, V]."""
         if len(hidden) == 1:
             y = linear(hidden, self.weights.head, dtype=torch.float32)
-        elif (parts := self._few_rows(hidden, self.weights.head, None)) is not None:
+        elif (parts := self._few_rows(hidden, self.weights.head)) is not None:
             y = parts[0] if len(parts) == 1 else parts.sum(0)
         else:
             y = product(hidden, self.weights.head, torch.float32)
@@ -207,7 +207,7 @@ class Decoder:
         x misses a layer's last product until the next norm adds it.
         """
         y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
-        if not step.fresh and (parts := self._few_rows(y, block.qkv, groups)) is not None:
+        if not step.fresh and (parts := self._few_rows(y, block.qkv, number, "qkv", groups)) is not None:
             return parts
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
         if rows <= len(x):
@@ -224,12 +224,11 @@ class Decoder:
         mlp = layer.mlp
         delta = self._onto(x, y, block.o, block.attn_post_norm, number, "o", groups)
         y = self._add_norm(x, delta, block.mlp_norm, fp8=block.up.fp8)
-        if groups is None:
-            gated = mlp.activation if mlp.gated else None
-            if (hidden := self._few_rows(y, block.up, groups, gated)) is None:
-                up = product(y, block.up, x.dtype)
-                hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8, dtype=self.dtype)
-        else:
+        hidden = self._few_rows(y, block.up, number, "up", groups, gated=mlp.activation) if mlp.gated else None
+        if hidden is None and groups is None:
+            up = product(y, block.up, x.dtype)
+            hidden = layers.activation(up, mlp.activation, mlp.gated, fp8=block.down.fp8, dtype=self.dtype)
+        elif hidden is None:
             assert self.slots is not None and isinstance(y, torch.Tensor)
             hidden = self.slots.hidden(y, block.up, x.dtype, number, mlp, groups)
         return self._onto(x, hidden, block.down, block.mlp_post_norm, number, "down", groups)
@@ -256,7 +255,7 @@ class Decoder:
             return layers.add_rms_norm(self.ranks.total(share), None, post_norm, self.spec.eps, dtype=x.dtype)
         if post_norm is None and weight.bias is None and weight.matrix.dtype == x.dtype:
             assert isinstance(y, torch.Tensor)
-            if (parts := self._few_rows(y, weight, groups)) is not None:
+            if (parts := self._few_rows(y, weight, number, name, groups)) is not None:
                 return parts
             if groups is None:
                 x.addmm_(y, weight.matrix.T)
@@ -268,14 +267,23 @@ class Decoder:
         return delta if post_norm is None else layers.add_rms_norm(delta, None, post_norm, self.spec.eps, dtype=x.dtype)
 
     def _few_rows(
-        self, x: torch.Tensor | Fp8, weight: Linear, groups: Groups | None, gated: str | None = None
+        self,
+        x: torch.Tensor | Fp8,
+        weight: Linear,
+        number: int = 0,
+        name: str = "",
+        groups: Groups | None = None,
+        gated: str | None = None,
     ) -> torch.Tensor | None:
         """The product of few rows where `few_rows` has it, as parts [P, T, N] or, with a gate's activation, [T, N].
 
         None where cuBLAS is to do it.
         """
-        if groups is not None or self.ranks is not None or isinstance(x, Fp8):
+        if self.ranks is not None or isinstance(x, Fp8):
             return None
+        if groups is not None:
+            assert self.slots is not None
+            return self.slots.few_rows(x, weight, number, name, groups, gated)
         tile = few_rows.tile_for(x, weight, gated=gated is not None)
         if tile is None:
             return None
