@@ -191,9 +191,9 @@ struct Widened : Plain {
   }
 };
 
-// ---- Tiles: M rows by kWide vectors of outputs, accumulators in registers. ----
+// ---- Tiles: M rows by W vectors of outputs, accumulators in registers. ----
 
-template <class R, int M>
+template <class R, int M, int W>
 INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
                        const float* channel_scale, Ahead& ahead) {
   constexpr int kInts = R::kActs == kActSplit32 ? 2 : 1;  // integers an activation is made of
@@ -201,7 +201,7 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
   constexpr int kSteps = least(kRun<R::kBits>, kPartSteps), kOffset = R::kBits == 8 ? kByteOffset : R::kOffset;
   constexpr int kShift = R::kActs == kActByte64 ? 0 : kOffset;  // that the sums of a group still lack
   const uint8_t* groups = acts + groups_at(R::kActs, k);
-  F acc[M][kWide] = {};
+  F acc[M][W] = {};
   for (int b = 0; b * kBlock < k; ++b) {
     const R block(panel, b);
     if (R::kBytes && ahead.own) fetch(block.at + kAhead, R::kBytes);
@@ -210,39 +210,39 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
 #pragma GCC unroll 2
     for (int part = 0; part < R::kParts; ++part) {
       const size_t sum_at = R::kParts == 1 ? offsetof(Group, minus_sum) : offsetof(Group, minus_half) + 4 * part;
-      I sum[M][kWide], high[M][kWide] = {};
+      I sum[M][W], high[M][W] = {};
       for (int m = 0; m < M; ++m)
-        for (int w = 0; w < kWide; ++w)
+        for (int w = 0; w < W; ++w)
           sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kShift : I{};
 #pragma GCC unroll 16
       for (int j0 = part * kPartSteps; j0 < (part + 1) * kPartSteps; j0 += kSteps) {
-        Quads run[M][kWide], high_run[M][kWide];
+        Quads run[M][W], high_run[M][W];
         for (int m = 0; m < M; ++m)
-          for (int w = 0; w < kWide; ++w) {
+          for (int w = 0; w < W; ++w) {
             run[m][w] = start_quads(sum[m][w]);
             high_run[m][w] = start_quads(high[m][w]);
           }
 #pragma GCC unroll 8
         for (int j = j0; j < j0 + kSteps; ++j) {
           if (!ahead.own) ahead.ask();
-          U q[kWide];
-          for (int w = 0; w < kWide; ++w) q[w] = block.quants(j, v0 + w);
+          U q[W];
+          for (int w = 0; w < W; ++w) q[w] = block.quants(j, v0 + w);
           for (int m = 0; m < M; ++m) {
             const uint8_t* x = a + m * stride + 4 * j;
             if (kInts == 2)
-              for (int w = 0; w < kWide; ++w)
+              for (int w = 0; w < W; ++w)
                 high_run[m][w] = dot4<R::kBits>(high_run[m][w], q[w], splat(scalar<uint32_t>(x)));
-            for (int w = 0; w < kWide; ++w)
+            for (int w = 0; w < W; ++w)
               run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 32 * (kInts - 1))));
           }
         }
         for (int m = 0; m < M; ++m)
-          for (int w = 0; w < kWide; ++w) {
+          for (int w = 0; w < W; ++w) {
             sum[m][w] = add_quads(sum[m][w], run[m][w]);
             if (kInts == 2) high[m][w] = add_quads(high[m][w], high_run[m][w]);
           }
       }
-      for (int w = 0; w < kWide; ++w) {
+      for (int w = 0; w < W; ++w) {
         const F d = block.scale(v0 + w, part);
         for (int m = 0; m < M; ++m) {
           const I total = kInts == 2 ? sum[m][w] + (high[m][w] << 7) : sum[m][w];
@@ -251,55 +251,59 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
       }
     }
     if (R::kMin)
-      for (int w = 0; w < kWide; ++w) {
+      for (int w = 0; w < W; ++w) {
         const F low = block.minimum(v0 + w);
         for (int m = 0; m < M; ++m)
           acc[m][w] = fma(low, splat(scalar<float>(g + m * stride + offsetof(Group, scaled_sum))), acc[m][w]);
       }
   }
   for (int m = 0; m < M; ++m)
-    for (int w = 0; w < kWide; ++w) {
+    for (int w = 0; w < W; ++w) {
       if (channel_scale) acc[m][w] *= load<F>(channel_scale + (v0 + w) * L);
       store(out + m * kPanel + (v0 + w) * L, acc[m][w]);
     }
 }
 
-template <bool kBF16, int M>
+template <bool kBF16, int M, int W>
 INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
                        Ahead& ahead) {
-  F acc[M][kWide] = {};
+  F acc[M][W] = {};
   const int steps = kBF16 ? (k + 1) / 2 : k;
 #pragma GCC unroll 2
   for (int j = 0; j < steps; ++j) {
-    if (ahead.own) fetch(panel + (int64_t)j * kStep + v0 * 4 * L + kAhead, kWide * 4 * L);
+    if (ahead.own) fetch(panel + (int64_t)j * kStep + v0 * 4 * L + kAhead, W * 4 * L);
     else ahead.ask();
     const uint8_t* x = acts + (int64_t)j * (kBF16 && !kPairDot ? 8 : 4);
-    U w[kWide];
-    for (int i = 0; i < kWide; ++i) w[i] = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
+    U w[W];
+    for (int i = 0; i < W; ++i) w[i] = load<U>(panel + (int64_t)j * kStep + (v0 + i) * 4 * L);
     if (kBF16 && kPairDot) {
       for (int m = 0; m < M; ++m)
-        for (int i = 0; i < kWide; ++i) acc[m][i] = dot2(acc[m][i], w[i], splat(scalar<uint32_t>(x + m * stride)));
+        for (int i = 0; i < W; ++i) acc[m][i] = dot2(acc[m][i], w[i], splat(scalar<uint32_t>(x + m * stride)));
       continue;
     }
     for (int half = 0; half < (kBF16 ? 2 : 1); ++half) {
-      F value[kWide];
-      for (int i = 0; i < kWide; ++i) value[i] = !kBF16 ? (F)w[i] : half ? high_bf16(w[i]) : low_bf16(w[i]);
+      F value[W];
+      for (int i = 0; i < W; ++i) value[i] = !kBF16 ? (F)w[i] : half ? high_bf16(w[i]) : low_bf16(w[i]);
       for (int m = 0; m < M; ++m)
-        for (int i = 0; i < kWide; ++i)
+        for (int i = 0; i < W; ++i)
           acc[m][i] = fma(value[i], splat(scalar<float>(x + m * stride + 4 * half)), acc[m][i]);
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < kWide; ++i) store(out + m * kPanel + (v0 + i) * L, acc[m][i]);
+    for (int i = 0; i < W; ++i) store(out + m * kPanel + (v0 + i) * L, acc[m][i]);
 }
 
 // ---- All rows: tiles of at most kMost rows. ----
 
 template <int M, class Tile>
 void rows_of(const Tile& tile, const uint8_t* acts, int64_t stride, int rows, float* out, Ahead& ahead) {
+  // One row or two leave registers for the whole panel: its weights pass by once, in the order in which they lie.
+  if (rows == 1) return tile.template run<1, kPanel / L>(0, acts, out, ahead);
+  if constexpr (M > 1)
+    if (rows == 2) return tile.template run<2, kPanel / L>(0, acts, out, ahead);
   const int whole = rows / M;
   for (int v0 = 0; v0 < kPanel / L; v0 += kWide)  // outside, so that the inner loop's weights stay near
-    for (int i = 0; i < whole; ++i) tile.template run<M>(v0, acts + i * M * stride, out + i * M * kPanel, ahead);
+    for (int i = 0; i < whole; ++i) tile.template run<M, kWide>(v0, acts + i * M * stride, out + i * M * kPanel, ahead);
   if constexpr (M > 1)
     if (const int done = whole * M; done < rows)
       rows_of<(M > 6 ? 6 : M - 1)>(tile, acts + done * stride, stride, rows - done, out + done * kPanel, ahead);
@@ -311,9 +315,9 @@ struct BlockTile {
   int64_t stride;
   int k;
   const float* channel_scale;
-  template <int M>
+  template <int M, int W>
   INLINE void run(int v0, const uint8_t* acts, float* out, Ahead& ahead) const {
-    block_tile<R, M>(panel, v0, acts, stride, k, out, channel_scale, ahead);
+    block_tile<R, M, W>(panel, v0, acts, stride, k, out, channel_scale, ahead);
   }
 };
 
@@ -322,9 +326,9 @@ struct DenseTile {
   const uint8_t* panel;
   int64_t stride;
   int k;
-  template <int M>
+  template <int M, int W>
   INLINE void run(int v0, const uint8_t* acts, float* out, Ahead& ahead) const {
-    dense_tile<kBF16, M>(panel, v0, acts, stride, k, out, ahead);
+    dense_tile<kBF16, M, W>(panel, v0, acts, stride, k, out, ahead);
   }
 };
 
