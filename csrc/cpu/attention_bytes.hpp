@@ -99,9 +99,12 @@ INLINE void byte_score_tile(const uint8_t* q, int64_t stride, const uint8_t* con
   for (int d = 0; d < dim; d += 4)
     for (int v = 0; v < kVectors; ++v) {
       const U key = load<U>(k_tiles[v / kInTile] + d * 16 + v % kInTile * 4 * L);
-      for (int pair = 0; pair < 2; ++pair)
+      for (int pair = 0; pair < 2; ++pair) {
+        const U keys = signed_pair(key, pair);
+        const uint8_t* at = q + 2 * d + 4 * pair;
         for (int r = 0; r < kRows; ++r)
-          acc[r][v] = dot2_words(acc[r][v], byte_pair(key, pair), splat(scalar<uint32_t>(q + r * stride + 2 * d + 4 * pair)));
+          acc[r][v] = dot2_words(acc[r][v], keys, splat(scalar<uint32_t>(at + r * stride)));
+      }
     }
   const uint8_t* groups = q + groups_at(kActSplit1024, dim);
 #pragma GCC unroll 8  // else the sums go through memory
@@ -124,9 +127,12 @@ INLINE void byte_value_tile(const uint8_t* weights, int64_t stride, const uint8_
     for (int s = 0; s < 4; ++s)
       for (int v = 0; v < kVectors; ++v) {
         const U value = load<U>(v_tiles[tile] + ((int64_t)s * dim + column + v * L) * 4);
-        for (int pair = 0; pair < 2; ++pair)
+        for (int pair = 0; pair < 2; ++pair) {
+          const U values = signed_pair(value, pair);
+          const uint8_t* from = at + 8 * s + 4 * pair;
           for (int r = 0; r < kRows; ++r)
-            acc[r][v] = dot2_words(acc[r][v], byte_pair(value, pair), splat(scalar<uint32_t>(at + r * stride + 8 * s + 4 * pair)));
+            acc[r][v] = dot2_words(acc[r][v], values, splat(scalar<uint32_t>(from + r * stride)));
+        }
       }
   }
   const uint8_t* scales = weights + round_up(tiles, 4) * 32;

@@ -179,7 +179,7 @@ INLINE I add_quads(I, Quads run) { return run; }
 constexpr bool kWords = true;
 INLINE I dot2_words(I acc, U a, U b) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 // Signed bytes 0 and 2, or 1 and 3, of each lane as words.
-INLINE U byte_pair(U bytes, int pair) {
+INLINE U signed_pair(U bytes, int pair) {
   return (U)_mm256_srai_epi16(pair ? (__m256i)bytes : _mm256_slli_epi16((__m256i)bytes, 8), 8);
 }
 // Bytes 0 and 1, or 2 and 3, of each lane as words minus an offset.
