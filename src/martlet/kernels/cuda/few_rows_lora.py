@@ -322,7 +322,7 @@ def _adapted_gated(
                 from_slot = ((number - middle) * 2 + half) * (HALF // R)
                 x_smem.index(at * 2 + half).store(_spread(own, of_row, from_slot, R, own_layout))
                 x_smem.index(STAGES * 2 + half).store(_spread(own_up, of_row, from_slot, R, own_layout))
-            up_at = up_at * 0 + STAGES * 2
+            up_at = up_at * 0 + STAGES * 2  # of the type that it has without the branch
             fence_async_shared()
         mbarrier.wait(ready.index(at), number // STAGES & 1)
         for half in gl.static_range(2):

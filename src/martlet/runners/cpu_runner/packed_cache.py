@@ -128,11 +128,14 @@ def packed_cache(
 
 @cache
 def code_digest() -> str:
-    """Of the sources of ROOMS, as they lie on the disk: to read them all takes longer than to look at them."""
+    """Of the sources of ROOMS, as they lie on the disk: to read them all takes longer than to look at them.
+
+    The time of change too, as images and packages often give all files one time of modification.
+    """
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
         stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
     return digest.hexdigest()
 
 
