@@ -54,7 +54,7 @@ def _join(partial, sums, out, start, working, GROUP: tl.constexpr, GROUP_UP: tl.
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"], do_not_specialize=["PARTS"])
 def _attend(
     q, k_cache, v_cache, k_scales, v_scales, block_table, rows, positions, out, partial, sums, counters,
-    scale, q_stride, block_stride, cache_stride, PARTS,
+    scale, q_stride, block_stride, PARTS,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, GROUP_UP: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr,
@@ -75,8 +75,8 @@ def _attend(
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         here = (g < GROUP)[:, None] & (d < DIM)[None, :]
-        place = (head * GROUP + g)[:, None] * DIM + d[None, :]
-        query = tl.load(q + b.to(tl.int64) * q_stride + place, mask=here, other=0.0)
+        heads = (head * GROUP + g)[:, None] * DIM + d[None, :]
+        query = tl.load(q + b.to(tl.int64) * q_stride + heads, mask=here, other=0.0)
         if SCALED:
             # Two neighbours of a head are one number of 16 bits, so memory moves as it does for bfloat16: `e` counts
             # these, and whatever has heads in it comes in two halves, even and odd elements.
@@ -95,13 +95,13 @@ def _attend(
         for first in tl.range(low, high, TILE, num_stages=STAGES):
             at = first + t
             inside = at < high
-            block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            token = block * cache_stride + (head * BLOCK_SIZE + at % BLOCK_SIZE) * (DIM // 2 if SCALED else DIM)
+            block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0)
+            place = (block * KV_HEADS + head) * BLOCK_SIZE + at % BLOCK_SIZE
+            token = place.to(tl.int64) * (DIM // 2 if SCALED else DIM)
             if SCALED:
                 mask = inside[:, None] & (e < DIM // 2)[None, :]
                 even, odd = unpacked(tl.load(k_cache + token[:, None] + e[None, :], mask=mask, other=0))
-                beside = block * (KV_HEADS * BLOCK_SIZE) + head * BLOCK_SIZE + at % BLOCK_SIZE
-                key_scale = tl.load(k_scales + beside, mask=inside, other=0.0)
+                key_scale = tl.load(k_scales + place, mask=inside, other=0.0)
                 scores = tl.dot(query_even, even.to(query.dtype).T, input_precision=PRECISION)
                 scores = tl.dot(query_odd, odd.to(query.dtype).T, scores, input_precision=PRECISION)
                 scores *= factor[:, None] * key_scale[None, :]
@@ -113,7 +113,7 @@ def _attend(
                 scores = CAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
             if SCALED:
                 # A value's scale stands in the exponent: weights stay below 1, as float16 needs, whatever the scales.
-                size = log2_of(tl.load(v_scales + beside, mask=inside, other=1.0))
+                size = log2_of(tl.load(v_scales + place, mask=inside, other=1.0))
                 scores += size[None, :]
             scores = tl.where(inside[None, :], scores, float("-inf"))
             top = tl.maximum(best, tl.max(scores, 1))
@@ -148,7 +148,7 @@ def _attend(
                 _join(partial, sums, mine + head * GROUP * DIM, start, working, GROUP, GROUP_UP, DIM, BLOCK_D, MOST,
                       AT_ONCE)  # fmt: skip
         else:
-            tl.store(mine + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+            tl.store(mine + heads, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
 
 def score_scale(spec: Attention) -> tuple[float, float]:
@@ -223,9 +223,9 @@ def decode_attention(
     """Attention of q [B, H, D], token positions[b] of rows[b], over the cache -> [B, H * D]. Row -1: left undefined.
 
     The heads of a token lie together in q; tokens may lie apart.
-    cache [2, blocks, K, block_size, D]; block_table int32 [rows, P]; rows, positions int32 [B]. scales: as in
-    `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight. No
-    kernel of the same step may write rows or positions.
+    cache [2, blocks, K, block_size, D], contiguous; block_table int32 [rows, P]; rows, positions int32 [B].
+    scales: as in `rotary.rotate_and_write`; a key's is applied to its scores, a value's to its weight. No kernel of the
+    same step may write rows or positions.
     """
     batch, block_d = len(q), max(16 if scales is None else 32, triton.next_power_of_2(spec.head_dim))
     kept = cache if scales is None else cache.view(torch.int16)
@@ -243,7 +243,7 @@ def decode_attention(
         _attend, (spec.kv_heads, batch, tile.parts),
         q, *kept, *(cache if scales is None else scales), block_table, rows, positions,
         out, room.partial, room.sums, room.counters,
-        factor, q.stride(0), block_table.stride(0), kept.stride(1), tile.parts,
+        factor, q.stride(0), block_table.stride(0), tile.parts,
         HEADS=spec.heads, KV_HEADS=spec.kv_heads, DIM=spec.head_dim, WINDOW=spec.window or 0, BLOCK_SIZE=cache.shape[3],
         BLOCK_G=max(16, group_up), GROUP_UP=group_up, BLOCK_D=block_d, TILE=tokens, STAGES=stages,
         SCALED=scales is not None, SPLIT=tile.parts > 1, MOST=MAX_PARTS, AT_ONCE=max(1, JOINED // (group_up * block_d)),
