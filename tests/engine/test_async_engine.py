@@ -185,3 +185,41 @@ def test_the_queue_limit_counts_what_is_on_its_way():
     with pytest.raises(Overloaded):
         engine.submit([ask(f"r{i}") for i in range(MEMORY.max_rows + 3)], queue.SimpleQueue())
     engine.close()
+
+
+def test_quiet_time_goes_to_getting_ready_and_requests_do_not_wait_for_all_of_it():
+    """Pieces follow one another while nobody asks; a request is answered after the piece under way."""
+    runner, sink, pieces, enough = FakeRunner(MEMORY), queue.SimpleQueue(), [], threading.Event()
+
+    def get_ready():
+        pieces.append(len(launched))
+        if len(pieces) == 3:
+            engine.submit([ask("a", max_tokens=4)], sink)  # comes within a piece
+        if len(pieces) == 6:
+            enough.set()
+        return len(pieces) < 6
+
+    launched, launch, runner.get_ready = [], runner.launch, get_ready
+    runner.launch = lambda batch: launched.append(len(pieces)) or launch(batch)
+    engine = AsyncEngine(Engine(runner))
+    assert [t for o in collect(sink, 1) for t in o.token_ids] == expected_tokens([1, 2, 3], 0, 4)
+    assert launched == [3, 3, 3, 3]
+    assert enough.wait(10)
+    engine.close()
+    assert pieces == [0, 0, 0, 4, 4, 4]
+
+
+def test_getting_ready_may_fail(caplog):
+    runner, sink, tried = FakeRunner(MEMORY), queue.SimpleQueue(), threading.Event()
+
+    def get_ready():
+        tried.set()
+        raise RuntimeError("no room for it")
+
+    runner.get_ready = get_ready
+    engine = AsyncEngine(Engine(runner))
+    assert tried.wait(10)
+    engine.submit([ask("a", max_tokens=4)], sink)
+    assert [t for o in collect(sink, 1) for t in o.token_ids] == expected_tokens([1, 2, 3], 0, 4)
+    engine.close()
+    assert "no room for it" in caplog.text

@@ -29,7 +29,7 @@ from martlet.model.adapters import TARGETS, Adapter
 from martlet.model.weights import parameters, read_spec
 from martlet.runners import load
 from martlet.runners.base import Batch, NewRow
-from martlet.runners.parallel import ParallelRunner, RankFailure, processes, wire
+from martlet.runners.parallel import ParallelRunner, RankFailure, processes, wire, worker
 from martlet.runners.parallel.ring import Reader, Writer
 from martlet.runners.torch_runner import TorchRunner
 from martlet.sampling_params import SamplingParams
@@ -96,6 +96,24 @@ def test_a_recurrence_is_shared_by_heads(family):
     want = answers(TorchRunner(whole, options("cpu", **settings)))
     check(answers(runner, max_num_batched_tokens=7), want)
     runner.close()
+
+
+def test_a_rank_gets_ready_when_it_is_told_to():
+    class Ready:
+        told = 0
+
+        def get_ready(self) -> bool:
+            self.told += 1
+            return True
+
+    runner = Ready()
+    worker.do(runner, wire.unpack(b"".join(wire.ready())), receive=None)
+    assert runner.told == 1
+
+
+def test_ranks_without_anything_to_get_ready_are_not_asked(two, monkeypatch):
+    monkeypatch.setattr(two._ranks, "send", None)
+    assert not two.get_ready()
 
 
 def test_adapters_and_grammars_reach_all_ranks(two):

@@ -16,6 +16,8 @@ from martlet.errors import InvalidRequest, MartletError
 
 log = logging.getLogger("martlet")
 
+QUIET = 0.05  # seconds without a command, after which the engine gets ready for what may come
+
 
 class Sink(Protocol):
     """Where outputs go: called on the engine's thread at most once a step; must not block."""
@@ -118,11 +120,22 @@ class AsyncEngine:
             ids = list(self._sinks)
         self._deliver([Output(request_id=i, finish_reason="error", error=error, last=True) for i in ids])
 
+    def _has_commands(self) -> bool:
+        return bool(self._incoming or self._aborts or self._closing or self.engine.has_work)
+
+    def _wait(self) -> None:
+        """Until there is something to do. Quiet time goes to what the runner has yet to get ready."""
+        patience: float | None = QUIET
+        while True:
+            with self._wake:
+                if self._wake.wait_for(self._has_commands, patience):
+                    return
+            patience = 0.0 if self.engine.get_ready() else None
+
     def _take_commands(self) -> bool:
         """Wait until there is something to do, and apply what was asked meanwhile. False: time to stop."""
+        self._wait()
         with self._wake:
-            while not (self._incoming or self._aborts or self._closing or self.engine.has_work):
-                self._wake.wait()
             if self._closing:
                 self._aborts += self._sinks
             incoming, self._incoming = self._incoming, []

@@ -199,6 +199,9 @@ class Runner(Protocol):
     A runner that computes on the calling thread as well as on others also has `help(to_the_end)`: lends it that thread
     until the steps in flight are done, or little is left of them. Its `launch` waits for the step before, so that when
     it returns the results of all but the newest step are there.
+
+    A runner that has more to get ready than a start shall wait for has `get_ready()`: does a piece of it, some tens of
+    milliseconds long, and returns False when nothing is left. Asked for while no step is in flight.
     """
 
     memory: MemoryPlan

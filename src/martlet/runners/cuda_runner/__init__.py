@@ -164,6 +164,18 @@ class CudaRunner:
         self.decoder.slots.put(slot, adapter)
 
     @torch.inference_mode()
+    def get_ready(self) -> bool:
+        """Capture a graph before a step has to wait for it."""
+        if self.graphs is None:
+            return False
+        try:
+            return self.graphs.capture_next()
+        except torch.cuda.OutOfMemoryError:  # steps run without, in pieces if need be
+            log.warning("no memory is left for more graphs; a lower --memory_utilization leaves some")
+            torch.cuda.empty_cache()
+            return False
+
+    @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
         """Start a step. Where its activations do not fit it runs in pieces; OutOfMemory when not even these fit."""
         self.rows.apply(batch)

@@ -88,6 +88,18 @@ class Graphs:
                 if self.decoder.slots is not None:
                     self._graph((size, sampler.GREEDY, True))
 
+    def capture_next(self) -> bool:
+        """Capture a graph that is likely to be wanted: the next size of each kind there is, and what was seen once.
+
+        A step that has to wait for it takes ten times as long. Returns whether there are more.
+        """
+        kinds = dict.fromkeys(key[1:] for key in self.captured if not isinstance(key, Mixed))
+        wanted: list[tuple[int, str, bool] | Mixed] = [(size, *kind) for kind in kinds for size in self.sizes]
+        missing = [key for key in [*wanted, *self.seen] if key not in self.captured]
+        if missing:
+            self._graph(missing[0])
+        return len(missing) > 1
+
     def run(
         self,
         rows: np.ndarray,

@@ -95,6 +95,10 @@ class ParallelRunner:
         number = self._ranks.send(wire.adapter(slot, adapter))
         self._alike(number, lambda: self._own.load_adapter(slot, adapters.cut(adapter, self.spec.part)))
 
+    def get_ready(self) -> bool:
+        get_ready = getattr(self._own, "get_ready", None)
+        return get_ready is not None and self._alike(self._ranks.send(wire.ready()), get_ready)
+
     def launch(self, batch: Batch) -> Step:
         number = self._ranks.send(wire.step(batch))
         if batch.masks is None:

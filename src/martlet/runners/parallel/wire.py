@@ -1,7 +1,8 @@
 """What rank 0 tells the others, as bytes: a JSON head, then arrays as they lie in memory. No pickle.
 
-A message is one of four: how to load ("load"), a step ("step"), the masks of the step before it ("masks"), an adapter
-for a slot ("adapter"). Both ends are the same program, so there is no version in it.
+A message is one of five: how to load ("load"), a step ("step"), the masks of the step before it ("masks"), an adapter
+for a slot ("adapter"), that there is time to get something ready ("ready"). Both ends are the same program, so there is
+no version in it.
 """
 
 from __future__ import annotations
@@ -113,6 +114,10 @@ def step_from(message: Message) -> tuple[Batch, np.ndarray | None]:
 
 def masks(bits: np.ndarray) -> list[bytes | memoryview]:
     return pack("masks", [bits])
+
+
+def ready() -> list[bytes | memoryview]:
+    return pack("ready")
 
 
 def adapter(slot: int, what: Adapter) -> list[bytes | memoryview]:

@@ -99,6 +99,8 @@ def do(runner: Runner, message: wire.Message, receive: Callable[[], wire.Message
         finally:
             if masks is not None:  # they come, used or not
                 masks.wait()
+    elif message.kind == "ready":
+        runner.get_ready()
     else:
         slot, adapter = wire.adapter_from(message)
         runner.load_adapter(slot, adapters.cut(adapter, runner.spec.part))
