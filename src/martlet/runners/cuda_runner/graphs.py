@@ -1,8 +1,8 @@
 """Steps as CUDA graphs: decoding at a ladder of batch sizes for each kind of sampling, and steps with short prompts.
 
 A graph reads its step from a fixed buffer, `inbox`; rows past the batch's end are -1 and do nothing. A few sizes are
-captured at the start, the others when first needed, in between steps; all share one memory pool, since they never run
-at once.
+captured at the start, the others while nobody asks for anything (`capture_next`), or else when first needed, in between
+steps. All share one memory pool, since they never run at once.
 
 A step with prompts launches some ten kernels a layer, 6 ms of Python however short the prompts are. So where the GPU
 would have less to do than that, such a step is a graph too, padded (`Mixed`). It ends at the logits; sampling follows
@@ -32,6 +32,7 @@ log = logging.getLogger("martlet")
 EAGER_SIZES = (8, 1)  # captured at the start
 MIXED_TOKENS = (64, 128, 256, 512, 1024, 2048)
 MIXED_DECODES = (0, 16, 64, 256)
+MOST_AHEAD = 64  # decodes of mixed graphs that nobody needed yet; each keeps logits for as many and more
 LAUNCHES_MS = 6.0  # of a step outside a graph
 HIDDEN_MS = 2.0  # of padding that a long step outside a graph would lose as well before the GPU is busy
 MIXED_MS = 50.0  # how long a step may keep those waiting who decode
@@ -59,8 +60,8 @@ class Graphs:
         self.inbox = torch.full((words,), -1, dtype=torch.int32, device=decoder.device)
         self.out = torch.empty(max_rows, dtype=torch.int32, device=decoder.device)
         self.captured: dict[tuple[int, str, bool] | Mixed, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self.seen: set[Mixed] = set()
-        self.pool = torch.cuda.graph_pool_handle()
+        self.seen: dict[Mixed, None] = {}  # in order
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(decoder.device)
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -89,16 +90,25 @@ class Graphs:
                     self._graph((size, sampler.GREEDY, True))
 
     def capture_next(self) -> bool:
-        """Capture a graph that is likely to be wanted: the next size of each kind there is, and what was seen once.
+        """Capture a graph that is likely to be wanted, those for few rows first. Returns whether there are more.
 
-        A step that has to wait for it takes ten times as long. Returns whether there are more.
+        These are all sizes of every kind of decoding that there was, steps with short prompts, and others seen before.
+        A step that has to wait for its graph takes five to fifteen times as long.
         """
         kinds = dict.fromkeys(key[1:] for key in self.captured if not isinstance(key, Mixed))
         wanted: list[tuple[int, str, bool] | Mixed] = [(size, *kind) for kind in kinds for size in self.sizes]
-        missing = [key for key in [*wanted, *self.seen] if key not in self.captured]
+        for adapted in dict.fromkeys(adapted for _, adapted in kinds):
+            for decodes in (decodes for decodes in self.decodes if decodes <= MOST_AHEAD):
+                mixed = (Mixed(decodes, tokens, self.decoder.queries, adapted) for tokens in MIXED_TOKENS)
+                wanted += filter(self._is_short, mixed)
+        missing = [key for key in dict.fromkeys([*wanted, *self.seen]) if key not in self.captured]
         if missing:
-            self._graph(missing[0])
+            self._graph(min(missing, key=lambda key: key.decodes if isinstance(key, Mixed) else key[0]))
         return len(missing) > 1
+
+    def _is_short(self, mixed: Mixed) -> bool:
+        """Whether the GPU would wait for its launches outside a graph."""
+        return self.ms_a_token * mixed.tokens <= LAUNCHES_MS
 
     def run(
         self,
@@ -130,7 +140,8 @@ class Graphs:
     def mixed_for(self, decoding: int, tokens: int, sequences: int, *, adapted: bool = False) -> Mixed | None:
         """The graph for a step of `tokens`: `decoding` sequences of one, and `sequences` others; None if none pays.
 
-        Captured when it is wanted the second time: capturing takes longer than one step is worth.
+        Capturing takes longer than one step is worth. So a short one is captured when it is wanted the second time, a
+        long one, which gains little, in quiet time alone.
         """
         if not sequences or tokens > MIXED_TOKENS[-1] or sequences > MIXED_SEQUENCES:
             return None
@@ -140,11 +151,11 @@ class Graphs:
             self.decoder.queries,
             adapted,
         )
-        if self.ms_a_token * mixed.tokens > max(LAUNCHES_MS, self.ms_a_token * tokens + HIDDEN_MS):
+        if not self._is_short(mixed) and self.ms_a_token * (mixed.tokens - tokens) > HIDDEN_MS:
             return None
-        if mixed in self.captured or mixed in self.seen:
+        if mixed in self.captured or (mixed in self.seen and self._is_short(mixed)):
             return mixed
-        self.seen.add(mixed)
+        self.seen[mixed] = None
         return None
 
     def run_mixed(self, mixed: Mixed, words: np.ndarray, mailbox: Mailbox) -> torch.Tensor:
@@ -161,9 +172,15 @@ class Graphs:
             began = time.perf_counter()
             self._blank(key)  # compiles what is not compiled
             graph = torch.cuda.CUDAGraph()
-            # "thread_local": NCCL's own thread may ask after its events meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                logits = self._step(key)
+            torch.cuda.synchronize()
+            # Not by torch.cuda.graph, which empties the allocator's cache: steps outside graphs would fill it anew.
+            with torch.cuda.stream(self.stream):
+                # "thread_local": NCCL's own thread may ask after its events meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    logits = self._step(key)
+                finally:
+                    graph.capture_end()
             found = self.captured[key] = graph, logits
             log.debug("captured a step, %s, in %.3f s", key, time.perf_counter() - began)
         return found
