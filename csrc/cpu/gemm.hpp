@@ -17,6 +17,7 @@ constexpr int kFloatRows = L == 16 ? 12 : L == 8 ? 6 : 1;  // rows that a tile k
 constexpr int kBF16Rows = L == 16 ? 12 : L == 8 ? 5 : 1;   // bf16, which needs registers for both halves
 constexpr int kByteRows = L == 16 ? 6 : L == 8 ? 4 : 1;    // int8
 constexpr int kFewByteRows = L == 8 ? 2 : kByteRows;       // up to twice as many: tiles enough to ask for memory
+constexpr int kByteSteps = L == 8 ? 4 : 1;                 // after which its tiles ask for memory: asking takes time, too
 constexpr int kSplitRows = L == 16 ? 4 : L == 8 ? 2 : 1;   // block formats
 
 // ---- Readers of block formats. `v` counts vectors of L outputs, `j` steps of 4 inputs within a block. ----
@@ -59,27 +60,16 @@ struct Ahead {
   }
 };
 
-struct Plain {  // no minimum, one scale a block, 8 steps
+constexpr int kBlockSteps = 8;
+
+struct Plain {  // no minimum, one scale a block
   static constexpr bool kMin = false;
-  static constexpr int kParts = 1, kOffset = 0, kSteps = 8;
+  static constexpr int kParts = 1, kOffset = 0;
   static constexpr int kBytes = 0;  // of a block in memory; 0 for one that is near already
-  static constexpr ActKind kActs = kActSplit32;
 };
 
 template <Format f>
 struct Reader;
-
-template <>
-struct Reader<kInt8> : Plain {
-  static constexpr int kBits = 8, kOffset = 7, kSteps = 16;  // weights are stored plus 2^kOffset
-  static constexpr int kBytes = kLayouts[kInt8].block;
-  static constexpr ActKind kActs = kActByte64;
-  const uint8_t* at;
-  INLINE Reader(const uint8_t* panel, int b) : at(panel + (int64_t)b * kLayouts[kInt8].block) {}
-  INLINE U quants(int j, int v) const { return step_at(at, j, v); }
-  INLINE F scale(int, int) const { return splat(1.0f); }
-  INLINE F minimum(int) const { return F{}; }
-};
 
 template <Format f, int kWidth, bool kWithMin>
 struct SimpleReader : Plain {
@@ -195,17 +185,15 @@ struct Widened : Plain {
 
 template <class R, int M, int W>
 INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
-                       const float* channel_scale, Ahead& ahead) {
-  constexpr int kInts = R::kActs == kActSplit32 ? 2 : 1;  // integers an activation is made of
-  constexpr int kBlock = 4 * R::kSteps, kPartSteps = R::kSteps / R::kParts;
-  constexpr int kSteps = least(kRun<R::kBits>, kPartSteps), kOffset = R::kBits == 8 ? kByteOffset : R::kOffset;
-  constexpr int kShift = R::kActs == kActByte64 ? 0 : kOffset;  // that the sums of a group still lack
-  const uint8_t* groups = acts + groups_at(R::kActs, k);
+                       Ahead& ahead) {
+  constexpr int kPartSteps = kBlockSteps / R::kParts, kSteps = least(kRun<R::kBits>, kPartSteps);
+  constexpr int kOffset = R::kBits == 8 ? kByteOffset : R::kOffset;
+  const uint8_t* groups = acts + groups_at(kActSplit32, k);
   F acc[M][W] = {};
-  for (int b = 0; b * kBlock < k; ++b) {
+  for (int b = 0; b * 4 * kBlockSteps < k; ++b) {
     const R block(panel, b);
     if (R::kBytes && ahead.own) fetch(block.at + kAhead, R::kBytes);
-    const uint8_t* a = acts + (int64_t)b * kBlock * kInts;
+    const uint8_t* a = acts + (int64_t)b * 8 * kBlockSteps;
     const uint8_t* g = groups + (int64_t)b * sizeof(Group);
 #pragma GCC unroll 2
     for (int part = 0; part < R::kParts; ++part) {
@@ -213,8 +201,8 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
       I sum[M][W], high[M][W] = {};
       for (int m = 0; m < M; ++m)
         for (int w = 0; w < W; ++w)
-          sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kShift : I{};
-#pragma GCC unroll 16
+          sum[m][w] = kOffset ? splat(scalar<int32_t>(g + m * stride + sum_at)) << kOffset : I{};
+#pragma GCC unroll 8
       for (int j0 = part * kPartSteps; j0 < (part + 1) * kPartSteps; j0 += kSteps) {
         Quads run[M][W], high_run[M][W];
         for (int m = 0; m < M; ++m)
@@ -229,23 +217,22 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
           for (int w = 0; w < W; ++w) q[w] = block.quants(j, v0 + w);
           for (int m = 0; m < M; ++m) {
             const uint8_t* x = a + m * stride + 4 * j;
-            if (kInts == 2)
-              for (int w = 0; w < W; ++w)
-                high_run[m][w] = dot4<R::kBits>(high_run[m][w], q[w], splat(scalar<uint32_t>(x)));
             for (int w = 0; w < W; ++w)
-              run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 32 * (kInts - 1))));
+              high_run[m][w] = dot4<R::kBits>(high_run[m][w], q[w], splat(scalar<uint32_t>(x)));
+            for (int w = 0; w < W; ++w)
+              run[m][w] = dot4<R::kBits>(run[m][w], q[w], splat(scalar<uint32_t>(x + 4 * kBlockSteps)));
           }
         }
         for (int m = 0; m < M; ++m)
           for (int w = 0; w < W; ++w) {
             sum[m][w] = add_quads(sum[m][w], run[m][w]);
-            if (kInts == 2) high[m][w] = add_quads(high[m][w], high_run[m][w]);
+            high[m][w] = add_quads(high[m][w], high_run[m][w]);
           }
       }
       for (int w = 0; w < W; ++w) {
         const F d = block.scale(v0 + w, part);
         for (int m = 0; m < M; ++m) {
-          const I total = kInts == 2 ? sum[m][w] + (high[m][w] << 7) : sum[m][w];
+          const I total = sum[m][w] + (high[m][w] << 7);
           acc[m][w] = fma(d * scalar<float>(g + m * stride), to_float(total), acc[m][w]);
         }
       }
@@ -258,10 +245,37 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
       }
   }
   for (int m = 0; m < M; ++m)
-    for (int w = 0; w < W; ++w) {
-      if (channel_scale) acc[m][w] *= load<F>(channel_scale + (v0 + w) * L);
-      store(out + m * kPanel + (v0 + w) * L, acc[m][w]);
+    for (int w = 0; w < W; ++w) store(out + m * kPanel + (v0 + w) * L, acc[m][w]);
+}
+
+// int8: of a block only its sums and an activation's scale.
+template <int M, int W>
+INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
+                      const float* channel_scale, Ahead& ahead) {
+  const uint8_t* g = acts + groups_at(kActByte64, k);
+  F acc[M][W] = {};
+  for (int b = 0; b * 64 < k; ++b, panel += kLayouts[kInt8].block, acts += 64, g += sizeof(Group)) {
+    if (ahead.own) fetch(panel + kAhead, kLayouts[kInt8].block);
+    I sum[M][W];
+    for (int m = 0; m < M; ++m)
+      for (int w = 0; w < W; ++w) sum[m][w] = splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum)));
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+      if (j % kByteSteps == 0 && !ahead.own) ahead.ask();
+      U q[W];
+      for (int w = 0; w < W; ++w) q[w] = step_at(panel, j, v0 + w);
+      for (int m = 0; m < M; ++m) {
+        const U x = splat(scalar<uint32_t>(acts + m * stride + 4 * j));
+        for (int w = 0; w < W; ++w) sum[m][w] = add_dot4(sum[m][w], q[w], x);
+      }
     }
+    for (int m = 0; m < M; ++m)
+      for (int w = 0; w < W; ++w)
+        acc[m][w] = fma(splat(scalar<float>(g + m * stride)), to_float(sum[m][w]), acc[m][w]);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int w = 0; w < W; ++w)
+      store(out + m * kPanel + (v0 + w) * L, acc[m][w] * load<F>(channel_scale + (v0 + w) * L));
 }
 
 template <bool kBF16, int M, int W>
@@ -295,18 +309,33 @@ INLINE void dense_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
 
 // ---- All rows: tiles of at most kMost rows. ----
 
+// One tile, of `rows` <= M rows.
+template <int M, class Tile>
+INLINE void tile_of(int rows, const Tile& tile, int v0, const uint8_t* acts, float* out, Ahead& ahead) {
+  if (M == 1 || rows == M) return tile.template run<M, kWide>(v0, acts, out, ahead);
+  if constexpr (M > 1) tile_of<M - 1>(rows, tile, v0, acts, out, ahead);
+}
+
 template <int M, class Tile>
 void rows_of(const Tile& tile, const uint8_t* acts, int64_t stride, int rows, float* out, Ahead& ahead) {
   // One row or two leave registers for the whole panel: its weights pass by once, in the order in which they lie.
   if (rows == 1) return tile.template run<1, kPanel / L>(0, acts, out, ahead);
   if constexpr (M > 1)
     if (rows == 2) return tile.template run<2, kPanel / L>(0, acts, out, ahead);
-  const int whole = rows / M;
-  for (int v0 = 0; v0 < kPanel / L; v0 += kWide)  // outside, so that the inner loop's weights stay near
-    for (int i = 0; i < whole; ++i) tile.template run<M, kWide>(v0, acts + i * M * stride, out + i * M * kPanel, ahead);
-  if constexpr (M > 1)
-    if (const int done = whole * M; done < rows)
-      rows_of<(M > 6 ? 6 : M - 1)>(tile, acts + done * stride, stride, rows - done, out + done * kPanel, ahead);
+  if constexpr (M > 6) {  // code for every size would be long
+    const int whole = rows / M * M;
+    for (int v0 = 0; v0 < kPanel / L; v0 += kWide)  // outside, so that the inner loop's weights stay near
+      for (int m = 0; m < whole; m += M) tile.template run<M, kWide>(v0, acts + m * stride, out + m * kPanel, ahead);
+    if (whole < rows) rows_of<6>(tile, acts + whole * stride, stride, rows - whole, out + whole * kPanel, ahead);
+  } else {
+    const int tiles = (rows + M - 1) / M;
+    for (int v0 = 0; v0 < kPanel / L; v0 += kWide)
+      for (int i = 0, m = 0; i < tiles; ++i) {  // as even as can be: small tiles wait for memory and for themselves
+        const int count = (rows - m) / (tiles - i);
+        tile_of<M>(count, tile, v0, acts + m * stride, out + m * kPanel, ahead);
+        m += count;
+      }
+  }
 }
 
 template <class R>
@@ -314,10 +343,20 @@ struct BlockTile {
   const uint8_t* panel;
   int64_t stride;
   int k;
+  template <int M, int W>
+  INLINE void run(int v0, const uint8_t* acts, float* out, Ahead& ahead) const {
+    block_tile<R, M, W>(panel, v0, acts, stride, k, out, ahead);
+  }
+};
+
+struct ByteTile {
+  const uint8_t* panel;
+  int64_t stride;
+  int k;
   const float* channel_scale;
   template <int M, int W>
   INLINE void run(int v0, const uint8_t* acts, float* out, Ahead& ahead) const {
-    block_tile<R, M, W>(panel, v0, acts, stride, k, out, channel_scale, ahead);
+    byte_tile<M, W>(panel, v0, acts, stride, k, out, channel_scale, ahead);
   }
 };
 
@@ -334,19 +373,16 @@ struct DenseTile {
 
 // ---- Words: many rows meet a panel widened to 16 bits, [half][block]([scales, minima][16] f32, [steps][16][2]). ----
 
+// Block formats alone: int8 takes few operations as bytes.
 constexpr int kWordRows = kWords ? 6 : 1 << 30;  // fewer do not pay for the widening
-constexpr int kByteWordRows = kWords ? 32 : 1 << 30;  // of int8, which takes few operations without
-
-constexpr bool by_words(Format f, int rows) { return rows >= (f == kInt8 ? kByteWordRows : kWordRows); }
 
 constexpr int kWordTile = 6, kHalf = kPanel / 2, kHalfStep = 4 * kHalf;
 
 template <Format f>
 struct Words {
   using Source = Reader<f>;
-  static constexpr int kParts = Source::kParts, kSteps = 2 * Source::kSteps, kInputs = 4 * Source::kSteps;
-  static constexpr int kScales = f == kInt8 ? 0 : kParts + Source::kMin, kBlock = (kScales + kSteps) * kHalfStep;
-  static constexpr ActKind kActs = as_words(Source::kActs);
+  static constexpr int kParts = Source::kParts, kSteps = 2 * kBlockSteps, kInputs = 4 * kBlockSteps;
+  static constexpr int kScales = kParts + Source::kMin, kBlock = (kScales + kSteps) * kHalfStep;
 
   static void widen(const uint8_t* panel, int blocks, uint8_t* out) {
     for (int v0 = 0; v0 < kPanel / L; v0 += kWide)
@@ -355,12 +391,12 @@ struct Words {
         fetch(from.at + kAhead, v0 ? 0 : Source::kBytes);
         for (int w = 0; w < kWide; ++w) {
           uint8_t* to = out + w * 4 * L;
-          for (int part = 0; part < kScales - Source::kMin; ++part)
+          for (int part = 0; part < kParts; ++part)
             store(to + part * kHalfStep, from.scale(v0 + w, part));
           if (Source::kMin) store(to + kParts * kHalfStep, from.minimum(v0 + w));
           to += kScales * kHalfStep;
-#pragma GCC unroll 16
-          for (int j = 0; j < Source::kSteps; ++j)
+#pragma GCC unroll 8
+          for (int j = 0; j < kBlockSteps; ++j)
             for (int pair = 0; pair < 2; ++pair)
               store(to + (2 * j + pair) * kHalfStep,
                     byte_pair(from.quants(j, v0 + w), pair, Source::kOffset ? 1 << Source::kOffset : 0));
@@ -371,10 +407,9 @@ struct Words {
 
 // M rows by half a panel.
 template <class W, int M>
-INLINE void words_tile(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, float* out,
-                       const float* channel_scale) {
+INLINE void words_tile(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, float* out) {
   constexpr int kPartSteps = W::kSteps / W::kParts;
-  const uint8_t* g = acts + groups_at(W::kActs, k);
+  const uint8_t* g = acts + groups_at(kActWord32, k);
   F acc[M][kWide] = {};
   for (int b = 0; b * W::kInputs < k; ++b, half += W::kBlock, g += sizeof(Group)) {
     const uint8_t *steps = half + W::kScales * kHalfStep, *x = acts + 2 * (int64_t)b * W::kInputs;
@@ -390,7 +425,7 @@ INLINE void words_tile(const uint8_t* half, const uint8_t* acts, int64_t stride,
         }
       }
       for (int w = 0; w < kWide; ++w) {
-        const F d = W::kScales ? load<F>(half + part * kHalfStep + w * 4 * L) : splat(1.0f);
+        const F d = load<F>(half + part * kHalfStep + w * 4 * L);
         for (int m = 0; m < M; ++m)
           acc[m][w] = fma(d * scalar<float>(g + m * stride), to_float(sum[m][w]), acc[m][w]);
       }
@@ -403,29 +438,25 @@ INLINE void words_tile(const uint8_t* half, const uint8_t* acts, int64_t stride,
       }
   }
   for (int m = 0; m < M; ++m)
-    for (int w = 0; w < kWide; ++w)
-      store(out + m * kPanel + w * L, channel_scale ? acc[m][w] * load<F>(channel_scale + w * L) : acc[m][w]);
+    for (int w = 0; w < kWide; ++w) store(out + m * kPanel + w * L, acc[m][w]);
 }
 
 template <class W, int M>
-void words_rows(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, int rows, float* out,
-                const float* channel_scale) {
-  for (; rows >= M; rows -= M, acts += M * stride, out += M * kPanel)
-    words_tile<W, M>(half, acts, stride, k, out, channel_scale);
+void words_rows(const uint8_t* half, const uint8_t* acts, int64_t stride, int k, int rows, float* out) {
+  for (; rows >= M; rows -= M, acts += M * stride, out += M * kPanel) words_tile<W, M>(half, acts, stride, k, out);
   if constexpr (M > 1)
-    if (rows) words_rows<W, M - 1>(half, acts, stride, k, rows, out, channel_scale);
+    if (rows) words_rows<W, M - 1>(half, acts, stride, k, rows, out);
 }
 
 template <Format f>
 void words_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
-                 const float* channel_scale, float* out) {
+                 float* out) {
   using W = Words<f>;
   if constexpr (kWords) {
     const int blocks = k / W::kInputs;
     W::widen(panel, blocks, scratch);
     for (int half = 0; half < 2; ++half)
-      words_rows<W, kWordTile>(scratch + (int64_t)half * blocks * W::kBlock, acts, stride, k, rows, out + half * kHalf,
-                               channel_scale ? channel_scale + half * kHalf : nullptr);
+      words_rows<W, kWordTile>(scratch + (int64_t)half * blocks * W::kBlock, acts, stride, k, rows, out + half * kHalf);
   }
 }
 
@@ -433,18 +464,18 @@ template <Format f>
 void block_panel(const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows, uint8_t* scratch,
                  float* out) {
   const int padded = (int)padded_inputs(f, k);
-  if (by_words(f, rows)) return words_panel<f>(panel, padded, acts, stride, rows, scratch, nullptr, out);
+  if (rows >= kWordRows) return words_panel<f>(panel, padded, acts, stride, rows, scratch, out);
   Ahead ahead(panel, panel_bytes(f, k), padded / 4, rows, kSplitRows);
   if (f != kQ8_0 && rows > 2 * kSplitRows) {
     Widened<f>::template widen<false>(panel, padded / 32, scratch);
-    rows_of<kSplitRows>(BlockTile<Widened<f>>{scratch, stride, padded, nullptr}, acts, stride, rows, out, ahead);
+    rows_of<kSplitRows>(BlockTile<Widened<f>>{scratch, stride, padded}, acts, stride, rows, out, ahead);
   } else {
-    rows_of<kSplitRows>(BlockTile<Reader<f>>{panel, stride, padded, nullptr}, acts, stride, rows, out, ahead);
+    rows_of<kSplitRows>(BlockTile<Reader<f>>{panel, stride, padded}, acts, stride, rows, out, ahead);
   }
 }
 
-// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, integers as words
-// where by_words says so. scratch: room for a widened panel (widened_bytes).
+// out[rows][32] = acts times the panel. acts: rows prepared for the format, `stride` bytes apart, as kActWord32 from
+// kWordRows on. scratch: room for a widened panel (widened_bytes).
 void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, int64_t stride, int rows,
                    uint8_t* scratch, float* out) {
   switch (f) {
@@ -459,10 +490,9 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kInt8: {
       const int padded = (int)padded_inputs(f, k);
       const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);
-      if (by_words(f, rows)) return words_panel<kInt8>(panel, padded, acts, stride, rows, scratch, scale, out);
-      const BlockTile<Reader<kInt8>> tile{panel, stride, padded, scale};
+      const ByteTile tile{panel, stride, padded, scale};
       const bool few = rows <= 2 * kFewByteRows;
-      Ahead ahead(panel, panel_bytes(f, k), padded / 4, rows, few ? kFewByteRows : kByteRows);
+      Ahead ahead(panel, panel_bytes(f, k), padded / 4 / kByteSteps, rows, few ? kFewByteRows : kByteRows);
       if (few) return rows_of<kFewByteRows>(tile, acts, stride, rows, out, ahead);
       return rows_of<kByteRows>(tile, acts, stride, rows, out, ahead);
     }

@@ -232,7 +232,7 @@ INLINE bool tile_product(Format, const uint8_t*, int, const uint8_t*, int64_t, i
 
 ActKind act_kind(Format f, int rows) {
   const ActKind plain = kTiles && f == kInt8 ? kActSplit1024 : kLayouts[f].act;
-  return by_words(f, rows) ? as_words(plain) : plain;
+  return rows >= kWordRows ? as_words(plain) : plain;
 }
 
 constexpr int kRowUnit = kTiles ? kTileRows : 6;  // 6: rows of a tile of bytes in registers, and half of most others

@@ -53,13 +53,16 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   constexpr int kVectors = kGroup / L;
   constexpr float kMost = kGroup == 32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
   F peak = {};
-  for (int i = 0; i < kVectors; ++i) peak = max(peak, abs(v[i]));
+  for (int i = 0; i < kVectors; ++i) {
+    const F size = abs(v[i]);
+    peak = max(peak, kPairs && kKind == kActByte64 ? size + swap_pairs(size) : size);
+  }
   const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
   I halves[2] = {};
   for (int i = 0; i < kVectors; ++i) {
     const I q = round_to_int(v[i] * inverse);
     halves[i * 2 / kVectors] += q;
-    if (kKind == kActWord32 || kKind == kActWord64) {
+    if (kKind == kActWord32) {
       store(out + 2 * (g * kGroup + i * L), to_words(q));
     } else if (kKind == kActByte64) {
       store(out + g * kGroup + i * L, to_bytes(q));
@@ -132,7 +135,6 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
     case kActByte64: return quantise<kActByte64>(x, norm, factor, k, out);
     case kActSplit1024: return quantise_long(x, norm, factor, k, out);
     case kActWord32: return quantise<kActWord32>(x, norm, factor, k, out);
-    case kActWord64: return quantise<kActWord64>(x, norm, factor, k, out);
     case kActBF16:
       for (int i = 0; i < k; i += L) {
         const Halves v = to_bf16(normed(x, norm, factor, i, least(L, k - i)));
