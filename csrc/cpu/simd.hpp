@@ -90,6 +90,10 @@ INLINE F fma(F a, F b, F c) {
 INLINE float sum(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);  // the halves onto each other, as below
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #endif
   float lane[L];
   store(lane, v);
@@ -110,9 +114,11 @@ INLINE float highest(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(v);
 #else
-  float best = v[0];
-  for (int i = 1; i < L; ++i) best = most(best, (float)v[i]);
-  return best;
+  float lane[L];
+  store(lane, v);
+  for (int width = L / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = most(lane[i], lane[i + width]);
+  return lane[0];
 #endif
 }
 // Lanes 2i and 2i + 1 changed for one another; only AVX2 asks.
@@ -305,6 +311,9 @@ INLINE Halves to_words(I v) {
 INLINE Bytes to_bytes(I v) {
 #if defined(__AVX512F__)
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+  return (Bytes)_mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1))[0];
 #else
   return __builtin_convertvector(v, Bytes);
 #endif
