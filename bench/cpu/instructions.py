@@ -48,14 +48,14 @@ def decode(quant: str, steps: int) -> None:
 
 
 def count(quant: str, steps: int) -> int:
-    """Instructions inside Executor::run of a whole run."""
+    """Instructions inside Executor::work, which is all that a step computes, of a whole run."""
     with tempfile.NamedTemporaryFile() as out:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out.name}", "--collect-atstart=no"]
-        command += ["--toggle-collect=martlet::Executor::run*", sys.executable, __file__, "--decode", quant, str(steps)]
+        command += ["--toggle-collect=martlet::Executor::work*", sys.executable, __file__, "--decode", quant, str(steps)]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"Collected : (\d+)", done.stderr)
-    if done.returncode or not found:
-        raise SystemExit(f"valgrind failed: {done.stderr[-800:]}")
+    if done.returncode or not found or not int(found[1]):
+        raise SystemExit(f"valgrind failed or counted nothing: {done.stderr[-800:]}")
     return int(found[1])
 
 

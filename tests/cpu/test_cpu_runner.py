@@ -104,7 +104,9 @@ def everything(runner, tokens: np.ndarray, chunks, beside: bool = False) -> np.n
     dense = np.full((len(found), VOCAB), np.nan, np.float32)
     for row, entry in zip(dense, found, strict=True):
         row[entry.top_ids] = entry.top_logprobs
-        assert entry.logprob == row[entry.token] and entry.rank == (row > row[entry.token]).sum() + 1
+        own = row[entry.token]
+        assert entry.logprob == own
+        assert (row > own).sum() < entry.rank <= (row >= own).sum()  # unlike logits may have one log-probability
     return dense
 
 
