@@ -177,6 +177,27 @@ def test_an_engine_that_guesses_gives_the_same_tokens_in_fewer_steps():
     assert stats.steps == without.steps - sum(stats.right_guesses) < without.steps
 
 
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_prefix_hits_and_preemptions_change_no_token(kv):
+    """What a cache holds is read again by others, and computed again by those who were thrown out."""
+
+    def answers(tokens: int, caching: bool):
+        runner = load("llama", quant="int8", kv_dtype=kv, kv_cache_tokens=tokens)
+        engine = Engine(runner, None, EngineOptions(enable_prefix_caching=caching))
+        prompts = [TOKENS[:40], TOKENS[:40], TOKENS[:57], TOKENS[20:60], TOKENS[:40]]
+        greedy = SamplingParams(temperature=0, max_tokens=60)
+        outputs = drain(engine, [Request(str(i), prompt, greedy) for i, prompt in enumerate(prompts)])
+        stats = engine.stats()
+        engine.close()
+        return {output.request_id: output.token_ids for output in outputs}, stats
+
+    wanted, _ = answers(1024, caching=False)
+    found, stats = answers(1024, caching=True)
+    assert found == wanted and stats.prefix_hits > 0
+    found, stats = answers(224, caching=True)
+    assert found == wanted and stats.preemptions > 0
+
+
 @pytest.mark.parametrize("quant", ["float32", "bf16", "int8"])
 def test_a_screened_head_gives_the_same_tokens(monkeypatch, quant):
     """Of one sequence and of three, and with guesses; those who ask for more get it beside them."""

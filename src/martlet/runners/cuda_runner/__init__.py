@@ -170,7 +170,9 @@ class CudaRunner:
             return False
         try:
             return self.graphs.capture_next()
-        except torch.cuda.OutOfMemoryError:  # steps run without, in pieces if need be
+        except torch.cuda.OutOfMemoryError:
+            if self.group.size > 1:  # the others may have got through, and all must have the same graphs
+                raise
             log.warning("no memory is left for more graphs; a lower --memory_utilization leaves some")
             torch.cuda.empty_cache()
             return False
