@@ -51,7 +51,8 @@ def count(quant: str, steps: int) -> int:
     """Instructions inside Executor::work, which is all that a step computes, of a whole run."""
     with tempfile.NamedTemporaryFile() as out:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out.name}", "--collect-atstart=no"]
-        command += ["--toggle-collect=martlet::Executor::work*", sys.executable, __file__, "--decode", quant, str(steps)]
+        command += ["--toggle-collect=martlet::Executor::work*"]
+        command += [sys.executable, __file__, "--decode", quant, str(steps)]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"Collected : (\d+)", done.stderr)
     if done.returncode or not found or not int(found[1]):
