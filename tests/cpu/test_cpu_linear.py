@@ -77,6 +77,18 @@ def test_int8_rows_keep_their_scale(isa):
 
 
 @pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_the_largest_products_of_int8_fit(isa, rows):
+    """Equal activations of either sign against the largest weights: two such products nearly fill 16 bits."""
+    quants = np.full((40, 128), 127, np.int8)
+    quants[1], quants[2] = -127, -128
+    x = np.ones((rows, 128), np.float32)
+    x[1::3], x[2::3, ::2] = -1, -1
+    matrix = Packer(executor(isa)).stack([rows_with_scale("int8_row", quants, np.ones(40, np.float32))], Format.INT8)
+    close(run_linear(executor(isa), matrix, x, 40), as_prepared(x, Format.INT8, isa) @ quants.T.astype(np.float64))
+
+
+@pytest.mark.parametrize("isa", HERE)
 def test_inputs_in_another_order(isa):
     rng = np.random.default_rng(0)
     run, order = executor(isa), rng.permutation(256).astype(np.int32)
