@@ -175,8 +175,9 @@ def test_random_workloads():
 
 
 def test_random_workloads_of_recurrences():
-    hits = sum(simulate(seed, snapshots=True).stats().prefix_hits for seed in range(WORKLOADS))
-    assert hits > WORKLOADS, "the workloads do not exercise what they should"
+    """Half as many: states and snapshots are what differs, the scheduler is the one above."""
+    hits = sum(simulate(seed, snapshots=True).stats().prefix_hits for seed in range(WORKLOADS // 2))
+    assert hits > WORKLOADS // 2, "the workloads do not exercise what they should"
 
 
 BREAKAGES = {
