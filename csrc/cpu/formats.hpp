@@ -43,8 +43,7 @@ enum Format : int32_t {
 //   kActBF16     rounded to bf16; as pairs, or as f32 where the processor has no product of pairs (kPairDot); for
 //                tiles (tiles.hpp) with zeros up to a multiple of 32
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 32 high parts, then 32 low parts
-//   kActByte64   groups of 64, value = scale * s8; on AVX2 inputs 2i and 2i + 1 are at most 128 together (kPairs), which
-//                makes the step 1.0 to 1.4 times as wide
+//   kActByte64   groups of 64, value = scale * s8
 //   kActSplit1024  groups of 1024, value = scale * (128 * high + low); of every 64 inputs the high parts, then the low
 //                parts (store_parts). Instead of kActByte64 where there are tiles: see gemm_tiles.hpp
 //   kActWord32   the integers of kActSplit32 as whole words, for many rows where that is faster (kWords)

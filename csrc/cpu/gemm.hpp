@@ -2,7 +2,7 @@
 //
 // Each output is one chain of sums over the inputs in their order, whatever the number of rows: a token's result does
 // not depend on its batch. Integer formats add exactly within a block and then once in float, so they give the same
-// bits on every instruction set, but int8: its activations differ on AVX2 and with tiles (formats.hpp).
+// bits on every instruction set, but int8 where there are tiles: its activations differ there (formats.hpp).
 #pragma once
 
 #include "readers.hpp"
@@ -116,7 +116,8 @@ INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t
     if (ahead.own) fetch(panel + kAhead, kLayouts[kInt8].block);
     I sum[M][W];
     for (int m = 0; m < M; ++m)
-      for (int w = 0; w < W; ++w) sum[m][w] = splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum)));
+      for (int w = 0; w < W; ++w)
+        sum[m][w] = kByteOffset ? splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum))) : I{};
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       if (j % kByteSteps == 0 && !ahead.own) ahead.ask();

@@ -51,7 +51,8 @@ struct ByteSide {
         const uint8_t* quants = b + 4 * kSide + j0 * kStep4 + v * 4 * L;
         const int64_t group = at + groups_at(kActByte64, kLoraUnit);
         I sum[M];
-        for (int m = 0; m < M; ++m) sum[m] = splat(scalar<int32_t>(t[m] + group + offsetof(Group, minus_sum)));
+        for (int m = 0; m < M; ++m)
+          sum[m] = kByteOffset ? splat(scalar<int32_t>(t[m] + group + offsetof(Group, minus_sum))) : I{};
         for (int j = 0; j < least(kUnitSteps, steps - j0); ++j) {
           const U w = load<U>(quants + j * kStep4);
           for (int m = 0; m < M; ++m) sum[m] = add_dot4(sum[m], w, splat(scalar<uint32_t>(t[m] + at + 4 * j)));

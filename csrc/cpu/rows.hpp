@@ -53,10 +53,7 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   constexpr int kVectors = kGroup / L;
   constexpr float kMost = kGroup == 32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
   F peak = {};
-  for (int i = 0; i < kVectors; ++i) {
-    const F size = abs(v[i]);
-    peak = max(peak, kPairs && kKind == kActByte64 ? size + swap_pairs(size) : size);
-  }
+  for (int i = 0; i < kVectors; ++i) peak = max(peak, abs(v[i]));
   const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
   I halves[2] = {};
   for (int i = 0; i < kVectors; ++i) {
