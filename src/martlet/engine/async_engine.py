@@ -130,7 +130,18 @@ class AsyncEngine:
             with self._wake:
                 if self._wake.wait_for(self._has_commands, patience):
                     return
-            patience = 0.0 if self.engine.get_ready() else None
+            patience = 0.0 if self._get_ready() else None
+
+    def _get_ready(self) -> bool:
+        """A piece of what later steps would have to wait for. False: nothing is left."""
+        get_ready = getattr(self.engine.runner, "get_ready", None)
+        if get_ready is None:
+            return False
+        try:
+            return get_ready()
+        except Exception:  # whatever it is, a step that needs it meets it again and tells those who asked
+            log.warning("getting ready for later steps failed; they will do it themselves", exc_info=True)
+            return False
 
     def _take_commands(self) -> bool:
         """Wait until there is something to do, and apply what was asked meanwhile. False: time to stop."""

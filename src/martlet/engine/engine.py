@@ -212,17 +212,6 @@ class Engine:
             self._step_began = time.monotonic()
             self._help(self._step_began - self._ended < ASKS_AGAIN)
 
-    def get_ready(self) -> bool:
-        """While nobody asks: a piece of what later steps would have to wait for. False: nothing is left."""
-        get_ready = getattr(self.runner, "get_ready", None)
-        if get_ready is None or self.has_work:
-            return False
-        try:
-            return get_ready()
-        except Exception:
-            log.warning("getting ready for later steps failed; they will do it themselves", exc_info=True)
-            return False
-
     @property
     def outputs_wait(self) -> bool:
         """Whether outputs are better delivered behind the next launch, since until then nothing computes."""

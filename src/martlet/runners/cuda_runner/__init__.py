@@ -9,7 +9,6 @@ launched before Python has read anything.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +28,7 @@ from martlet.runners.base import Batch, LoadOptions, MemoryPlan, Step, StepResul
 from martlet.runners.coverage import cuda_lacks
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.adapters import Slots, beside, bytes_for
+from martlet.runners.cuda_runner.clock import Clock
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors, dtype_of_sums
 from martlet.runners.cuda_runner.graphs import Graphs, step_limit
 from martlet.runners.cuda_runner.mailbox import Mailbox, to_host
@@ -88,7 +88,7 @@ class CudaRunner:
             raise BackendUnavailable(f"the CUDA runner has no {lacks}")
         self.max_prefill_tokens, self.max_step_tokens = step_tokens, min(step_tokens, step_limit(spec))
         self.vocab_size = spec.vocab_size
-        clock = _Clock()
+        clock = Clock()
         if self._on_gpu:  # its choices are better by a tenth for 64 rows, and the same for 256 and 8,192
             torch.backends.cuda.preferred_blas_library("cublaslt")
         with torch.inference_mode():
@@ -438,28 +438,6 @@ class CudaStep:
             for owner, entry in part.entries():
                 prompt.setdefault(owner, []).append(entry)
         return StepResult(tokens, {o: entry for part in self.reports for o, entry in part.entries()}, prompt)
-
-
-class _Clock:
-    """Times the phases of a start."""
-
-    def __init__(self):
-        self.began = self.last = time.perf_counter()
-        self.laps: list[str] = []
-
-    def lap(self, name: str, device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps.append(f"{name} {now - self.last:.2f} s")
-        self.last = now
-
-    @property
-    def total(self) -> float:
-        return self.last - self.began
-
-    def __str__(self) -> str:
-        return ", ".join(self.laps)
 
 
 def _state(spec: DecoderSpec, memory: MemoryPlan, device: torch.device, dtype: torch.dtype) -> State:
