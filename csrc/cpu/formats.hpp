@@ -44,10 +44,13 @@ enum Format : int32_t {
 //                tiles (tiles.hpp) with zeros up to a multiple of 32
 //   kActSplit32  groups of 32, value = scale * (128 * high + low); 32 high parts, then 32 low parts
 //   kActByte64   groups of 64, value = scale * s8
+//   kActPair32   groups of 32, value = scale * s8, where inputs 2i and 2i + 1 are at most 128 together: what int8 meets
+//                where its products saturate 16 bits (kPairs). A step is 1.0 to 1.4 times as wide as without pairs, and
+//                a group of half as many inputs more than makes up for it
 //   kActSplit1024  groups of 1024, value = scale * (128 * high + low); of every 64 inputs the high parts, then the low
 //                parts (store_parts). Instead of kActByte64 where there are tiles: see gemm_tiles.hpp
 //   kActWord32   the integers of kActSplit32 as whole words, for many rows where that is faster (kWords)
-enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActSplit1024, kActWord32 };
+enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActSplit1024, kActWord32, kActPair32 };
 
 // Behind the integers of a row: one of these for each group.
 struct Group {
@@ -102,6 +105,7 @@ constexpr int64_t panel_bytes(Format f, int64_t k) {
 constexpr int64_t groups_at(ActKind kind, int64_t k) {
   return kind == kActSplit32 || kind == kActWord32 ? 2 * round_up(k, 32)
          : kind == kActByte64                      ? round_up(k, 64)
+         : kind == kActPair32                      ? round_up(k, 32)
          : kind == kActSplit1024                   ? 2 * round_up(k, 64)
                                                    : 0;
 }
@@ -114,8 +118,13 @@ constexpr int64_t act_bytes(ActKind kind, int64_t k) {
     case kActSplit32:
     case kActWord32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
     case kActSplit1024: return odd_lines(groups_at(kind, k) + round_up(k, 1024) / 1024 * int64_t(sizeof(Group)));
+    case kActPair32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
     default: return odd_lines(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)));
   }
+}
+// Room for a row of a format on any instruction set: int8's is the longest in two parts, others' as words.
+constexpr int64_t act_room(Format f, int64_t k) {
+  return act_bytes(f == kInt8 ? kActSplit1024 : as_words(kLayouts[f].act), k);
 }
 
 // Most bytes that a panel takes when its quants are widened to words and its scales to floats.

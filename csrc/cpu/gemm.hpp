@@ -2,7 +2,7 @@
 //
 // Each output is one chain of sums over the inputs in their order, whatever the number of rows: a token's result does
 // not depend on its batch. Integer formats add exactly within a block and then once in float, so they give the same
-// bits on every instruction set, but int8 where there are tiles: its activations differ there (formats.hpp).
+// bits on every instruction set, but int8 with tiles or on AVX2: its activations differ there (formats.hpp).
 #pragma once
 
 #include "readers.hpp"
@@ -106,20 +106,23 @@ INLINE void block_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_
     for (int w = 0; w < W; ++w) store(out + m * kPanel + (v0 + w) * L, acc[m][w]);
 }
 
-// int8: of a block only its sums and an activation's scale.
+// int8: of a group only its sums and an activation's scale.
+constexpr ActKind kByteKind = kPairs ? kActPair32 : kActByte64;
+constexpr int kByteGroup = kPairs ? 32 : 64;
+
 template <int M, int W>
 INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
                       const float* channel_scale, Ahead& ahead) {
-  const uint8_t* g = acts + groups_at(kActByte64, k);
+  constexpr int kBytes = kByteGroup * kPanel;
+  const uint8_t* g = acts + groups_at(kByteKind, k);
   F acc[M][W] = {};
-  for (int b = 0; b * 64 < k; ++b, panel += kLayouts[kInt8].block, acts += 64, g += sizeof(Group)) {
-    if (ahead.own) fetch(panel + kAhead, kLayouts[kInt8].block);
+  for (int i = 0; i < k; i += kByteGroup, panel += kBytes, acts += kByteGroup, g += sizeof(Group)) {
+    if (ahead.own) fetch(panel + kAhead, kBytes);
     I sum[M][W];
     for (int m = 0; m < M; ++m)
-      for (int w = 0; w < W; ++w)
-        sum[m][w] = kByteOffset ? splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum))) : I{};
+      for (int w = 0; w < W; ++w) sum[m][w] = splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum)));
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < kByteGroup / 4; ++j) {
       if (j % kByteSteps == 0 && !ahead.own) ahead.ask();
       U q[W];
       for (int w = 0; w < W; ++w) q[w] = step_at(panel, j, v0 + w);
@@ -349,7 +352,7 @@ void panel_product(Format f, const uint8_t* panel, int k, const uint8_t* acts, i
     case kInt8: {
       const int padded = (int)padded_inputs(f, k);
       const float* scale = (const float*)(panel + (int64_t)padded / 64 * kLayouts[kInt8].block);
-      const ByteTile tile{panel, stride, padded, scale};
+      const ByteTile tile{panel, stride, k, scale};
       const bool few = rows <= 2 * kFewByteRows;
       Ahead ahead(panel, panel_bytes(f, k), padded / 4 / kByteSteps, rows, few ? kFewByteRows : kByteRows);
       if (few) return rows_of<kFewByteRows>(tile, acts, stride, rows, out, ahead);

@@ -230,10 +230,12 @@ INLINE bool tile_product(Format, const uint8_t*, int, const uint8_t*, int64_t, i
 
 #endif
 
-ActKind act_kind(Format f, int rows) {
-  const ActKind plain = kTiles && f == kInt8 ? kActSplit1024 : kLayouts[f].act;
+constexpr ActKind act_kind(Format f, int rows) {
+  const ActKind plain = f == kInt8 ? (kTiles ? kActSplit1024 : kByteKind) : kLayouts[f].act;
   return rows >= kWordRows ? as_words(plain) : plain;
 }
+static_assert(act_bytes(act_kind(kInt8, 1), 4096) <= act_room(kInt8, 4096));
+static_assert(act_bytes(act_kind(kQ4_0, kWordRows), 4096) <= act_room(kQ4_0, 4096));
 
 constexpr int kRowUnit = kTiles ? kTileRows : 6;  // 6: rows of a tile of bytes in registers, and half of most others
 

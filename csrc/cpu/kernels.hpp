@@ -10,7 +10,7 @@ constexpr int kSpareRows = 15;  // kernels may work on whole multiples of 16 row
 
 struct Kernels {
   int row_unit;   // rows are best shared out in multiples of this
-  ActKind (*act_kind)(Format, int rows);  // what so many rows are prepared as; none takes more than `as_words` of it
+  ActKind (*act_kind)(Format, int rows);  // what so many rows are prepared as: at most act_room bytes each
   void (*enter)();  // called by a thread before it calls any of what follows, and
   void (*leave)();  // after the last one
   void (*prepare)(ActKind, const float* x, const float* norm, float eps, int k, uint8_t* out);

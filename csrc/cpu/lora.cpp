@@ -55,7 +55,7 @@ void Executor::lay_out_adapters(const Op* ops, int n_ops) {
   for (Own& own : own_) own.lora.reserve((std::min<int64_t>(n, kOwnRows) + kSpareRows) * inputs);
 }
 
-int64_t Executor::lora_input_bytes(const Matrix& w) const { return act_bytes(as_words(kLayouts[w.format].act), w.k); }
+int64_t Executor::lora_input_bytes(const Matrix& w) const { return act_room(Format(w.format), w.k); }
 
 ActKind Executor::lora_act_kind(const Matrix& w, const Group& group) const {
   return kernels_.act_kind(lora_format(Format(w.format)), std::min(group.count, kTaskTokens / 2));

@@ -55,7 +55,8 @@ struct ByteSide {
           sum[m] = kByteOffset ? splat(scalar<int32_t>(t[m] + group + offsetof(Group, minus_sum))) : I{};
         for (int j = 0; j < least(kUnitSteps, steps - j0); ++j) {
           const U w = load<U>(quants + j * kStep4);
-          for (int m = 0; m < M; ++m) sum[m] = add_dot4(sum[m], w, splat(scalar<uint32_t>(t[m] + at + 4 * j)));
+          for (int m = 0; m < M; ++m)
+            sum[m] = add_quads(sum[m], dot4<8>(start_quads(sum[m]), w, splat(scalar<uint32_t>(t[m] + at + 4 * j))));
         }
         for (int m = 0; m < M; ++m) acc[m] = fma(scale * scalar<float>(t[m] + group), to_float(sum[m]), acc[m]);
       }

@@ -51,9 +51,13 @@ INLINE void put_lanes(void* out, V v, int64_t bytes) {
 template <ActKind kKind, int kGroup>
 INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   constexpr int kVectors = kGroup / L;
-  constexpr float kMost = kGroup == 32 ? 16256.0f : 127.0f;  // 16256 = 128 * 127
+  constexpr bool kBytes = kKind == kActByte64 || kKind == kActPair32;
+  constexpr float kMost = kBytes ? 127.0f : 16256.0f;  // 16256 = 128 * 127
   F peak = {};
-  for (int i = 0; i < kVectors; ++i) peak = max(peak, abs(v[i]));
+  for (int i = 0; i < kVectors; ++i) {
+    const F size = abs(v[i]);
+    peak = max(peak, kKind == kActPair32 ? size + swap_pairs(size) : size);
+  }
   const float largest = highest(peak), inverse = largest > 0 ? kMost / largest : 0.0f;
   I halves[2] = {};
   for (int i = 0; i < kVectors; ++i) {
@@ -61,7 +65,7 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
     halves[i * 2 / kVectors] += q;
     if (kKind == kActWord32) {
       store(out + 2 * (g * kGroup + i * L), to_words(q));
-    } else if (kKind == kActByte64) {
+    } else if (kBytes) {
       store(out + g * kGroup + i * L, to_bytes(q));
     } else {
       const I high = (q + 64) >> 7;
@@ -71,7 +75,7 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   }
   Group group = {};
   group.scale = largest / kMost;
-  if (kKind == kActByte64) {  // met by int8 alone, which asks for no halves
+  if (kBytes) {  // met by int8 alone, which asks for no halves
     group.minus_sum = -128 * sum(halves[0] + halves[1]);
   } else {
     for (int h = 0; h < 2; ++h) group.minus_half[h] = -sum(halves[h]);
@@ -83,7 +87,7 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
 
 template <ActKind kKind>
 INLINE void quantise(const float* x, const float* norm, float factor, int k, uint8_t* out) {
-  constexpr int kGroup = kKind == kActSplit32 || kKind == kActWord32 ? 32 : 64, kVectors = kGroup / L;
+  constexpr int kGroup = kKind == kActByte64 ? 64 : 32, kVectors = kGroup / L;
   uint8_t* groups = out + groups_at(kKind, k);
   F v[kVectors];
   int g = 0;
@@ -130,6 +134,7 @@ void prepare(ActKind kind, const float* x, const float* norm, float eps, int k, 
   switch (kind) {
     case kActSplit32: return quantise<kActSplit32>(x, norm, factor, k, out);
     case kActByte64: return quantise<kActByte64>(x, norm, factor, k, out);
+    case kActPair32: return quantise<kActPair32>(x, norm, factor, k, out);
     case kActSplit1024: return quantise_long(x, norm, factor, k, out);
     case kActWord32: return quantise<kActWord32>(x, norm, factor, k, out);
     case kActBF16:
@@ -168,6 +173,9 @@ void restore(ActKind kind, const uint8_t* acts, int k, float* out) {
       return;
     case kActByte64:
       for (int i = 0; i < k; ++i) out[i] = (float)(int8_t)acts[i] * scale(i / 64);
+      return;
+    case kActPair32:
+      for (int i = 0; i < k; ++i) out[i] = (float)(int8_t)acts[i] * scale(i / 32);
       return;
     case kActSplit32:
       for (int i = 0; i < k; ++i) out[i] = split(i, 32) * scale(i / 32);

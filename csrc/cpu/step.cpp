@@ -95,7 +95,7 @@ void Executor::lay_out(const Op* ops, int n_ops, const Batch& batch) {
   plans_.clear();
   int64_t acts = 0, queries = 0, parts = 0, counters = 0;
   const auto reserve_linear = [&](const Matrix& w) {
-    const int64_t row = act_bytes(as_words(kLayouts[w.format].act), w.k);
+    const int64_t row = act_room(Format(w.format), w.k);
     acts = std::max(acts, (times * rows + kSpareRows) * row);
     for (Own& own : own_) {
       own.acts.reserve(((by_rows ? kRowBlock + kernels_.row_unit : kOwnRows) + kSpareRows) * row);

@@ -110,10 +110,13 @@ def run_linear(
     return y
 
 
-def quantised(x: np.ndarray, group: int, most: int) -> np.ndarray:
-    """x [M, K] as the kernels see it: integers up to `most`, with one scale a group."""
+def quantised(x: np.ndarray, group: int, most: int, pairs: bool = False) -> np.ndarray:
+    """x [M, K] as the kernels see it: integers up to `most`, with one scale a group. pairs: two neighbours together."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
-    largest = np.abs(padded).max(-1, keepdims=True)
+    sizes = np.abs(padded)
+    if pairs:
+        sizes = sizes[..., ::2] + sizes[..., 1::2]
+    largest = sizes.max(-1, keepdims=True)
     inverse = np.divide(np.float32(most), largest, out=np.zeros_like(largest), where=largest > 0)
     q = np.rint(padded * inverse)  # in float32, as there: a tie would round the other way
     return (q * (largest / np.float32(most))).reshape(len(x), -1)[:, : x.shape[1]]
@@ -132,5 +135,7 @@ def as_prepared(x: np.ndarray, form: Format, isa: str) -> np.ndarray:
     if form == Format.BF16:
         return bf16(x)
     if form == Format.INT8:
+        if isa == "avx2":
+            return quantised(x, 32, 127, pairs=True)
         return quantised(x, 1024, 16256) if isa == "amx" else quantised(x, 64, 127)
     return quantised(x, 32, 16256)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from martlet import hub
+from martlet import LLM, hub
 from martlet.engine.engine import Engine, drain
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
@@ -293,6 +293,29 @@ def test_smollm2_answers(smollm2, quant):
         answer.append(int(driver.step([(0, 1, True)]).tokens[0]))
     assert answer == PARIS
     runner.close()
+
+
+ANSWERS = {
+    "What is 2 + 2?": "4",
+    "Name three primary colors.": "Red, Blue, and Yellow",
+    "What is the capital of Japan?": "Tokyo",
+    "What is the chemical symbol for water?": "H2O",
+    "How many days are in a week?": "7 days",
+    "What is the opposite of hot?": "cold",
+    "What language is spoken in Brazil?": "Portuguese",
+    "What is the boiling point of water in Celsius?": "100",
+    "What is the first month of the year?": "January",
+}
+
+
+@pytest.mark.parametrize("quant", [None, "bf16", "int8", "int4"])
+def test_plain_questions_are_answered_at_every_precision(quant):
+    """A mean over many tokens does not show one broken answer. These have a margin; that of others is a coin's toss."""
+    with LLM("smollm2-135m-instruct", device="cpu", quant=quant, max_model_len=256) as llm:
+        chats = [[{"role": "user", "content": question}] for question in ANSWERS]
+        found = llm.chat(chats, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    for question, answer in zip(ANSWERS, found, strict=True):
+        assert ANSWERS[question] in answer.outputs[0].text, (question, answer.outputs[0].text)
 
 
 def test_quality_of_quantisation(smollm2):
