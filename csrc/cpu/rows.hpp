@@ -73,7 +73,7 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
       store(out + (2 * g + 1) * kGroup + i * L, to_bytes(q - (high << 7)));
     }
   }
-  Group group = {};
+  Group& group = *(Group*)(groups + g * sizeof(Group));  // in its place: a copy would wait for the copied to be stored
   group.scale = largest / kMost;
   if (kBytes) {  // met by int8 alone, which asks for no halves
     group.minus_sum = -128 * sum(halves[0] + halves[1]);
@@ -82,7 +82,6 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
     group.minus_sum = group.minus_half[0] + group.minus_half[1];
     group.scaled_sum = -group.scale * (float)group.minus_sum;
   }
-  std::memcpy(groups + g * sizeof(Group), &group, sizeof group);
 }
 
 template <ActKind kKind>
