@@ -21,6 +21,7 @@ import numpy as np
 from martlet.errors import CheckpointError
 from martlet.hub import gguf_strings
 
+TOKENS = "tokenizer.ggml.tokens"
 MAX_DIMS = 4
 MAX_ITEMS = 1 << 26  # of a metadata array; the largest real ones are merge lists of about half a million
 MAX_DEPTH = 4
@@ -112,6 +113,11 @@ class GGUFHeader:
         if value is not None and not (isinstance(value, LazyArray) and value.kind == _STRING):
             raise CheckpointError(f"{self.path}: {key} is no list of strings")
         return [] if value is None else value.pairs()
+
+    def is_indexed(self, key: str) -> bool:
+        """Whether `items` of an array are read without the others."""
+        value = self.metadata.get(key)
+        return isinstance(value, LazyArray) and value.places is not None
 
     def count(self, key: str) -> int:
         """Length of a metadata array, 0 when it is absent or no array; does not read it."""

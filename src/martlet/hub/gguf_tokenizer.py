@@ -6,12 +6,16 @@ Two kinds cover the decoders: `gpt2` (byte-level BPE with a merge list, split fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from martlet.errors import CheckpointError
-from martlet.hub import kept_bpe
-from martlet.hub.gguf_header import GGUFHeader
+from martlet.hub import kept_merges
+from martlet.hub.gguf_header import TOKENS, GGUFHeader
+from martlet.hub.kept_merges import Merges
 from martlet.hub.token_types import CONTROL, MAX_TOKEN, NORMAL, UNKNOWN, USER_DEFINED
 
 # Patterns a text is cut by before merging, applied one after another. Source: the tokenizer.json files of the models
@@ -56,10 +60,13 @@ WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "t
 COMPOSED = {"qwen2", "deepseek-r1-qwen"}
 """Pre-tokenizers whose models first compose characters (Unicode NFC)."""
 
+SMALLEST = 10_000  # tokens: the library reads smaller vocabularies at once anyway
+_KIND, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+
 
 def tokenizer_from(header: GGUFHeader) -> Tokenizer:
     """The file's tokenizer. CheckpointError when it has none or one of a kind that is not supported."""
-    kind = header.get("tokenizer.ggml.model")
+    kind = header.get(_KIND)
     if kind == "gpt2":
         return _byte_level(header)
     if kind == "llama":
@@ -75,20 +82,20 @@ def wants_bos(header: GGUFHeader) -> bool:
     said = header.get("tokenizer.ggml.add_bos_token")
     if isinstance(said, bool):
         return said
-    return header.get("tokenizer.ggml.model") == "llama" or header.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
+    return header.get(_KIND) == "llama" or header.get(_PRE) in WHOLE_WORDS_FIRST
 
 
 def _tokens(header: GGUFHeader) -> list[str]:
-    tokens = header.get("tokenizer.ggml.tokens")
+    tokens = header.get(TOKENS)
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
-        raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens is missing or no list of strings")
+        raise CheckpointError(f"{header.path}: {TOKENS} is missing or no list of strings")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise CheckpointError(f"{header.path}: a token has more than {MAX_TOKEN} characters; the file is corrupt")
     return tokens
 
 
 def _types(header: GGUFHeader) -> np.ndarray:
-    count, types = header.count("tokenizer.ggml.tokens"), header.get("tokenizer.ggml.token_type")
+    count, types = header.count(TOKENS), header.get("tokenizer.ggml.token_type")
     types = np.full(count, NORMAL, np.int32) if types is None else np.asarray(types)
     if len(types) != count:
         raise CheckpointError(f"{header.path}: {count} tokens but {len(types)} token types")
@@ -98,31 +105,38 @@ def _types(header: GGUFHeader) -> np.ndarray:
 def _vocabulary(header: GGUFHeader, tokens: list[str]) -> dict[str, int]:
     vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocabulary) != len(tokens):
-        raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens holds {len(tokens) - len(vocabulary)} duplicates")
+        raise CheckpointError(f"{header.path}: {TOKENS} holds {len(tokens) - len(vocabulary)} duplicates")
     return vocabulary
 
 
-def _byte_level(header: GGUFHeader) -> Tokenizer:
-    pre = str(header.get("tokenizer.ggml.pre", "default"))
-    patterns = PRE_TOKENIZERS.get(pre)
-    if patterns is None:
-        raise CheckpointError(
-            f"{header.path}: unknown pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
-            "Prompts of ids still work"
-        )
+def merges_from(header: GGUFHeader) -> Merges | None:
+    """What a byte-level vocabulary is merged by, kept from an earlier start or made; None for one that is small, of
+    another kind, or has to be read by the library. CheckpointError as from tokenizer_from."""
+    if header.get(_KIND) != "gpt2" or header.count(TOKENS) < SMALLEST or not header.is_indexed(TOKENS):
+        return None
+    _patterns(header)
+    with _fitting(header):
+        return kept_merges.merges_of(header.path, lambda: _model(header))
 
-    def read() -> kept_bpe.Vocabulary:
-        return _vocabulary(header, _tokens(header)), header.pairs("tokenizer.ggml.merges")
 
-    settings = {"fuse_unk": False, "ignore_merges": pre in WHOLE_WORDS_FIRST}
-    try:
-        model = kept_bpe.model_of(header.path, header.count("tokenizer.ggml.tokens"), read, **settings)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises bare Exception: a merge of pieces that are not tokens
-        raise CheckpointError(f"{header.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+def cutter_of(header: GGUFHeader, alphabet: list[str]) -> Tokenizer:
+    """What cuts a text into control tokens and words as `tokenizer_from` does, and merges nothing: the characters of
+    its words are numbered by their place in `alphabet`, control tokens after them."""
+    return _byte_level(header, models.BPE({character: token for token, character in enumerate(alphabet)}, []))
+
+
+def takes_whole_words(header: GGUFHeader) -> bool:
+    """Whether a word that is a token is taken as it is, without merging."""
+    return header.get(_PRE) in WHOLE_WORDS_FIRST
+
+
+def _byte_level(header: GGUFHeader, model: models.BPE | None = None) -> Tokenizer:
+    patterns = _patterns(header)
+    if model is None:
+        with _fitting(header):
+            model = models.BPE(*_model(header), fuse_unk=False, ignore_merges=takes_whole_words(header))
     tokenizer = Tokenizer(model)
-    if pre in COMPOSED:
+    if header.get(_PRE) in COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -131,6 +145,30 @@ def _byte_level(header: GGUFHeader) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, header)
     return tokenizer
+
+
+def _patterns(header: GGUFHeader) -> tuple[str, ...]:
+    pre = str(header.get(_PRE, "default"))
+    if pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{header.path}: unknown pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            "Prompts of ids still work"
+        )
+    return PRE_TOKENIZERS[pre]
+
+
+def _model(header: GGUFHeader) -> kept_merges.Vocabulary:
+    return _vocabulary(header, _tokens(header)), header.pairs("tokenizer.ggml.merges")
+
+
+@contextmanager
+def _fitting(header: GGUFHeader) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises bare Exception: a merge of pieces that are not tokens
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
 
 
 def _sentencepiece(header: GGUFHeader) -> Tokenizer:
@@ -154,7 +192,7 @@ def _sentencepiece(header: GGUFHeader) -> Tokenizer:
 def _add_tokens(tokenizer: Tokenizer, header: GGUFHeader) -> None:
     types = _types(header)
     indices = np.flatnonzero((types == CONTROL) | (types == USER_DEFINED) | (types == UNKNOWN))
-    added = zip(header.items("tokenizer.ggml.tokens", indices), types[indices] != USER_DEFINED, strict=True)
+    added = zip(header.items(TOKENS, indices), types[indices] != USER_DEFINED, strict=True)
     tokenizer.add_tokens(
         [AddedToken(token, special=bool(special), normalized=False) for token, special in added if token]
     )

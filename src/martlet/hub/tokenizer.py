@@ -44,28 +44,47 @@ class Tokenizer:
         self,
         core: tokenizers.Tokenizer,
         *,
+        special_tokens: dict[str, str] | None = None,
+        **facts: Any,
+    ):
+        """facts: as for `_describe`."""
+        added = core.get_added_tokens_decoder()
+        self._core = core
+        self._literal = literal_twin(core, added)
+        self._piece_bytes = byte_level_bytes if _is_byte_level(core) else _sentencepiece_bytes
+        self._frame = _encoder_frame(core, special_tokens or {})
+        self._describe(
+            {token: item.content for token, item in added.items()},
+            [token for token, item in added.items() if item.special],
+            max(core.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1),
+            special_tokens=special_tokens,
+            **facts,
+        )
+
+    def _describe(
+        self,
+        added: dict[int, str],
+        special: Iterable[int],
+        vocab_size: int,
+        *,
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
         special_tokens: dict[str, str] | None = None,
         begin: Sequence[int] = (),
-    ):
-        added = core.get_added_tokens_decoder()
-        self._core = core
-        self._literal = _literal_twin(core, added)
-        self._added = {token: item.content for token, item in added.items()}
+    ) -> None:
+        """Set what is the same whoever encodes. added: tokens that are found before a text is cut, and their names."""
+        self._added = added
         self._bytes: dict[int, bytes] = {}  # of tokens that were asked for: every token of every stream is
-        self._piece_bytes = _byte_level_bytes if _is_byte_level(core) else _sentencepiece_bytes
-        self.vocab_size: int = max(core.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
-        self.special_ids: frozenset[int] = frozenset(token for token, item in added.items() if item.special)
+        self.vocab_size = vocab_size
+        self.special_ids = frozenset(special)
         self.bos_id = bos_id
         self.add_bos = add_bos and bos_id is not None
         self._begin = list(begin) or ([bos_id] if self.add_bos and bos_id is not None else [])
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
-        self._frame = _encoder_frame(core, self.special_tokens)
-        spelled = [core.token_to_id(name) for name in END_OF_TURN if name in (chat_template or "")]
+        spelled = [self.token_id(name) for name in END_OF_TURN if name in (chat_template or "")]
         self.eos_ids: tuple[int, ...] = tuple(
             sorted({token for token in (*eos_ids, *spelled) if token is not None and 0 <= token < self.vocab_size})
         )
@@ -97,7 +116,7 @@ class Tokenizer:
         """
         found = self._bytes.get(token)
         if found is None:
-            piece = self._core.id_to_token(token)
+            piece = self._piece(token)
             if token in self._added:
                 found = self._added[token].encode()
             else:
@@ -108,6 +127,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its name, e.g. "<|im_end|>"."""
         return self._core.token_to_id(token)
+
+    def _piece(self, token: int) -> str | None:
+        """How the vocabulary spells a token."""
+        return self._core.id_to_token(token)
 
     def state(self) -> dict[str, Any]:
         """What tokenizer.json holds."""
@@ -123,7 +146,7 @@ class Tokenizer:
         self._core.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos, **self.special_tokens}
         if self.eos_ids:
-            settings.setdefault("eos_token", self._core.id_to_token(self.eos_ids[0]))
+            settings.setdefault("eos_token", self._piece(self.eos_ids[0]))
         text = json.dumps(settings | {"clean_up_tokenization_spaces": False}, ensure_ascii=False, indent=2)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         if self.chat_template:
@@ -158,12 +181,11 @@ def _world(card: ModelCard) -> Tokenizer:
 
 
 def _from_gguf(card: ModelCard) -> Tokenizer:
-    from martlet.hub.gguf_header import read_header
-    from martlet.hub.gguf_tokenizer import tokenizer_from, wants_bos
+    from martlet.hub import gguf_tokenizer
+    from martlet.hub.gguf_header import TOKENS, read_header
 
     header = read_header(card.path)
-    core = tokenizer_from(header)
-    size = header.count("tokenizer.ggml.tokens")
+    size = header.count(TOKENS)
     ids = {
         name: token
         for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
@@ -171,14 +193,19 @@ def _from_gguf(card: ModelCard) -> Tokenizer:
     }
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     template = header.get("tokenizer.chat_template")
-    return Tokenizer(
-        core,
-        bos_id=ids.get("bos"),
-        eos_ids=[ids[name] for name in ("eos", "eot", "eom") if name in ids],
-        add_bos=wants_bos(header),
-        chat_template=template if isinstance(template, str) else None,
-        special_tokens={k: core.id_to_token(ids[name]) for k, name in names.items() if name in ids},
-    )
+    facts = {
+        "bos_id": ids.get("bos"),
+        "eos_ids": [ids[name] for name in ("eos", "eot", "eom") if name in ids],
+        "add_bos": gguf_tokenizer.wants_bos(header),
+        "chat_template": template if isinstance(template, str) else None,
+        "special_tokens": {k: header.items(TOKENS, [ids[name]])[0] for k, name in names.items() if name in ids},
+    }
+    merges = gguf_tokenizer.merges_from(header)
+    if merges is None:
+        return Tokenizer(gguf_tokenizer.tokenizer_from(header), **facts)
+    from martlet.hub.byte_level_tokenizer import ByteLevelTokenizer
+
+    return ByteLevelTokenizer(header, merges, **facts)
 
 
 def _from_folder(card: ModelCard) -> Tokenizer:
@@ -288,7 +315,7 @@ def _encoder_frame(core: tokenizers.Tokenizer, names: dict[str, str]) -> tuple[i
     return (frame[0], frame[1]) if len(frame) == 2 else None
 
 
-def _literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+def literal_twin(core: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
     """A tokenizer that reads control tokens as text. It shares the vocabulary, so it costs next to nothing."""
     import tokenizers
 
@@ -323,7 +350,7 @@ def _is_byte_level(core: tokenizers.Tokenizer) -> bool:
     return '"ByteLevel"' in json.dumps(json.loads(state or b"null"))
 
 
-def _byte_level_bytes(piece: str) -> bytes:
+def byte_level_bytes(piece: str) -> bytes:
     if all(character in BYTES for character in piece):
         return bytes(BYTES[character] for character in piece)
     return piece.encode()
