@@ -234,7 +234,7 @@ def test_a_session_takes_turns_and_cuts_what_is_long(openvino, monkeypatch):
     folder.mkdir()
     (folder / "openvino_model.xml").write_text("")
     here = [EngineJob("openvino", "x/m", str(folder), label=name) for name in ("one", "two")]
-    here[1] = dataclasses.replace(here[1], only=("start",))
+    here[1] = here[1]._replace(only=("start",))
     told = []
     plan = session.Plan(("start", "W1", "W5"), 2, seconds=0.0)
     results = session.measure_all(here, plan, told.append)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -377,12 +376,12 @@ def test_masks_are_applied_to_their_rows_alone_and_for_one_step(params):
     free = runner.launch(batch).result().tokens
     assert free[0] == free[1]
     for allowed in ([VOCAB - 1], [7, 70, 200], range(200, VOCAB), set(range(VOCAB)) - {int(free[0])}):
-        tokens = runner.launch(replace(batch, masks=Allow(1, allowed))).result().tokens
+        tokens = runner.launch(batch._replace(masks=Allow(1, allowed))).result().tokens
         assert tokens[0] == free[0] and tokens[1] in allowed
     padded = Allow(1, range(VOCAB))
     padded.bits[:] = 0xFFFFFFFF  # as of a mask that is late: bits past the vocabulary too
     for masks in (padded, None):
-        assert runner.launch(replace(batch, masks=masks)).result().tokens.tolist() == free.tolist()
+        assert runner.launch(batch._replace(masks=masks)).result().tokens.tolist() == free.tolist()
     runner.close()
 
 
@@ -395,5 +394,5 @@ def test_a_failure_to_get_masks_is_the_failure_of_the_step():
     batch = Batch(rows=one, start=one, count=one + 1, sample=one == 0, new_rows=new, masks=masks)
     with pytest.raises(ZeroDivisionError):
         runner.launch(batch)
-    assert 0 <= runner.launch(replace(batch, masks=None)).result().tokens[0] < VOCAB
+    assert 0 <= runner.launch(batch._replace(masks=None)).result().tokens[0] < VOCAB
     runner.close()

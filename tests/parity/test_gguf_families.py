@@ -3,8 +3,6 @@ they must read as the same decoder with the same parameters as the Hugging Face 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import gguf
 import numpy as np
 import pytest
@@ -146,7 +144,7 @@ def without_scaling(spec):
         layer._replace(mixer=layer.mixer._replace(rope=layer.mixer.rope._replace(scaling=None)))
         for layer in spec.layers
     ]
-    return replace(spec, layers=tuple(layers))
+    return spec._replace(layers=tuple(layers))
 
 
 def test_llama_3_1_keeps_its_scaling_in_a_tensor(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -208,7 +207,7 @@ def test_a_broken_invariant_is_noticed(what, monkeypatch):
         real = getattr(owner, name)
 
         def broken(self, seq, found):
-            real(self, seq, replace(found, tail=None))
+            real(self, seq, found._replace(tail=None))
 
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises((AssertionError, KeyError, IndexError)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -28,8 +27,7 @@ class Entry(NamedTuple):
     model: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineJob:
+class EngineJob(NamedTuple):
     """What to load. path: where the model lies (peers read files). concurrency: sequences that may run at once.
 
     label: what results call it. weights: number type of the weights as they run. quant: of the native engine; others

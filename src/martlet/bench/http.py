@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -45,7 +45,7 @@ def measure(endpoint: Endpoint, workload: Workload, salt: str = "") -> list[Time
 
 def warm_up(endpoint: Endpoint, workload: Workload, salt: str = "") -> None:
     """One short request, so that what cannot work fails at once and what is loaded lazily is loaded."""
-    measure(endpoint, replace(workload, new_tokens=4, chats=workload.chats[:1], texts=workload.texts[:1]), salt)
+    measure(endpoint, workload._replace(new_tokens=4, chats=workload.chats[:1], texts=workload.texts[:1]), salt)
 
 
 async def _measure(endpoint: Endpoint, workload: Workload, more: dict[str, Any]) -> list[Timeline]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -72,7 +71,7 @@ def measure(
     A start is a process each; so are the runs of an engine whose prefix cache cannot keep them apart.
     """
     separate = workload.name == "start" or (workload.name == "W4" and job.engine not in (*BACKENDS, "vllm"))
-    job = dataclasses.replace(job, share_prefixes=workload.name == "W4", concurrency=workload.concurrency)
+    job = job._replace(share_prefixes=workload.name == "W4", concurrency=workload.concurrency)
     result = result_of(job, workload.name)
     while len(result.runs) < runs and not enough(result.runs, seconds):
         answer = worker(job, [(workload.name, 1 if separate else runs)], python, seconds)[0]
@@ -111,7 +110,7 @@ def worker(
     job: EngineJob, counts: Sequence[tuple[str, int]], python: str, seconds: float | None
 ) -> list[dict[str, Any]]:
     """Run martlet.bench.worker with `python`; its answer for each workload, an error where it gave none."""
-    order = {"engine": dataclasses.asdict(job), "workloads": counts, "seconds": seconds}
+    order = {"engine": job._asdict(), "workloads": counts, "seconds": seconds}
     with source_path(python) as path:
         env = {**os.environ, **path}
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled, and so is what starts are measured of

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from martlet.errors import UsageError, did_you_mean
 
 NAMES = ("W1", "W2", "W3", "W4", "W5", "start")
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
+class Workload(NamedTuple):
     """prompts: token ids of each request (SmolLM2's), and texts: the same as text; or chats: questions for /v1/chat.
 
     Every answer has exactly new_tokens tokens: greedy, the end token ignored. At most `concurrency` run at once.

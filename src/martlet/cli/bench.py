@@ -196,8 +196,6 @@ def run_report(options: ReportOptions) -> int:
 
 def _jobs(wanted: list, options: CpuOptions) -> list:
     """Jobs with labels that differ; every model is looked for before anything is measured."""
-    from dataclasses import replace
-
     from martlet import hub
     from martlet.bench import engines
     from martlet.cli.progress import download_bar
@@ -213,7 +211,7 @@ def _jobs(wanted: list, options: CpuOptions) -> list:
                 path = Path(hub.resolve(model, progress=progress).path)
         made = engines.job(entry, model, path, DTYPES, options.dtype, options.quant, options.device)
         if made.label in {job.label for job in jobs}:
-            made = replace(made, label=f"{made.label} {Path(model).stem}")
+            made = made._replace(label=f"{made.label} {Path(model).stem}")
         if made.label in {job.label for job in jobs}:
             raise UsageError(f"two of --engines are {made.label}", param="engines")
         jobs.append(made)

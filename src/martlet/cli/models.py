@@ -120,7 +120,8 @@ def describe(entry: Any) -> dict[str, Any]:
     from martlet import hub
 
     path = hub.cached(entry.name)
-    return {**dataclasses.asdict(entry), "cached": path is not None, "path": str(path) if path else None}
+    facts = entry._asdict() | {"generation": dict(entry.generation)}
+    return {**facts, "cached": path is not None, "path": str(path) if path else None}
 
 
 COMMAND = CommandGroup(

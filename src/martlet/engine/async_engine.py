@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Protocol
 
 from martlet.engine.adapters import AdapterNames
@@ -73,7 +72,7 @@ class AsyncEngine:
 
     def stats(self) -> Stats:
         stats = self.engine.stats()
-        return replace(stats, waiting=stats.waiting + len(self._incoming), error=self._failure or stats.error)
+        return stats._replace(waiting=stats.waiting + len(self._incoming), error=self._failure or stats.error)
 
     @property
     def failure(self) -> str | None:

@@ -7,7 +7,6 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -237,7 +236,7 @@ class Engine:
         if plan is not None:
             self._step_tokens.observe(plan.batch.num_tokens)
             if constrained and (masks := self.constraints.masks_of(plan.batch, self.scheduler.table)) is not None:
-                plan = replace(plan, batch=replace(plan.batch, masks=masks))
+                plan = plan._replace(batch=plan.batch._replace(masks=masks))
             self._in_flight.append((plan, self._launch(plan)))
         self._launched = plan is not None
 

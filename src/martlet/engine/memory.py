@@ -10,7 +10,7 @@ until it is reused. Where no block is free the snapshot is left out, which costs
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from martlet.engine.sequence import RowTable, Sequence
 from martlet.runners.base import MemoryPlan
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """What has been computed of a sequence already. blocks: to share; computed: tokens they cover; tail: to copy."""
 
     blocks: list[int]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from martlet.engine.histogram import Histogram
 from martlet.runners.base import TokenLogprobs
@@ -61,8 +62,7 @@ class Output:
     last: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """A snapshot for metrics, health and the log. Counters only grow. Times in seconds."""
 
     running: int = 0
@@ -83,6 +83,6 @@ class Stats:
     max_adapters: int = 0  # slots
     running_adapters: tuple[str, ...] = ()  # names, of sequences in the batch
     waiting_adapters: tuple[str, ...] = ()
-    finished: dict[str, int] = field(default_factory=dict)  # finish reason -> requests
+    finished: Mapping[str, int] = MappingProxyType({})  # finish reason -> requests
     error: str | None = None  # set when the engine cannot go on; detail is in the log
     busy_seconds: float = 0.0  # how long the step now under way has taken, 0 when idle

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ OVERTAKERS = 32  # sequences with an adapter that may pass one that waits for a 
 GUESSED_STEP_TOKENS = 16  # about where a step on a CPU turns from bound by memory to bound by arithmetic
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A batch, and the epochs its rows had: a result counts only for rows that have not changed hands since."""
 
     batch: Batch

@@ -15,7 +15,7 @@ says which they are, and `martlet.model.weights` cuts tensors accordingly while 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -148,13 +148,13 @@ def split(spec: DecoderSpec, rank: int, size: int) -> DecoderSpec:
             return whole._replace(mixer=mixer, mlp=mlp)
         experts = mlp.experts
         if experts is not None:
-            experts = replace(experts, shared=experts.shared // size)
+            experts = experts._replace(shared=experts.shared // size)
         return whole._replace(
             mixer=mixer._replace(heads=mixer.heads // size, kv_heads=max(mixer.kv_heads // size, 1)),
             mlp=mlp._replace(hidden=mlp.hidden // size, experts=experts),
         )
 
-    return replace(spec, layers=tuple(map(layer, spec.layers)), part=Part(rank, size, spec))
+    return spec._replace(layers=tuple(map(layer, spec.layers)), part=Part(rank, size, spec))
 
 
 def fitting(spec: DecoderSpec) -> list[int]:

@@ -55,7 +55,6 @@ Last:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -165,8 +164,7 @@ class Recurrence(NamedTuple):
 Mixer = Attention | Recurrence
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(NamedTuple):
     """A mixture: each token goes through the `active` of `count` feed-forwards that its router rates highest.
 
     Weights are the softmax over all experts' ratings; renormalise: over the chosen ones'. shared: hidden size of a
@@ -210,8 +208,7 @@ class Layer(NamedTuple):
         return isinstance(self.mixer, Recurrence)
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderSpec:
+class DecoderSpec(NamedTuple):
     """A whole decoder. eps: of every norm; norms: what they are. tied: the head is the embedding matrix.
 
     embed_norm: embeddings are normed where they enter. Layers are all recurrent or none is: see `recurrent`.

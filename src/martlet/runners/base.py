@@ -9,6 +9,7 @@ Python has seen it (`Runner.lag`). No torch here: a runner without torch can sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from martlet.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from martlet.model.adapters import Adapter
 
+NONE = np.empty(0, np.int32)
 KV_DTYPES = ("auto", "bf16", "fp8", "int8")  # how keys and values are kept; a runner refuses what it lacks
 
 
@@ -112,8 +114,7 @@ class Masks(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """One step. B sequences take part; sequence b computes tokens start[b] ... start[b] + count[b] - 1 of its row.
 
     Applied in this order: new_rows; block table writes table[block_rows, block_slots] = block_ids; KV block copies
@@ -138,11 +139,11 @@ class Batch:
     count: np.ndarray  # int32 [B], tokens to compute now, >= 1
     sample: np.ndarray  # bool [B]
     drafts: np.ndarray | None = None  # int32 [B, D], guesses of the tokens to come, padded with -1
-    new_rows: list[NewRow] = field(default_factory=list)
-    block_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
-    block_slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
-    block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [U]
-    copies: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))  # int32 [C, 2] source, target
+    new_rows: Sequence[NewRow] = ()
+    block_rows: np.ndarray = NONE  # int32 [U]
+    block_slots: np.ndarray = NONE  # int32 [U]
+    block_ids: np.ndarray = NONE  # int32 [U]
+    copies: np.ndarray = NONE.reshape(0, 2)  # int32 [C, 2] source, target
     masks: Masks | None = None  # a sequence with a mask has no guesses
 
     @property

@@ -7,7 +7,7 @@ the hidden states where an embedding would be looked up, keeps those that meet t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class LayerWise:
         """
         layer, tap = self.spec.layers[number], _Tap(ops_for(self.device))
         ones, nothing = np.ones(self.spec.width, np.float32), np.zeros((1, self.spec.width), np.float32)
-        spec = replace(self.spec, layers=(layer,), tied=True)
+        spec = self.spec._replace(layers=(layer,), tied=True)
         named = [("layers.0." + name, tensor.numpy(force=True)) for name, tensor in parameters.items()]
         stream = [("embed", nothing), *named, ("norm", ones)]
         decoder = Decoder(spec, stream, tap, self.device, torch.float32)

@@ -5,17 +5,17 @@ Keys at the top of a file are defaults of its [[model]] tables; the fields are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from martlet.errors import ModelNotFound, did_you_mean
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One registered model.
 
     source: where it comes from by default, "pypi:...", "hf:..." or "modelscope:...". family: config model_type.
@@ -38,7 +38,7 @@ class Entry:
     modelscope: str | None = None
     lora_target_modules: tuple[str, ...] = ()
     description: str = ""
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = MappingProxyType({})
     size: int = 0
     packages: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
@@ -65,12 +65,12 @@ def _read(file: str) -> tuple[Entry, ...]:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
-    known, table = {field.name for field in fields(Entry)}, tomllib.loads(_texts()[file])
+    table = tomllib.loads(_texts()[file])
     entries = []
     for model in table.pop("model"):
         values = {"model_type": model["name"], **table, **model}
         values["source"] = _source(values)
-        if unknown := values.keys() - known:
+        if unknown := values.keys() - set(Entry._fields):
             raise ValueError(f"{file}: {model['name']}: unknown keys {sorted(unknown)}")
         entries.append(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
     return tuple(entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,8 +123,7 @@ class Source(NamedTuple):
         return rows if self.item is None else (self.items, *rows)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Family:
+class Family(NamedTuple):
     """One page. read: Hugging Face config -> DecoderSpec, raising CheckpointError for what we cannot run.
 
     about: what it covers, for `martlet models families`. example: what a config needs beyond COMMON to be one of this
@@ -138,9 +137,9 @@ class Family:
     name: str
     read: Callable[[Config], DecoderSpec]
     about: str = ""
-    example: Config = field(default_factory=dict)
-    hf: Names = field(default_factory=lambda: HF)
-    gguf: Names | None = field(default_factory=lambda: GGUF)
+    example: Config = MappingProxyType({})
+    hf: Names = HF
+    gguf: Names | None = GGUF
     original: Names | None = None
     gguf_interleaved: bool = False
     norm_offset: float = 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +41,7 @@ def source_format(tensor: Tensor) -> Format:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
+class Precision(NamedTuple):
     """What runs in which format. name: of the choice, for reports.
 
     matrix: of linears, table: of the head and the embedding; None keeps the blocks or bf16 the file holds (float32
@@ -87,8 +87,7 @@ class Arena:
         return taken[:size]
 
 
-@dataclass(frozen=True, slots=True)
-class Screen:
+class Screen(NamedTuple):
     """What a HeadOp has beside its matrix: panels of Format.SCREEN, for steps of up to `rows` queries; 0 for none."""
 
     rows: int = 0

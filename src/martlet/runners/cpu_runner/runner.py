@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -395,7 +395,7 @@ def choose_precision(card: ModelCard, options: LoadOptions) -> Precision:
         raise UsageError(f"quant {quant!r} is none of auto, {', '.join(PRECISIONS)}", param="quant")
     precision = PRECISIONS[quant]
     asked = kv_dtype(options, "the CPU runner", *KV_DTYPES)
-    return precision if asked == "auto" else replace(precision, kv=KV_DTYPES[asked])
+    return precision if asked == "auto" else precision._replace(kv=KV_DTYPES[asked])
 
 
 def _describe(decoder: Decoder) -> str:

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class ParallelRunner:
         if batch.masks is None:
             return _Step(self._alike(number, lambda: self._own.launch(batch)), self._ranks)
         masks = _PassedOn(batch.masks, self._ranks)
-        passing = replace(batch, masks=masks)
+        passing = batch._replace(masks=masks)
 
         def launch() -> Step:
             try:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import orjson
@@ -95,7 +95,7 @@ def do(runner: Runner, message: wire.Message, receive: Callable[[], wire.Message
         batch, entries = wire.step_from(message)
         masks = None if entries is None else TheirMasks(entries, receive)
         try:
-            runner.launch(replace(batch, masks=masks))
+            runner.launch(batch._replace(masks=masks))
         finally:
             if masks is not None:  # they come, used or not
                 masks.wait()
