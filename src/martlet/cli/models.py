@@ -120,8 +120,7 @@ def describe(entry: Any) -> dict[str, Any]:
     from martlet import hub
 
     path = hub.cached(entry.name)
-    facts = entry._asdict() | {"generation": dict(entry.generation)}
-    return {**facts, "cached": path is not None, "path": str(path) if path else None}
+    return {**entry._asdict(), "cached": path is not None, "path": str(path) if path else None}
 
 
 COMMAND = CommandGroup(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from martlet.errors import ModelNotFound, did_you_mean
@@ -38,7 +37,7 @@ class Entry(NamedTuple):
     modelscope: str | None = None
     lora_target_modules: tuple[str, ...] = ()
     description: str = ""
-    generation: Mapping[str, Any] = MappingProxyType({})
+    generation: Mapping[str, Any] = {}
     size: int = 0
     packages: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
