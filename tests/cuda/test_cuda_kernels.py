@@ -11,6 +11,7 @@ from cases import ATTENTIONS, DEVICE, TOLERANCE, Case, close, from_fp8, in_fp8, 
 
 from martlet.kernels.cuda import (
     decode_attention,
+    decode_hopper,
     few_rows,
     few_rows_lora,
     launch,
@@ -22,7 +23,7 @@ from martlet.kernels.cuda import (
 from martlet.kernels.ops import Sampling
 from martlet.kernels.philox import gumbel
 from martlet.kernels.reference import ReferenceOps
-from martlet.model.spec import FeedForward
+from martlet.model.spec import Attention, FeedForward, Rope
 
 OPS = ReferenceOps()
 DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies no bfloat16
@@ -115,6 +116,18 @@ def test_adapters_of_few_rows_fit_in(outputs, inputs, gated, ends, slots, rank):
     assert tile.stages * rows * 256 + more + 1024 <= 227 << 10
     assert few_rows_lora._plan(tile, outputs, steps, (slots, parts, 48), ends, 132) is None
     assert few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), (100,), 132) is None
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (16, 8, 128), (64, 4, 64), (8, 4, 256)])
+@pytest.mark.parametrize("batch", [10, 17, 34, 64, 67, 256])
+def test_programs_of_a_decoding_step_fit_a_hopper_side_by_side(heads, kv_heads, dim, batch, monkeypatch):
+    """What they compute only a Hopper can tell: bench/gpu/correctness.py."""
+    monkeypatch.setattr(launch, "num_sms", lambda: 132)
+    slots = decode_hopper.slots_for(batch, Attention(heads, kv_heads, dim, Rope(1e4, dim), 0.1))
+    columns = max(8, 2 * heads // kv_heads)
+    each = 1024 + 2 * (64 * dim * slots + columns * (dim + 64)) + 512  # reserved; ring, queries, weights; sums
+    assert 3 <= slots <= 8
+    assert each * min(2 if dim == 256 else 4, -(-batch * kv_heads // 132)) <= 228 << 10
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])

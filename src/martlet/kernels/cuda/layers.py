@@ -147,10 +147,12 @@ def add_rms_norm(
     picks: torch.Tensor | None = None,
     fp8: bool = False,
     dtype: torch.dtype | None = None,
+    overlap: bool = True,
 ) -> torch.Tensor | Fp8:
     """RMSNorm of x + delta, where x [T, W] becomes that sum. With picks int32 [S]: of those rows only, x left alone.
 
     delta [T, W], or [P, T, W] to be summed. fp8: as Fp8; else in `dtype`, the gain's if None, whatever x is kept in.
+    overlap: as in `launch.run`.
     """
     count, width = len(x) if picks is None else len(picks), x.shape[1]
     out = room_for(count, width, x.device) if fp8 else gain.new_empty(count, width, dtype=dtype)
@@ -160,7 +162,7 @@ def add_rms_norm(
             _norm, (count,),
             x, x if delta is None else delta, gain, *_places(out), gain if picks is None else picks, width, eps,
             x.numel(), PARTS=parts_of(delta), PICK=picks is not None, FP8=fp8, BLOCK=block,
-            warps=min(max(block // (512 if parts_of(delta) < 2 else 256), 1), 16),
+            warps=min(max(block // (512 if parts_of(delta) < 2 else 256), 1), 16), overlap=overlap,
         )  # fmt: skip
     return out
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import decode_attention, few_rows, layers, prefill_attention, rotary
+from martlet.kernels.cuda import decode_attention, decode_hopper, few_rows, layers, prefill_attention, rotary
 from martlet.kernels.cuda.fp8 import Fp8
 from martlet.kernels.cuda.linear import Linear, linear, product
 from martlet.kernels.cuda.lora import Groups
@@ -206,7 +206,8 @@ class Decoder:
 
         x misses a layer's last product until the next norm adds it.
         """
-        y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8)
+        # Nothing overlaps what writes the block tables, so kernels behind this one may read them before they wait.
+        y = self._add_norm(x, delta, block.attn_norm, fp8=block.qkv.fp8, overlap=number > 0)
         if not step.fresh and (parts := self._few_rows(y, block.qkv, number, "qkv", groups)) is not None:
             return parts
         rows = max((first + padded for first, _, padded in step.fresh), default=0)
@@ -312,18 +313,24 @@ class Decoder:
         gain: torch.Tensor,
         picks: torch.Tensor | None = None,
         fp8: bool = False,
+        overlap: bool = True,
     ) -> torch.Tensor | Fp8:
         """`layers.add_rms_norm`, where delta may be a share."""
         if isinstance(delta, Share):
             assert self.ranks is not None
             return self.ranks.add_rms_norm(x, delta.values, gain, self.spec.eps, picks, fp8)
-        return layers.add_rms_norm(x, delta, gain, self.spec.eps, picks, fp8=fp8)
+        return layers.add_rms_norm(x, delta, gain, self.spec.eps, picks, fp8=fp8, overlap=overlap)
 
     def _attend(
         self, qkv: torch.Tensor, spec: Attention, block: Block, number: int, step: StepTensors, state: State
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] or its parts -> [T, H * D]; keys and values go to the cache of the layer."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
+        if n == len(step.rows) and decode_hopper.able(n, spec, cache, scales):
+            return decode_hopper.attend(
+                qkv, block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions, state.blocks,
+                cache, spec,
+            )  # fmt: skip
         rotated = qkv
         if qkv.dtype != self.dtype:
             rotated = qkv.new_empty(qkv.shape[-2:], dtype=self.dtype)
