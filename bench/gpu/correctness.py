@@ -300,9 +300,10 @@ def _adapted_rows(expect, name: str, k: int, sizes: tuple[int, ...], gated: bool
     if not launch.has_wgmma():
         return
     n, parts = sum(sizes), len(sizes)
-    matrix = torch.randn(n, k, device="cuda").mul_(k**-0.5).bfloat16()
+    wide = torch.randn(n + slots * parts * rank, k, device="cuda").mul_(k**-0.5).bfloat16()
+    matrix = wide[:n]
     stack = lora.Stack(
-        torch.randn(slots, parts, rank, k, device="cuda").mul_(k**-0.5).bfloat16(),
+        wide[n:].view(slots, parts, rank, k),
         torch.randn(n, slots, rank, device="cuda").mul_(rank**-0.5).bfloat16(),
         torch.full((slots,), rank, dtype=torch.int32, device="cuda"),
         tuple(np.cumsum(sizes[:-1]).tolist()),
@@ -310,8 +311,7 @@ def _adapted_rows(expect, name: str, k: int, sizes: tuple[int, ...], gated: bool
     outputs = n // 2 if gated else n
     tile, steps = few_rows._tile(outputs, gated, launch.num_sms()), -(-k // 128)
     assert tile is not None
-    ends = () if gated else stack.ends
-    plan = few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), ends, launch.num_sms())
+    plan = few_rows_lora._plan(tile, outputs, steps, (slots, parts, rank), gated, stack.ends, launch.num_sms())
     assert plan is not None
     x = torch.randn(64, k, device="cuda").bfloat16()
     low = torch.empty(few_rows_lora.room(parts, rank), dtype=torch.int32, device="cuda")
@@ -319,10 +319,9 @@ def _adapted_rows(expect, name: str, k: int, sizes: tuple[int, ...], gated: bool
     rows = torch.where(torch.arange(64, device="cuda") % 9 == 0, -1, torch.arange(64, device="cuda")).int()
 
     def made(count: int) -> torch.Tensor:
-        groups = lora.group(rows[-count:], adapters, stack.ranks, rank)
-        low.fill_(-1)
+        groups = lora.group(rows[-count:], adapters, stack.ranks, rank, low)
         return few_rows_lora.product(
-            x[-count:], matrix, plan, stack, groups, low, gated=gated, activation="silu" if gated else ""
+            x[-count:], wide, plan, stack, groups, low, gated=gated, activation="silu" if gated else ""
         )
 
     whole, graph = made(64), torch.cuda.CUDAGraph()

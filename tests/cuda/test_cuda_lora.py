@@ -16,7 +16,19 @@ from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import UsageError
 from martlet.hub.peft import Lora
-from martlet.kernels.cuda.lora import FEW, Groups, Stack, finish, finish_activated, group, lora, low_ranks, parted
+from martlet.kernels.cuda.lora import (
+    FEW,
+    FILL,
+    NOTHING,
+    Groups,
+    Stack,
+    finish,
+    finish_activated,
+    group,
+    lora,
+    low_ranks,
+    parted,
+)
 from martlet.kernels.ops import LoraPart
 from martlet.model.adapters import TARGETS, Adapter
 from martlet.model.spec import FeedForward
@@ -140,7 +152,9 @@ def test_units_are_the_ranks_that_tokens_need():
     ranks = torch.tensor([16, 0, 48, 16, 32], dtype=torch.int32, device=DEVICE)
     adapters = torch.tensor([0, 3, 1, 2, 5], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([4, -1, 1, 1, 3, 0], dtype=torch.int32, device=DEVICE)
-    groups = group(rows, adapters, ranks, 64)
+    room = torch.zeros(FILL + 9, dtype=torch.int32, device=DEVICE)
+    groups = group(rows, adapters, ranks, 64, room[:-1])
+    assert room[:-1].eq(NOTHING.value).all() and not room[-1]
     assert groups.units[: groups.units[0] + 1].tolist() == [5, 8, 9, 10, 16, 17]
     assert groups.slots.tolist() == [4, -1, 2, 2, 1, -1]
     assert groups.counts.tolist() == [0, 1, 2, 0, 1]

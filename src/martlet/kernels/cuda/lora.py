@@ -33,6 +33,8 @@ UNIT = 16  # ranks are worked on in steps of so many
 FEW = 256  # tokens
 BESIDE = 512  # ranks of all slots up to which their A lies behind the matrix, and is read whether it has tokens or not
 SPLITS = 8  # of the sum over inputs where tokens are few: programs would be idle else
+NOTHING = tl.constexpr(-1)  # the bits of a low-rank value that is still to come (`few_rows_lora`)
+FILL = 8192  # places of those that a program empties
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,9 @@ class Low:
 
 @triton.jit(do_not_specialize=["T"])
 def _group(
-    rows, adapters, ranks, tokens, counts, slots, units, T, S,
-    STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr, PDL: tl.constexpr,
+    rows, adapters, ranks, tokens, counts, slots, units, room, T, S, ROOM,
+    STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_U: tl.constexpr, FILL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
     wait(PDL)
@@ -107,6 +110,9 @@ def _group(
             tl.store(tokens + slot * T + place, t, mask=mine > 0)
             count += tl.sum(mine, 0)
         tl.store(counts + slot, count)
+    elif slot > S:
+        at = (slot - S - 1) * FILL + tl.arange(0, FILL)
+        tl.store(room + at, tl.full([FILL], NOTHING, tl.int32), mask=at < ROOM)
     else:  # where tokens are few: BLOCK holds all
         t = tl.arange(0, BLOCK)
         row = tl.load(rows + t, mask=t < T, other=-1)
@@ -273,10 +279,12 @@ def _finish_activated(
     tl.store(out + t[:, None] * HIDDEN + n[None, :], result.to(out.dtype.element_ty), mask=there)
 
 
-def group(rows: torch.Tensor, adapters: torch.Tensor, ranks: torch.Tensor, rank: int) -> Groups:
+def group(
+    rows: torch.Tensor, adapters: torch.Tensor, ranks: torch.Tensor, rank: int, room: torch.Tensor | None = None
+) -> Groups:
     """rows: int32 [T], of each token, -1 for none. adapters: int32 [rows], the slot of each row from 1, 0 for none.
 
-    ranks: int32 [S], that slots use of `rank`.
+    ranks: int32 [S], that slots use of `rank`. room: int32, of few tokens, to be NOTHING everywhere.
     """
     count, slots, steps = len(rows), len(ranks), rank // UNIT
     few = count <= FEW
@@ -284,11 +292,13 @@ def group(rows: torch.Tensor, adapters: torch.Tensor, ranks: torch.Tensor, rank:
     counts = torch.empty(slots, dtype=torch.int32, device=rows.device)
     of_tokens = torch.empty(count, dtype=torch.int32, device=rows.device) if few else None
     units = torch.empty(1 + slots * steps, dtype=torch.int32, device=rows.device) if few else None
+    assert few or room is None
+    size = 0 if room is None else room.numel()
     launch.run(
-        _group, (slots + few,),
+        _group, (slots + few + triton.cdiv(size, FILL),),
         rows, adapters, ranks, tokens, counts, counts if of_tokens is None else of_tokens,
-        counts if units is None else units, count, slots, STEPS=steps, UNIT=UNIT,
-        BLOCK=FEW if few else 1024, BLOCK_U=64,
+        counts if units is None else units, counts if room is None else room, count, slots, size, STEPS=steps,
+        UNIT=UNIT, BLOCK=FEW if few else 1024, BLOCK_U=64, FILL=FILL,
     )  # fmt: skip
     return Groups(tokens, counts, of_tokens, units)
 

@@ -109,22 +109,18 @@ class Slots:
         self.ranks[slot - 1] = used
 
     def group(self, rows: torch.Tensor, adapters: torch.Tensor) -> Groups:
-        if len(rows) <= few_rows.ROWS.value:
-            self._room.fill_(few_rows_lora.NOTHING.value)
-        return group(rows, adapters, self.ranks, self.rank)
+        return group(rows, adapters, self.ranks, self.rank, self._room if len(rows) <= few_rows.ROWS.value else None)
 
     def few_rows(
         self, x: torch.Tensor, weight: Linear, number: int, name: str, groups: Groups, gated: str | None
     ) -> torch.Tensor | None:
         """`Decoder._few_rows` of a linear of layer `number`, with its adapters."""
         stack = self._stacks[number][name]
-        if weight.wide is None:
-            return None
         plan = few_rows_lora.plan_for(x, weight, stack, groups, gated=gated is not None)
         if plan is None:
             return None
         return few_rows_lora.product(
-            x, weight.matrix, plan, stack, groups, self._lows[number][name],
+            x, weight.wide.matrix, plan, stack, groups, self._lows[number][name],
             gated=gated is not None, activation=gated or "",
         )  # fmt: skip
 
