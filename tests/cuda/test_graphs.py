@@ -8,9 +8,9 @@ from martlet.runners.cuda_runner.mixed import Mixed
 
 def test_quiet_time_captures_the_ladder_of_each_kind_short_prompts_and_what_was_seen_before():
     graphs, captured = object.__new__(Graphs), []
-    long = Mixed(24, 1024, 64)
+    long, late = Mixed(24, 1024, 64), Mixed(24, 128, 64)
     graphs.decoder, graphs.ms_a_token = SimpleNamespace(queries=64), LAUNCHES_MS / 128
-    graphs.sizes, graphs.decodes, graphs.seen = ladder(24), [0, 16, 24], {long: None}
+    graphs.sizes, graphs.decodes, graphs.seen = ladder(24), [0, 16, 24], {long: None, late: None}
     graphs.captured = dict.fromkeys([(8, "greedy", False), (1, "greedy", False), (16, "draw", False)])
 
     def capture(key):
@@ -22,8 +22,8 @@ def test_quiet_time_captures_the_ladder_of_each_kind_short_prompts_and_what_was_
         pass
     short = {decodes: [Mixed(decodes, tokens, 64) for tokens in (64, 128)] for decodes in graphs.decodes}
     assert captured == [
-        *short[0], (1, "draw", False), (8, "draw", False), (16, "greedy", False), *short[16],
-        (24, "greedy", False), (24, "draw", False), *short[24], long,
+        late, *short[0], (1, "draw", False), (8, "draw", False), (16, "greedy", False), *short[16],
+        (24, "greedy", False), (24, "draw", False), short[24][0], long,
     ]  # fmt: skip
     assert not graphs.capture_next() and captured[-1] == long
 

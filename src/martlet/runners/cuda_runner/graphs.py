@@ -90,8 +90,9 @@ class Graphs:
                     self._graph((size, sampler.GREEDY, True))
 
     def capture_next(self) -> bool:
-        """Capture a graph that is likely to be wanted, those for few rows first. Returns whether there are more.
+        """Capture a graph that is likely to be wanted. Returns whether there are more.
 
+        What had to do without its graph comes first, then those for few rows.
         These are all sizes of every kind of decoding that there was, steps with short prompts, and others seen before.
         A step that has to wait for its graph takes five to fifteen times as long.
         """
@@ -103,8 +104,13 @@ class Graphs:
                 wanted += filter(self._is_short, mixed)
         missing = [key for key in dict.fromkeys([*wanted, *self.seen]) if key not in self.captured]
         if missing:
-            self._graph(min(missing, key=lambda key: key.decodes if isinstance(key, Mixed) else key[0]))
+            self._graph(min(missing, key=self._turn))
         return len(missing) > 1
+
+    def _turn(self, key: tuple[int, str, bool] | Mixed) -> tuple[bool, int]:
+        if isinstance(key, Mixed):
+            return not (key in self.seen and self._is_short(key)), key.decodes
+        return True, key[0]
 
     def _is_short(self, mixed: Mixed) -> bool:
         """Whether the GPU would wait for its launches outside a graph."""
