@@ -136,6 +136,17 @@ def test_programs_of_a_decoding_step_fit_a_hopper_side_by_side(heads, kv_heads, 
     assert each * min(2 if dim == 256 else 4, -(-batch * kv_heads // 132)) <= 228 << 10
 
 
+def test_each_ring_of_a_decoding_step_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr(launch, "num_sms", lambda: 132)
+    monkeypatch.setattr(launch, "has_wgmma", lambda: True)
+    spec, batches = Attention(32, 8, 128, Rope(1e4, 128), 0.1), [1, 8, 16, 24, 32, 40, 48, 56, 64]
+    ahead = decode_hopper.sizes(batches, spec)
+    assert ahead == [16, 32, 48, 64]
+    assert {decode_hopper.slots_for(size, spec) for size in ahead} == {
+        decode_hopper.slots_for(batch, spec) for batch in batches
+    }
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activation(kind, gated):

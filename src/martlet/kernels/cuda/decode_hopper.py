@@ -12,6 +12,8 @@ the wait. Block tables are read early as well: nothing overlaps the kernel that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -180,6 +182,11 @@ def able(batch: int, spec: Attention, cache: torch.Tensor, scales: torch.Tensor 
         and spec.rope.dim == spec.head_dim and spec.rope.style != "interleaved" and cache.shape[3] in (8, 16, 32, 64)
         and spec.heads <= 30 * spec.kv_heads and decode_attention.tile_for(batch, spec).parts == 1
     )  # fmt: skip
+
+
+def sizes(batches: Sequence[int], spec: Attention) -> list[int]:
+    """One of ascending `batches` for each kernel that `attend` has for them."""
+    return list({slots_for(batch, spec): batch for batch in batches}.values()) if launch.has_wgmma() else []
 
 
 def slots_for(batch: int, spec: Attention) -> int:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from martlet.kernels.cuda import few_rows, launch, layers, sampling
+from martlet.kernels.cuda import decode_hopper, few_rows, launch, layers, sampling
 from martlet.model.spec import DecoderSpec
 from martlet.runners.cuda_runner import sampler
 from martlet.runners.cuda_runner.decoder import Decoder, State, StepTensors
@@ -70,11 +70,16 @@ class Graphs:
         It may launch no kernel of ours, nor need weights be there yet.
         """
         most = self.sizes[-1]
+        sizes = {1, min(8, most), most, *(size for size in few_rows.sizes() if size <= most)}
+        for spec in {layer.mixer for layer in self.decoder.spec.layers}:
+            sizes.update(decode_hopper.sizes(self.sizes, spec))
         with launch.compiled_together():
             for adapted in (False, True) if self.decoder.slots is not None else (False,):
-                for size in {1, min(8, most), most, *(size for size in few_rows.sizes() if size <= most)}:
+                for size in sizes:
                     self._blank((size, sampler.GREEDY, adapted))
-                self._blank(Mixed(min(16, most), 512, self.decoder.queries, adapted))
+                for decodes in self.decodes:
+                    if 0 < decodes <= 256:  # more take the same kernels
+                        self._blank(Mixed(decodes, 512, self.decoder.queries, adapted))
             for kind in (sampler.DRAW, sampler.CUT):
                 self._blank((min(8, most), kind, False))
             self._blank(Mixed(0, 1024, self.decoder.queries))
