@@ -55,7 +55,8 @@ enum ActKind : int32_t { kActF32, kActBF16, kActSplit32, kActByte64, kActSplit10
 // Behind the integers of a row: one of these for each group.
 struct Group {
   float scale;
-  float scaled_sum;       // sum of the group's values, for formats with a minimum
+  float scaled_sum;       // sum of the group's values, for formats with a minimum; kActPair32: in the first group, of
+                          // the whole row's, times 128, which undoes the offset of the weights in the end
   int32_t minus_sum;      // -(sum of its integers), undoes the offset of the weights; times 128 for int8's
   int32_t minus_half[2];  // -(sum of the integers of each half)
 };

@@ -114,12 +114,12 @@ template <int M, int W>
 INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t stride, int k, float* out,
                       const float* channel_scale, Ahead& ahead) {
   constexpr int kBytes = kByteGroup * kPanel;
-  const uint8_t* g = acts + groups_at(kByteKind, k);
+  const uint8_t *groups = acts + groups_at(kByteKind, k), *g = groups;
   F acc[M][W] = {};
   for (int i = 0; i < k; i += kByteGroup, panel += kBytes, acts += kByteGroup, g += sizeof(Group)) {
     if (ahead.own) fetch(panel + kAhead, kBytes);
     I sum[M][W];
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M && !kPairs; ++m)
       for (int w = 0; w < W; ++w) sum[m][w] = splat(scalar<int32_t>(g + m * stride + offsetof(Group, minus_sum)));
 #pragma GCC unroll 16
     for (int j = 0; j < kByteGroup / 4; ++j) {
@@ -128,16 +128,18 @@ INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t
       for (int w = 0; w < W; ++w) q[w] = step_at(panel, j, v0 + w);
       for (int m = 0; m < M; ++m) {
         const U x = splat(scalar<uint32_t>(acts + m * stride + 4 * j));
-        for (int w = 0; w < W; ++w) sum[m][w] = add_dot4(sum[m][w], q[w], x);
+        for (int w = 0; w < W; ++w) sum[m][w] = kPairs && !j ? pair_dot4(q[w], x) : add_dot4(sum[m][w], q[w], x);
       }
     }
     for (int m = 0; m < M; ++m)
       for (int w = 0; w < W; ++w)
         acc[m][w] = fma(splat(scalar<float>(g + m * stride)), to_float(sum[m][w]), acc[m][w]);
   }
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
+    const float offset = kPairs ? scalar<float>(groups + m * stride + offsetof(Group, scaled_sum)) : 0.0f;
     for (int w = 0; w < W; ++w)
-      store(out + m * kPanel + (v0 + w) * L, acc[m][w] * load<F>(channel_scale + (v0 + w) * L));
+      store(out + m * kPanel + (v0 + w) * L, (acc[m][w] - offset) * load<F>(channel_scale + (v0 + w) * L));
+  }
 }
 
 template <bool kBF16, int M, int W>

@@ -47,9 +47,10 @@ INLINE void put_lanes(void* out, V v, int64_t bytes) {
   else std::memcpy(out, &v, (size_t)bytes);
 }
 
-// One group of kGroup values from v, as integers of `kind` at `out` (the row's) and what stands behind them.
+// One group of kGroup values from v, as integers of `kind` at `out` (the row's) and what stands behind them. Returns its
+// share of the row's scaled_sum (kActPair32).
 template <ActKind kKind, int kGroup>
-INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
+INLINE float quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   constexpr int kVectors = kGroup / L;
   constexpr bool kBytes = kKind == kActByte64 || kKind == kActPair32;
   constexpr float kMost = kBytes ? 127.0f : 16256.0f;  // 16256 = 128 * 127
@@ -75,13 +76,16 @@ INLINE void quantise_group(const F* v, int g, uint8_t* out, uint8_t* groups) {
   }
   Group& group = *(Group*)(groups + g * sizeof(Group));  // in its place: a copy would wait for the copied to be stored
   group.scale = largest / kMost;
-  if (kBytes) {  // met by int8 alone, which asks for no halves
+  if (kKind == kActPair32) {
+    return 128.0f * group.scale * (float)sum(halves[0] + halves[1]);
+  } else if (kKind == kActByte64) {  // met by int8 alone, which asks for no halves
     group.minus_sum = -128 * sum(halves[0] + halves[1]);
   } else {
     for (int h = 0; h < 2; ++h) group.minus_half[h] = -sum(halves[h]);
     group.minus_sum = group.minus_half[0] + group.minus_half[1];
     group.scaled_sum = -group.scale * (float)group.minus_sum;
   }
+  return 0.0f;
 }
 
 template <ActKind kKind>
@@ -89,17 +93,20 @@ INLINE void quantise(const float* x, const float* norm, float factor, int k, uin
   constexpr int kGroup = kKind == kActByte64 ? 64 : 32, kVectors = kGroup / L;
   uint8_t* groups = out + groups_at(kKind, k);
   F v[kVectors];
+  float total = 0;
   int g = 0;
   for (; (g + 1) * kGroup <= k; ++g) {
     for (int i = 0; i < kVectors; ++i) v[i] = normed(x, norm, factor, g * kGroup + i * L, L);
-    quantise_group<kKind, kGroup>(v, g, out, groups);
+    total += quantise_group<kKind, kGroup>(v, g, out, groups);
   }
-  if (g * kGroup == k) return;
-  for (int i = 0; i < kVectors; ++i) {
-    const int at = g * kGroup + i * L;
-    v[i] = normed(x, norm, factor, at, most(0, least(L, k - at)));
+  if (g * kGroup < k) {
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = g * kGroup + i * L;
+      v[i] = normed(x, norm, factor, at, most(0, least(L, k - at)));
+    }
+    total += quantise_group<kKind, kGroup>(v, g, out, groups);
   }
-  quantise_group<kKind, kGroup>(v, g, out, groups);
+  if (kKind == kActPair32) ((Group*)groups)->scaled_sum = total;
 }
 
 // Groups of 1024: the largest is looked for in a first pass over each.
