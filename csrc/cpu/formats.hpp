@@ -117,9 +117,9 @@ constexpr int64_t act_bytes(ActKind kind, int64_t k) {
     case kActF32:
     case kActBF16: return odd_lines(4 * round_up(k, 2));
     case kActSplit32:
+    case kActPair32:
     case kActWord32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
     case kActSplit1024: return odd_lines(groups_at(kind, k) + round_up(k, 1024) / 1024 * int64_t(sizeof(Group)));
-    case kActPair32: return odd_lines(groups_at(kind, k) + round_up(k, 32) / 32 * int64_t(sizeof(Group)));
     default: return odd_lines(groups_at(kind, k) + round_up(k, 64) / 64 * int64_t(sizeof(Group)));
   }
 }

@@ -128,7 +128,7 @@ INLINE void byte_tile(const uint8_t* panel, int v0, const uint8_t* acts, int64_t
       for (int w = 0; w < W; ++w) q[w] = step_at(panel, j, v0 + w);
       for (int m = 0; m < M; ++m) {
         const U x = splat(scalar<uint32_t>(acts + m * stride + 4 * j));
-        for (int w = 0; w < W; ++w) sum[m][w] = kPairs && !j ? pair_dot4(q[w], x) : add_dot4(sum[m][w], q[w], x);
+        for (int w = 0; w < W; ++w) sum[m][w] = kPairs && !j ? first_dot4(q[w], x) : add_dot4(sum[m][w], q[w], x);
       }
     }
     for (int m = 0; m < M; ++m)
