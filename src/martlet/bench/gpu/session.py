@@ -111,10 +111,10 @@ def _result(entry: Entry, model: str, workload: str) -> Result:
 
 def _offline(entry: Entry, model: str, folder: Path, names: list[str], plan: Plan) -> Iterator[Result]:
     """One process, a result as each of its lines comes. Where its start is measured, caches of kernels are cold."""
-    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile() as log:
-        cold = {"TRITON_CACHE_DIR": cache, "VLLM_CACHE_ROOT": cache} if "start" in names else {}
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
+        cold = {"TRITON_CACHE_DIR": scratch, "VLLM_CACHE_ROOT": scratch} if "start" in names else {}
         order = {"device": plan.device, "backend": entry.name, "options": VARIANTS[entry.variant]}
-        order |= {"folder": str(folder), "workloads": names}
+        order |= {"folder": str(folder), "scratch": scratch, "workloads": names}
         command = [sys.executable, "-m", "martlet.bench.gpu.worker"]
         order["spawned"] = time.monotonic()
         process = subprocess.Popen(

@@ -1,7 +1,8 @@
 """One engine with one model, in a process of its own: G1-G4 and start, or G6, a JSON line on standard output for each.
 
 Reads an order as JSON from the standard input: device, backend, options (fields of LoadOptions), folder (the model),
-workloads, spawned (the parent's monotonic clock when it started us). What libraries print goes to stderr.
+scratch (a folder for what is made), workloads, spawned (the parent's monotonic clock when it started us). What
+libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -108,14 +108,14 @@ def measured(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Callable[[],
             yield name, function
 
 
-def with_adapters(backend: backends.Backend, config: dict[str, Any]) -> None:
-    """The same random numbers under all names: each slot is read from its own memory."""
+def with_adapters(backend: backends.Backend, config: dict[str, Any], folder: Path) -> None:
+    """The same random numbers under all names: each slot is read from its own memory. They are written to `folder`,
+    which must stay, since vLLM reads an adapter when a request first names it."""
     from martlet.bench.lora import peft_folder
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = peft_folder(Path(folder), config, RANK)
-        for number in range(max(ADAPTERS)):
-            backend.load_adapter(f"a{number}", path)
+    path = peft_folder(folder, config, RANK)
+    for number in range(max(ADAPTERS)):
+        backend.load_adapter(f"a{number}", path)
 
 
 def work(order: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
@@ -126,7 +126,8 @@ def work(order: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
         run([list(range(100, 612))], [1])
         tell({"workload": "start", "figures": {"start_s": time.monotonic() - spawned, "load_s": loaded}})
     if "G6" in order["workloads"]:
-        with_adapters(backend, json.loads((Path(order["folder"]) / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((Path(order["folder"]) / "config.json").read_text(encoding="utf-8"))
+        with_adapters(backend, config, Path(order["scratch"]))
     for name, measure in measured(run, order["workloads"]):
         try:
             tell({"workload": name, "figures": measure()})
