@@ -101,6 +101,18 @@ def test_a_head_s_screen_is_kept_too(model, monkeypatch):
     assert matrices(model) == first
 
 
+@pytest.mark.parametrize("most", [1 << 30, 0])
+def test_what_was_written_is_dropped_once_it_is_on_the_disk_unless_it_is_large(model, monkeypatch, most):
+    asked, sync = [], os.fsync
+    monkeypatch.setattr(packed_cache, "READ_AGAIN", most)
+    monkeypatch.setattr(os, "fsync", lambda file: asked.append(os.fstat(file).st_size) or sync(file))
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *what: asked.append(what))
+    first = matrices(model)
+    (file,) = files(model)
+    assert asked == ([file.stat().st_size, (0, 0, os.POSIX_FADV_DONTNEED)] if most else [])
+    assert matrices(model) == first
+
+
 @pytest.mark.parametrize("huge", [True, False])
 def test_weights_are_shared_where_the_page_cache_has_huge_pages_and_copied_where_not(model, packs, monkeypatch, huge):
     first = matrices(model)

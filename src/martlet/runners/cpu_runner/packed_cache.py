@@ -3,9 +3,10 @@
 A file holds the matrices of one model in the order in which they are packed. Its name is a digest of all they depend
 on: the checkpoint's files (path, inode, size, times, first bytes), the decoder, the precision, the instruction set, the
 library, and the code that decides how weights are laid out. What is different has another name, so nothing stale is
-ever found; a checksum tells a damaged file, which is made again. A file is written so that the page cache can hold it
-in huge pages, which every step streams faster than small ones: where it does, all processes share them and nothing is
-copied; where it does not, the weights are copied into huge pages of our own.
+ever found; a checksum tells a damaged file, which is made again. Every step streams huge pages faster than small ones.
+A file that is read into the page cache comes in huge pages where the file system has them, one that is written does so
+by luck: so it is written, dropped and read. All processes share these pages and nothing is copied; where they are
+small, the weights are copied into huge pages of our own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ log = logging.getLogger("martlet")
 
 SMALLEST = 16 << 20  # bytes: smaller models are packed at once anyway
 CAPACITY = 4 << 30  # bytes of all files together; the least recently used go first
+READ_AGAIN = 1 << 30  # bytes: a start shall not wait for larger files to reach the disk and come back
 MARGIN = 2 << 30  # bytes left free on the disk
 ALIGN = 64  # bytes: a cache line
 HUGE = 2 << 20  # bytes: a huge page
@@ -108,8 +110,10 @@ class PackedCache:
         _make_room(folder, size)
         handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(handle, "w+b") as file:
                 _write(file, self._packed)
+                if size <= READ_AGAIN:
+                    _drop_and_read(file)
             os.replace(scratch, self.path)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
@@ -154,21 +158,32 @@ def _make_room(folder: Path, size: int) -> None:
 
 
 def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> None:
-    """In pieces of HUGE: the page cache of some file systems then keeps each of them as one page."""
     matrices = [np.pad(matrix, (0, -len(matrix) % ALIGN)) if len(matrix) % ALIGN else matrix for _, matrix in packed]
     checksum = sum(map(_checksum, matrices)) % 2**64
     listed = [[*map(int, entry), len(matrix)] for entry, matrix in packed]
     header = json.dumps({"checksum": checksum, "matrices": listed}).encode()
     header = len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header
-    page, used = np.zeros(HUGE, np.uint8), 0
-    for part in (np.frombuffer(header.ljust(_start(len(header)), b"\0"), np.uint8), *matrices):
-        while len(part):
-            fits = part[: HUGE - used]
-            page[used : used + len(fits)] = fits
-            part, used = part[len(fits) :], (used + len(fits)) % HUGE
-            if not used:
-                file.write(page)
-    file.write(page[:used])
+    file.write(header.ljust(_start(len(header)), b"\0"))
+    for matrix in matrices:
+        file.write(matrix)
+    file.flush()
+
+
+def _drop_and_read(file: BinaryIO) -> None:
+    """Have the page cache hold a file that was just written in the pages that reading gives it."""
+    if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    os.fsync(file.fileno())  # only what is on the disk can be dropped
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    _mapped(file)[::HUGE].max()
+
+
+def _mapped(file: BinaryIO) -> np.ndarray:
+    """The file's bytes; what is not in memory yet is read into huge pages."""
+    region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(region, np.uint8)
 
 
 def _start(header: int) -> int:
@@ -187,10 +202,7 @@ def _read(file: BinaryIO, reading: Callable[[], object]) -> tuple[np.ndarray, li
     start = _start(40 + len(header))
     if os.fstat(file.fileno()).st_size != start + int(ends[-1]):
         raise ValueError("the file is truncated")
-    region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)  # what is not in memory yet is read into huge pages
-    data = np.frombuffer(region, np.uint8)[start:]
+    data = _mapped(file)[start:]
     reading()
     if _checksum(data) != known["checksum"]:
         raise ValueError("the checksum differs")
