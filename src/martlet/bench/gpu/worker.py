@@ -24,6 +24,7 @@ from martlet.runners.base import LoadOptions
 from martlet.sampling_params import SamplingParams
 
 Run = Callable[..., float]
+SETTLES = 8.0  # seconds after a start in which an engine may get ready for what comes
 
 
 def opened(order: dict[str, Any]) -> backends.Backend:
@@ -125,6 +126,7 @@ def work(order: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     if "start" in order["workloads"]:
         run([list(range(100, 612))], [1])
         tell({"workload": "start", "figures": {"start_s": time.monotonic() - spawned, "load_s": loaded}})
+        time.sleep(SETTLES)
     if "G6" in order["workloads"]:
         config = json.loads((Path(order["folder"]) / "config.json").read_text(encoding="utf-8"))
         with_adapters(backend, config, Path(order["scratch"]))

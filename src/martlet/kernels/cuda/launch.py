@@ -8,9 +8,12 @@ the step may write, also programs that have nothing to do, because the wait of t
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import logging
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,9 +22,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+log = logging.getLogger("martlet")
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 overlap_allowed = True  # the benchmark switches it off to see what overlap gives
 compiling = False  # what is launched now only gets compiled
+BEHIND = 4  # kernels at a time that are compiled while others work: they take turns for Python's lock
 
 
 @triton.jit
@@ -55,8 +61,12 @@ def run(
 class _Builders(ThreadPoolExecutor):
     """Compiles kernels, each with its launcher: Triton would have a C compiler make those later, one after another."""
 
+    stopped = False
+
     def submit(self, compile_kernel: Callable[[], Any], /) -> Future:  # type: ignore[override]
         def build() -> Any:
+            if self.stopped:
+                raise CancelledError
             kernel = compile_kernel()
             with suppress(triton.OutOfResources):  # which the launch tells of
                 kernel.run  # noqa: B018  a property that makes the launcher and loads the kernel
@@ -65,20 +75,61 @@ class _Builders(ThreadPoolExecutor):
         return super().submit(build)
 
 
+def _builders(most: int | None = None) -> _Builders:
+    device = torch.cuda.current_device()
+    return _Builders(most, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+@contextmanager
+def _only_compiled() -> Iterator[None]:
+    global compiling
+    compiling = True
+    try:
+        yield
+    finally:
+        compiling = False
+
+
 @contextmanager
 def compiled_together() -> Iterator[None]:
     """What is launched inside does not run: it is made ready, many kernels at a time, by the time this ends.
 
-    A kernel takes half a second, mostly outside Python's lock, and a model needs some twenty.
+    A kernel takes half a second and more, half of it with Python's lock, and a model needs some fifty.
     """
-    global compiling
-    device = torch.cuda.current_device()
-    with _Builders(initializer=torch.cuda.set_device, initargs=(device,)) as pool, triton.AsyncCompileMode(pool):
-        compiling = True
+    with _builders() as pool, triton.AsyncCompileMode(pool), _only_compiled():
+        yield
+
+
+class CompiledBehind(threading.Thread):
+    """What `launches` launches does not run: it is made ready by a few threads, while this one goes on.
+
+    Who needs one of these kernels before it is there compiles it as if nobody else did.
+    """
+
+    def __init__(self, launches: Callable[[], None]):
+        super().__init__(name="martlet-compile", daemon=True)
+        self._pool = _builders(BEHIND)
+        self._mode = triton.AsyncCompileMode(self._pool)
+        contextvars.copy_context().run(self._collect, launches)  # the mode holds there alone
+        self.start()
+
+    def _collect(self, launches: Callable[[], None]) -> None:
+        self._mode.__enter__()
+        with _only_compiled():
+            launches()
+
+    def run(self) -> None:
         try:
-            yield
-        finally:
-            compiling = False
+            with self._pool:
+                self._mode.__exit__(None, None, None)
+        except CancelledError:
+            pass
+        except Exception:
+            log.warning("some kernels could not be compiled ahead; steps that need them will try", exc_info=True)
+
+    def cancel(self) -> None:
+        """Kernels that are not begun are left."""
+        self._pool.stopped = True
 
 
 @functools.cache

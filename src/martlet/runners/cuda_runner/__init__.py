@@ -47,6 +47,7 @@ log = logging.getLogger("martlet")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": torch.bfloat16}
 DEFAULT_ROWS = 512
 STEP_TOKENS = 8192
+COMPILING_PATIENCE = 0.02  # seconds at a time, since a request may come
 DEFAULT_LENGTH = 32768  # longest sequence unless more is asked for: state and scratch grow with it
 
 
@@ -112,13 +113,16 @@ class CudaRunner:
             self.mailbox = Mailbox(self.device)
             self.graphs = Graphs(self.decoder, self.state, self.memory.max_rows) if graphs and self._on_gpu else None
             clock.lap("memory", self.device)
-            with self.graphs.compiled() if self.graphs is not None else nullcontext():
+            whole = bool(self.max_adapters) or self.group.size > 1  # slots would be captured; ranks capture in step
+            with self.graphs.compiled(whole=whole) if self.graphs is not None else nullcontext():
                 fill(card, spec, places, loaded, seed=options.seed, progress=progress)
                 clock.lap(f"weights of {card.name}", self.device)
             if self.graphs is not None:
                 clock.lap("kernels, which were compiled meanwhile,", self.device)
                 self.graphs.prepare()
                 clock.lap(f"{len(self.graphs.captured)} graphs", self.device)
+                if not whole:
+                    self.graphs.compile_others()
         log.info("started in %.2f s: %s", clock.total, clock)
 
     @property
@@ -165,9 +169,11 @@ class CudaRunner:
 
     @torch.inference_mode()
     def get_ready(self) -> bool:
-        """Capture a graph before a step has to wait for it."""
+        """Compile and capture what a step would have to wait for, a little at a time. Whether there is more."""
         if self.graphs is None:
             return False
+        if self.graphs.is_compiling(COMPILING_PATIENCE):
+            return True
         try:
             return self.graphs.capture_next()
         except torch.cuda.OutOfMemoryError:
@@ -399,6 +405,8 @@ class CudaRunner:
         """Free weights, KV and graphs. The runner cannot be used afterwards."""
         if self._on_gpu:
             torch.cuda.synchronize()
+        if self.graphs is not None:
+            self.graphs.close()
         self.graphs = None
         del self.decoder, self.state
         self.group.close()

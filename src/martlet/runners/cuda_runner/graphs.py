@@ -4,9 +4,9 @@ A graph reads its step from a fixed buffer, `inbox`; rows past the batch's end a
 captured at the start, the others while nobody asks for anything (`capture_next`), or else when first needed, in between
 steps. All share one memory pool, since they never run at once.
 
-A step with prompts launches some ten kernels a layer, 6 ms of Python however short the prompts are. So where the GPU
-would have less to do than that, such a step is a graph too, padded (`Mixed`). It ends at the logits; sampling follows
-outside.
+A step with prompts launches some ten kernels a layer, 15 ms of Python however short the prompts are, and several times
+that while other threads of a server want Python too. So such a step is a graph as well where that costs little padding
+(`Mixed`). It ends at the logits; sampling follows outside.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from martlet.runners.cuda_runner.mixed import MIXED_SEQUENCES, Mixed
 log = logging.getLogger("martlet")
 
 EAGER_SIZES = (8, 1)  # captured at the start
-MIXED_TOKENS = (64, 128, 256, 512, 1024, 2048)
+MOST_MIXED = 2048  # tokens of a step with prompts that may be a graph
 MIXED_DECODES = (0, 16, 64, 256)
 MOST_AHEAD = 64  # decodes of mixed graphs that nobody needed yet; each keeps logits for as many and more
-LAUNCHES_MS = 6.0  # of a step outside a graph
-HIDDEN_MS = 2.0  # of padding that a long step outside a graph would lose as well before the GPU is busy
+LAUNCHES_MS = 15.0  # of a step outside a graph
+CAPTURE_MS = 80.0  # of a graph of such a step
+PADDING_MS = 6.0  # that such a step may compute for nothing
 MIXED_MS = 50.0  # how long a step may keep those waiting who decode
 FLOPS = 6e14  # a GPU's rate for products of this size
 
@@ -48,6 +49,12 @@ def ladder(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+def rungs(ms_a_token: float) -> list[int]:
+    """Tokens of steps with prompts that have a graph: powers of two, and more where half of a step costs too much."""
+    fine = ms_a_token * MOST_MIXED / 2 > PADDING_MS
+    return [64, 128, 256, *(range(512, MOST_MIXED + 1, 256) if fine else (512, 1024, MOST_MIXED))]
+
+
 class Graphs:
     """captured: what a graph is for -> the graph and the logits it leaves (kept for SPECIAL and mixed steps alone)."""
 
@@ -56,35 +63,59 @@ class Graphs:
         self.sizes = ladder(max_rows)
         self.decodes = [size for size in MIXED_DECODES if size < max_rows] + [max_rows]
         self.ms_a_token = ms_a_token(decoder.spec)
-        words = max(4 * _room(max_rows), Mixed(max_rows, MIXED_TOKENS[-1], decoder.queries).words)
+        self.rungs = rungs(self.ms_a_token)
+        words = max(4 * _room(max_rows), Mixed(max_rows, MOST_MIXED, decoder.queries).words)
         self.inbox = torch.full((words,), -1, dtype=torch.int32, device=decoder.device)
         self.out = torch.empty(max_rows, dtype=torch.int32, device=decoder.device)
         self.captured: dict[tuple[int, str, bool] | Mixed, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self.seen: dict[Mixed, None] = {}  # in order
+        self.missed: dict[Mixed, float] = {}  # ms that launches took which a graph would have saved
+        self._compiler: launch.CompiledBehind | None = None
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(decoder.device)
 
     @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """Every kernel that steps are likely to need is compiled, on other threads, while what stands inside runs.
+    def compiled(self, *, whole: bool) -> Iterator[None]:
+        """Kernels of the first steps are compiled, on other threads, while what stands inside runs; the `whole` of
+        those that steps are likely to need, or without the others (`compile_others`).
 
         It may launch no kernel of ours, nor need weights be there yet.
         """
-        most = self.sizes[-1]
-        sizes = {1, min(8, most), most, *(size for size in few_rows.sizes() if size <= most)}
-        for spec in {layer.mixer for layer in self.decoder.spec.layers}:
-            sizes.update(decode_hopper.sizes(self.sizes, spec))
         with launch.compiled_together():
-            for adapted in (False, True) if self.decoder.slots is not None else (False,):
-                for size in sizes:
-                    self._blank((size, sampler.GREEDY, adapted))
-                for decodes in self.decodes:
-                    if 0 < decodes <= 256:  # more take the same kernels
-                        self._blank(Mixed(decodes, 512, self.decoder.queries, adapted))
-            for kind in (sampler.DRAW, sampler.CUT):
-                self._blank((min(8, most), kind, False))
+            for size in EAGER_SIZES:
+                if size <= self.sizes[-1]:
+                    self._blank((size, sampler.GREEDY, False))
             self._blank(Mixed(0, 1024, self.decoder.queries))
             layers.scatter(self.state.flat, self.inbox[:2].view(2, 1))
+            if whole:
+                self._blank_others()
             yield
+
+    def compile_others(self) -> None:
+        """Begin to compile what else steps are likely to need. `is_compiling` until it is there."""
+        self._compiler = launch.CompiledBehind(self._blank_others)
+
+    def is_compiling(self, patience: float) -> bool:
+        """Wait up to `patience` seconds for the kernels of `compile_others`; whether they are still being compiled."""
+        if self._compiler is not None:
+            self._compiler.join(patience)
+        return self._compiler is not None and self._compiler.is_alive()
+
+    def close(self) -> None:
+        if self._compiler is not None:
+            self._compiler.cancel()
+
+    def _blank_others(self) -> None:
+        most = self.sizes[-1]
+        sizes = {most, *(size for size in few_rows.sizes() if size <= most)}
+        for spec in {layer.mixer for layer in self.decoder.spec.layers}:
+            sizes.update(decode_hopper.sizes(self.sizes, spec))
+        for kind in (sampler.DRAW, sampler.CUT):
+            self._blank((min(8, most), kind, False))
+        for adapted in (False, True) if self.decoder.slots is not None else (False,):
+            for size in {1, *sizes} if adapted else sizes:
+                self._blank((size, sampler.GREEDY, adapted))
+            for decodes in self.decodes:
+                if 0 < decodes <= 256:  # more take the same kernels
+                    self._blank(Mixed(decodes, 512, self.decoder.queries, adapted))
 
     def prepare(self) -> None:
         """Capture the smallest sizes."""
@@ -105,21 +136,19 @@ class Graphs:
         wanted: list[tuple[int, str, bool] | Mixed] = [(size, *kind) for kind in kinds for size in self.sizes]
         for adapted in dict.fromkeys(adapted for _, adapted in kinds):
             for decodes in (decodes for decodes in self.decodes if decodes <= MOST_AHEAD):
-                mixed = (Mixed(decodes, tokens, self.decoder.queries, adapted) for tokens in MIXED_TOKENS)
-                wanted += filter(self._is_short, mixed)
-        missing = [key for key in dict.fromkeys([*wanted, *self.seen]) if key not in self.captured]
+                mixed = (Mixed(decodes, tokens, self.decoder.queries, adapted) for tokens in self.rungs)
+                wanted += filter(self._saves, mixed)
+        missing = [key for key in dict.fromkeys([*wanted, *self.missed]) if key not in self.captured]
         if missing:
             self._graph(min(missing, key=self._turn))
         return len(missing) > 1
 
     def _turn(self, key: tuple[int, str, bool] | Mixed) -> tuple[bool, int]:
-        if isinstance(key, Mixed):
-            return not (key in self.seen and self._is_short(key)), key.decodes
-        return True, key[0]
+        return key not in self.missed, key.decodes if isinstance(key, Mixed) else key[0]
 
-    def _is_short(self, mixed: Mixed) -> bool:
-        """Whether the GPU would wait for its launches outside a graph."""
-        return self.ms_a_token * mixed.tokens <= LAUNCHES_MS
+    def _saves(self, mixed: Mixed) -> float:
+        """ms by which launches outside a graph take longer than the GPU does, where nothing else wants Python."""
+        return max(0.0, LAUNCHES_MS - self.ms_a_token * mixed.tokens)
 
     def run(
         self,
@@ -151,23 +180,22 @@ class Graphs:
     def mixed_for(self, decoding: int, tokens: int, sequences: int, *, adapted: bool = False) -> Mixed | None:
         """The graph for a step of `tokens`: `decoding` sequences of one, and `sequences` others; None if none pays.
 
-        Capturing takes longer than one step is worth. So a short one is captured when it is wanted the second time, a
-        long one, which gains little, in quiet time alone.
+        It is captured in quiet time or, where there is none, when as much has been lost without it as capturing takes.
         """
-        if not sequences or tokens > MIXED_TOKENS[-1] or sequences > MIXED_SEQUENCES:
+        if not sequences or tokens > MOST_MIXED or sequences > MIXED_SEQUENCES:
             return None
         mixed = Mixed(
             self.decodes[bisect.bisect_left(self.decodes, decoding)],
-            MIXED_TOKENS[bisect.bisect_left(MIXED_TOKENS, tokens)],
+            self.rungs[bisect.bisect_left(self.rungs, tokens)],
             self.decoder.queries,
             adapted,
         )
-        if not self._is_short(mixed) and self.ms_a_token * (mixed.tokens - tokens) > HIDDEN_MS:
+        if self.ms_a_token * (mixed.tokens - tokens) > PADDING_MS:
             return None
-        if mixed in self.captured or (mixed in self.seen and self._is_short(mixed)):
-            return mixed
-        self.seen[mixed] = None
-        return None
+        if mixed not in self.captured:
+            lost = self.missed[mixed] = self.missed.get(mixed, 0.0) + self._saves(mixed)
+            return mixed if lost > CAPTURE_MS else None
+        return mixed
 
     def run_mixed(self, mixed: Mixed, words: np.ndarray, mailbox: Mailbox) -> torch.Tensor:
         """Replay `mixed` on what `Mixed.words_of` made -> logits [S, V], good until the next step is launched."""
