@@ -4,6 +4,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "sim"))  # the fake runner serves several rooms' tests
 
 # Where there is no GPU, Triton kernels run under its interpreter, which must be on before anybody imports triton.
@@ -25,3 +27,20 @@ def pytest_collection_modifyitems(items):
         return rank.get("/".join(item.path.parts[-2:]), len(rank))
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")
+def a_core_of_its_own(worker_id):
+    """Where pytest-xdist's workers share the machine, each takes one core: threads that fight for cores wait idly."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if worker_id == "master" or len(cores) < 2:
+        yield
+        return
+    import torch
+
+    os.sched_setaffinity(0, {cores[int(worker_id.removeprefix("gw")) % len(cores)]})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, cores)

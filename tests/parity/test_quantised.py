@@ -109,7 +109,7 @@ def test_nothing_is_made_of_matrices_that_nobody_asks_for(tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3"])
 def test_a_model_keeps_its_four_bits(family, tmp_path):
-    card, plain = models(tmp_path, family, "gptq-64-zeros", WIDE)
+    card, plain = models(tmp_path, family, "gptq-64-zeros", WIDE | {"num_hidden_layers": 1})
     want = logprobs(CudaRunner, plain)
     np.testing.assert_allclose(logprobs(CudaRunner, card, quant="int4"), want, atol=2e-3)
     runner = CudaRunner(card, LoadOptions(device="cpu", dtype="float32", quant="int4", **SMALL))

@@ -27,7 +27,7 @@ from martlet.grammar import Grammar
 from martlet.runners.base import MemoryPlan
 from martlet.sampling_params import SamplingParams
 
-WORKLOADS = 2500
+WORKLOADS = 1500
 
 
 def sometimes_right(tokens, count):

@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_core(a_core_of_its_own):
+    """The interpreter has one thread."""
