@@ -107,10 +107,21 @@ def test_what_was_written_is_dropped_once_it_is_on_the_disk_unless_it_is_large(m
     monkeypatch.setattr(packed_cache, "READ_AGAIN", most)
     monkeypatch.setattr(os, "fsync", lambda file: asked.append(os.fstat(file).st_size) or sync(file))
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *what: asked.append(what))
+    monkeypatch.setattr(packed_cache, "_is_in_huge_pages", lambda data: False)
     first = matrices(model)
     (file,) = files(model)
     assert asked == ([file.stat().st_size, (0, 0, os.POSIX_FADV_DONTNEED)] if most else [])
     assert matrices(model) == first
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_lies_in_small_pages_is_dropped_where_the_file_system_had_huge_ones(model, monkeypatch, before):
+    monkeypatch.setattr(packed_cache, "_is_in_huge_pages", lambda data: before)
+    first, asked = matrices(model), []
+    monkeypatch.setattr(packed_cache, "_is_in_huge_pages", lambda data: False)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *what: asked.append(what))
+    assert matrices(model) == first
+    assert asked == [(0, 0, os.POSIX_FADV_DONTNEED)] * before
 
 
 @pytest.mark.parametrize("huge", [True, False])

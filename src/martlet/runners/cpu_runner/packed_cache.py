@@ -5,8 +5,8 @@ on: the checkpoint's files (path, inode, size, times, first bytes), the decoder,
 library, and the code that decides how weights are laid out. What is different has another name, so nothing stale is
 ever found; a checksum tells a damaged file, which is made again. Every step streams huge pages faster than small ones.
 A file that is read into the page cache comes in huge pages where the file system has them, one that is written does so
-by luck: so it is written, dropped and read. All processes share these pages and nothing is copied; where they are
-small, the weights are copied into huge pages of our own.
+by luck: so it is written, dropped and read. All processes share these pages and nothing is copied. Where they are
+small, the weights are copied into huge pages of our own, and dropped if the file system had large ones before.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ HUGE = 2 << 20  # bytes: a huge page
 ROOMS = ("hub", "model", "runners/cpu_runner")  # the code that decides what is packed, and in which order
 
 Entry = tuple[int, int, int, int]  # source, target, outputs, inputs: what a matrix was packed from and as
+Place = tuple[Entry, int, int]  # a matrix's start and length
 
 
 class PackedCache:
@@ -55,20 +56,26 @@ class PackedCache:
         self._packed: list[tuple[Entry, np.ndarray]] = []  # what the model took
         try:
             with path.open("rb", buffering=0) as file:
-                data, entries = _read(file, reading)
+                data, entries = self._weights(file, reading)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             log.warning("packed weights in %s cannot be used (%s); they are made again", path, error)
             return
-        if _is_in_huge_pages(data):
-            self.shared = len(data)
-        else:
-            copy = np.frombuffer(huge_pages(len(data)), np.uint8)
-            copy[:] = data
-            data = copy
         for entry, start, length in entries:
             self._listed.append((entry, data[start : start + length]))
+
+    def _weights(self, file: BinaryIO, reading: Callable[[], object]) -> tuple[np.ndarray, list[Place]]:
+        data, places, comes_huge = _read(file, reading)
+        if _is_in_huge_pages(data):
+            self.shared = len(data)
+            return data, places
+        copy = np.frombuffer(huge_pages(len(data)), np.uint8)
+        copy[:] = data
+        del data  # what is mapped cannot be dropped
+        if comes_huge:
+            _drop(file)
+        return copy, places
 
     def take(self, entry: Entry) -> np.ndarray | None:
         """The next matrix, or None when it has to be packed."""
@@ -111,9 +118,9 @@ class PackedCache:
         handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
         try:
             with os.fdopen(handle, "w+b") as file:
-                _write(file, self._packed)
+                start = _write(file, self._packed)
                 if size <= READ_AGAIN:
-                    _drop_and_read(file)
+                    _read_again(file, start)
             os.replace(scratch, self.path)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
@@ -154,28 +161,38 @@ def _make_room(folder: Path, size: int) -> None:
 
 
 # The file: its header's length (8 bytes), the header's SHA-256, the header in JSON; from the next multiple of HUGE on,
-# the matrices, each padded to ALIGN.
+# the matrices, each padded to ALIGN. The byte before them is 1 if the page cache has held the file in huge pages.
 
 
-def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> None:
+def _write(file: BinaryIO, packed: list[tuple[Entry, np.ndarray]]) -> int:
+    """Returns where the matrices begin."""
     matrices = [np.pad(matrix, (0, -len(matrix) % ALIGN)) if len(matrix) % ALIGN else matrix for _, matrix in packed]
     checksum = sum(map(_checksum, matrices)) % 2**64
     listed = [[*map(int, entry), len(matrix)] for entry, matrix in packed]
     header = json.dumps({"checksum": checksum, "matrices": listed}).encode()
     header = len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header
-    file.write(header.ljust(_start(len(header)), b"\0"))
+    start = _start(len(header) + 1)
+    file.write(header.ljust(start, b"\0"))
     for matrix in matrices:
         file.write(matrix)
+    return start
+
+
+def _read_again(file: BinaryIO, start: int) -> None:
+    """Have the page cache hold a file that was just written in the pages that reading gives it, and note which."""
     file.flush()
-
-
-def _drop_and_read(file: BinaryIO) -> None:
-    """Have the page cache hold a file that was just written in the pages that reading gives it."""
-    if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
     os.fsync(file.fileno())  # only what is on the disk can be dropped
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    _mapped(file)[::HUGE].max()
+    _drop(file)
+    data = _mapped(file)[start:]
+    data[::HUGE].max()
+    if _is_in_huge_pages(data):
+        file.seek(start - 1)
+        file.write(b"\1")
+
+
+def _drop(file: BinaryIO) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _mapped(file: BinaryIO) -> np.ndarray:
@@ -191,23 +208,25 @@ def _start(header: int) -> int:
     return -(-header // HUGE) * HUGE
 
 
-def _read(file: BinaryIO, reading: Callable[[], object]) -> tuple[np.ndarray, list[tuple[Entry, int, int]]]:
-    """All matrices, mapped in one piece, and of each its entry, start and length. ValueError when it is damaged."""
+def _read(file: BinaryIO, reading: Callable[[], object]) -> tuple[np.ndarray, list[Place], bool]:
+    """All matrices, mapped in one piece; where each is; whether the file came in huge pages. ValueError: damaged."""
     size, digest = int.from_bytes(file.read(8), "little"), file.read(32)
     header = file.read(min(size, SMALLEST))
     if hashlib.sha256(header).digest() != digest:
         raise ValueError("the header is damaged")
     known = json.loads(header)
     ends = np.cumsum([-(-length // ALIGN) * ALIGN for *_, length in known["matrices"]])
-    start = _start(40 + len(header))
+    start = _start(40 + len(header) + 1)
     if os.fstat(file.fileno()).st_size != start + int(ends[-1]):
         raise ValueError("the file is truncated")
-    data = _mapped(file)[start:]
+    whole = _mapped(file)
+    data = whole[start:]
     reading()
     if _checksum(data) != known["checksum"]:
         raise ValueError("the checksum differs")
     starts = [0, *ends.tolist()]
-    return data, [(tuple(entry), at, length) for (*entry, length), at in zip(known["matrices"], starts, strict=False)]
+    places = [(tuple(entry), at, length) for (*entry, length), at in zip(known["matrices"], starts, strict=False)]
+    return data, places, bool(whole[start - 1])
 
 
 def _checksum(data: np.ndarray) -> int:
