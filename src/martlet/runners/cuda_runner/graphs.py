@@ -74,8 +74,8 @@ class Graphs:
 
     @contextmanager
     def compiled(self, *, whole: bool) -> Iterator[None]:
-        """Kernels of the first steps are compiled, on other threads, while what stands inside runs; the `whole` of
-        those that steps are likely to need, or without the others (`compile_others`).
+        """Compile kernels on other threads while what stands inside runs: those of the first steps or, if `whole`, all
+        that steps are likely to need. `compile_others` sees to the rest.
 
         It may launch no kernel of ours, nor need weights be there yet.
         """
