@@ -111,7 +111,7 @@ class Graphs:
         for kind in (sampler.DRAW, sampler.CUT):
             self._blank((min(8, most), kind, False))
         for adapted in (False, True) if self.decoder.slots is not None else (False,):
-            for size in {1, *sizes} if adapted else sizes:
+            for size in sizes | {min(size, most) for size in EAGER_SIZES} if adapted else sizes:
                 self._blank((size, sampler.GREEDY, adapted))
             for decodes in self.decodes:
                 if 0 < decodes <= 256:  # more take the same kernels
