@@ -59,6 +59,28 @@ def test_a_long_path_is_refused(url):
     assert status(send(url, head("GET", "/" + "a" * 100_000))) in (400, 431)
 
 
+def test_a_head_without_an_end_is_bounded_as_it_comes(url):
+    pieces = ["GET /health HTTP/1.1\r\n", *[f"x: {'a' * 50_000}\r\n"] * 20]
+    assert status(send(url, *pieces)) == 400
+
+
+def test_lines_behind_a_body_in_chunks_are_no_headers(url):
+    body = json.dumps(HI)
+    trailers = "Content-Type: text/plain\r\n" * 2000  # more than a head may have
+    chunked = f"{len(body):x}\r\n{body}\r\n0\r\n{trailers}\r\n"
+    answer = send(url, head("POST", CHAT, [JSON, "Transfer-Encoding: chunked"]), chunked)
+    assert status(answer) == 200
+
+
+def test_who_asks_for_another_protocol_is_answered_in_this_one(url):
+    body = json.dumps(HI)
+    more = [JSON, f"Content-Length: {len(body)}", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"]
+    first = head("POST", CHAT, more, close=False)
+    answer = send(url, first + body[:9], body[9:] + first, body + head("GET", "/health"))
+    assert [line.split()[1] for line in answer.split(b"\r\n") if b"HTTP/1.1" in line] == [b"200"] * 3, answer
+    assert status(send(url, head("CONNECT", "here:80"))) == 400
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -4,60 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import h11
 import pytest
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from martlet.server.protocol import Connection, Protocol
-
-HEADERS = {
-    "chunks": [("content-type", "text/event-stream")],
-    "length": [("content-length", "9")],
-    "close": [("connection", "close")],
-}
-
-
-def written(kind: type[h11.Connection], head: bytes, headers: list[tuple[str, str]]) -> bytes:
-    """Two answers on one connection, if it stays open."""
-    connection, out = kind(h11.SERVER), b""
-    for _ in range(2):
-        connection.receive_data(head)
-        while connection.next_event() is not h11.NEED_DATA and connection.their_state is not h11.DONE:
-            pass
-        out += connection.send(h11.Response(status_code=200, headers=headers))
-        for data in (b"data", b"", b": end"):
-            out += connection.send(h11.Data(data=data))
-        out += connection.send(h11.EndOfMessage())
-        if connection.our_state is h11.MUST_CLOSE:
-            break
-        connection.start_next_cycle()
-    return out
-
-
-@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
-@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_a_connection_writes_what_h11_writes(headers, version):
-    head = b"GET / HTTP/" + version + b"\r\nhost: here\r\n\r\n"
-    found = written(Connection, head, headers)
-    assert found == written(h11.Connection, head, headers)
-    assert found.count(b"data") == (2 if version == b"1.1" and headers is not HEADERS["close"] else 1)
-
-
-def test_no_data_before_an_answer_or_after_its_end():
-    connection = Connection(h11.SERVER)
-    connection.receive_data(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
-    connection.next_event()
-    with pytest.raises(h11.LocalProtocolError):
-        connection.send(h11.Data(data=b"early"))
-    connection = Connection(h11.SERVER)
-    connection.receive_data(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
-    connection.next_event(), connection.next_event()
-    connection.send(h11.Response(status_code=200, headers=[]))
-    connection.send(h11.EndOfMessage())
-    with pytest.raises(h11.LocalProtocolError):
-        connection.send(h11.Data(data=b"late"))
+from martlet.server.protocol import Protocol
 
 
 class Wire(asyncio.Transport):
@@ -118,7 +70,7 @@ def wire(protocol, app, head: bytes) -> list[bytes]:
 @pytest.mark.parametrize("app", [streams, answers_in_one])
 def test_fewer_writes_say_what_uvicorn_says(app, head):
     head += b"\r\nhost: here\r\n\r\n"
-    theirs, ours = wire(H11Protocol, app, head), wire(Protocol, app, head)
+    theirs, ours = wire(HttpToolsProtocol, app, head), wire(Protocol, app, head)
     assert b"".join(ours) == b"".join(theirs)
     if head.startswith(b"GET / HTTP/1.1"):
         assert len(ours) == 2 * (3 if app is streams else 1)

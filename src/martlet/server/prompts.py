@@ -111,6 +111,8 @@ def _is_ids(value: Any) -> bool:
 
 
 def check_ids(ids: list[Any], vocab_size: int, name: str) -> None:
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < vocab_size)):
+        return
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise InvalidRequest(

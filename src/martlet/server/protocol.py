@@ -1,89 +1,131 @@
-"""HTTP/1.1 on one connection: uvicorn's, with a clock on the head of each request and errors in our shape.
+"""HTTP/1.1 on one connection: uvicorn's on llhttp, with a bound and a clock on the head of each request and errors in
+our shape.
 
-h11 reads strictly (a request whose length is told in two ways, or badly, is refused), which is what keeps a request
+llhttp reads strictly (a request whose length is told in two ways, or badly, is refused), which is what keeps a request
 from being smuggled past a proxy in front of us.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
-import h11
+import httptools
 import orjson
-from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from martlet.server.errors import problem
 
 
-class Connection(h11.Connection):
-    """h11's connection, but that it writes less often: a head goes with the first of its body, and what is said to be
-    `ending` a body with its end."""
+class Joined:
+    """A transport that keeps what is written, so that a head and the first of its body go out as one."""
 
-    ending = False
-    _chunked = False
-    _held = b""
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
+        self._parts: list[bytes] = []
 
-    def send(self, event: h11.Event) -> bytes | None:
-        output = super().send(event)
-        if output is None:
-            return None
-        if type(event) is h11.Response:
-            self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
-        output = self._held + output
-        holds = type(event) is h11.Response or (type(event) is h11.Data and self.ending)
-        self._held = output if holds else b""
-        return b"" if holds else output
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
 
-    @property
-    def in_chunks(self) -> bool:
-        """The head and a chunk have been written, and more chunks may follow."""
-        return self._chunked and not self._held and self.our_state is h11.SEND_BODY
+    def flush(self) -> None:
+        data, self._parts = b"".join(self._parts), []
+        if data:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
 
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-
-
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """header_seconds: a client that has not sent a whole head by then is holding a connection for nothing."""
 
     header_seconds = 15.0
     _clock: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0  # of the head under way, but for those that came with its first
 
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
-        self.conn = Connection(h11.SERVER, self.config.h11_max_incomplete_event_size)
-        self._application, self.app = self.app, self._answer
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))  # type: ignore[arg-type]
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application. The middle of a stream is a chunk a token, and putting one through uvicorn's and h11's
-        states would cost as much as all else that is done for it."""
-        conn, cycle = self.conn, self.cycle
-        has_body = scope["method"] != "HEAD"
+    async def _answer(
+        self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Run the application. The middle of a stream is a chunk a token, so it may go past the layers in between."""
+        head: Message | None = None
 
         async def write(message: Message) -> None:
-            more = message.get("more_body", False)
-            if more and has_body and conn.in_chunks:
-                if self.flow.write_paused:
-                    await self.flow.drain()
-                if not cycle.disconnected:
-                    self.transport.write(chunk(message["body"]))
-            else:
-                conn.ending = message["type"] == "http.response.body" and not more
+            nonlocal head
+            if message["type"] == "http.response.start":
+                head = message
+            elif head is None:
                 await send(message)
+            else:
+                first, head = head, None
+                joined = cycle.transport = Joined(self.transport)
+                try:
+                    await send(first)
+                    await send(message)
+                finally:
+                    cycle.transport = self.transport
+                    joined.flush()
 
         scope["martlet.send"] = write
-        await self._application(scope, receive, write)
+        await app(scope, receive, write)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
+        self._unset_keepalive_if_required()
+        self._head_bytes += len(data) * self._in_head
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
+        # uvicorn has one name for this bound, h11's, and leaves it to a proxy where h11 does not read.
+        if self._in_head and self._head_bytes > (self.config.h11_max_incomplete_event_size or 0):
+            self.send_400_response("")
+        else:
+            self._watch()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what comes behind a body in chunks is nothing that anybody asks for
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A wish for another protocol is ignored: Java's client has one with each of its first requests. The
+        parser would take what follows for that protocol, so another one reads the request without the wish."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as wish:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("no proxy is here") from None
+            plain = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+            tokens = b",".join(value for name, value in self.headers if name == b"connection").lower().split(b",")
+            if b"close" in map(bytes.strip, tokens):
+                plain.append((b"connection", b"close"))
+            lines = [b"%b %b HTTP/1.1" % (method, self.url), *(b"%b: %b" % field for field in plain), b"", b""]
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(b"\r\n".join(lines) + data[wish.args[0] :])
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -96,11 +138,15 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no HTTP request, or its head is too large")
 
+    @property
+    def _answers(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _watch(self) -> None:
         """The clock runs from the first moment a head is due until it is there; more bytes do not turn it back."""
-        if self.conn.their_state is not h11.IDLE:
+        if self._answers:
             self._stop()
-        elif self._clock is None:
+        elif self._clock is None and not self.transport.is_closing():
             self._clock = self.loop.call_later(self.header_seconds, self._expire)
 
     def _stop(self) -> None:
@@ -110,21 +156,18 @@ class Protocol(H11Protocol):
 
     def _expire(self) -> None:
         self._clock = None
-        if self.conn.trailing_data[0]:
+        if self._in_head:
             self._refuse(408, f"the head of the request did not come within {self.header_seconds:.0f} s")
         else:
             self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way already
-            self.transport.close()
-            return
-        body = orjson.dumps(problem(status, message).body)
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (
-            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event))
+        self._stop()
+        if not (self._answers and (self.cycle.response_started or self.pipeline)):  # in no answer's middle
+            body: Any = orjson.dumps(problem(status, message).body)
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[status] + head + body)
+            if self._answers:  # its body is no body
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         self.transport.close()
