@@ -18,17 +18,17 @@ def graphs_of(sizes: list[int], decodes: list[int], ms_a_token: float) -> Graphs
     return graphs
 
 
-def test_quiet_time_captures_what_was_missed_then_the_ladder_of_each_kind_and_short_prompts():
+def test_quiet_time_captures_what_was_missed_then_the_ladder_of_each_kind_and_prompts():
     graphs = graphs_of(ladder(24), [0, 16, 24], LAUNCHES_MS / 129)
     there = [(8, "greedy", False), (1, "greedy", False), (16, "draw", False)]
     long, short = Mixed(24, 1024, 64), Mixed(24, 128, 64)
     graphs.captured, graphs.missed = dict.fromkeys(there), {long: 0.0, short: 1.0}
     while graphs.capture_next():
         pass
-    steps = {decodes: [Mixed(decodes, tokens, 64) for tokens in (64, 128)] for decodes in graphs.decodes}
+    steps = {decodes: [Mixed(decodes, tokens, 64) for tokens in RUNGS] for decodes in graphs.decodes}
     assert list(graphs.captured)[len(there) :] == [
         short, long, *steps[0], (1, "draw", False), (8, "draw", False), (16, "greedy", False), *steps[16],
-        (24, "greedy", False), (24, "draw", False), steps[24][0],
+        (24, "greedy", False), (24, "draw", False), steps[24][0], steps[24][2],
     ]  # fmt: skip
     assert not graphs.capture_next()
 

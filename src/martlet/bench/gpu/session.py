@@ -153,6 +153,7 @@ def _served(entry: Entry, model: str, folder: Path, plan: Plan) -> Iterator[Resu
         with serving(_command(entry, folder, plan.device)) as server:
             target = load.Target(server.port, "bench", 128)
             load.measure(load.Target(server.port, "bench", 8), prompts[:16], 8)
+            time.sleep(shapes.SETTLES)
             load.measure(target, prompts[: max(plan.clients)], max(plan.clients))
             for clients in plan.clients:
                 result = _result(entry, model, f"G5 x{clients}")

@@ -22,6 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
     },
 }  # fmt: skip
+SETTLES = 8.0  # seconds after a start in which any engine may get ready for what comes
 SERVED_VOCABULARY = 49152  # of the shapes in G5, where text is made
 
 WORKLOADS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from martlet import backends, hub
-from martlet.bench.gpu.shapes import ADAPTERS, MAX_MODEL_LEN, MAX_SEQUENCES, RANK, Prompts
+from martlet.bench.gpu.shapes import ADAPTERS, MAX_MODEL_LEN, MAX_SEQUENCES, RANK, SETTLES, Prompts
 from martlet.engine.options import EngineOptions
 from martlet.engine.request import Request
 from martlet.errors import MartletError
@@ -24,7 +24,6 @@ from martlet.runners.base import LoadOptions
 from martlet.sampling_params import SamplingParams
 
 Run = Callable[..., float]
-SETTLES = 8.0  # seconds after a start in which an engine may get ready for what comes
 
 
 def opened(order: dict[str, Any]) -> backends.Backend:
@@ -104,6 +103,7 @@ def measured(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Callable[[],
 
     if "start" not in names:
         run(warm, [8] * len(warm))
+    time.sleep(SETTLES)
     for name, function in {"G2": g2, "G3": g3, "G4": g4, "G1": g1, "G6": g6}.items():
         if name in names:
             yield name, function
@@ -126,7 +126,6 @@ def work(order: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     if "start" in order["workloads"]:
         run([list(range(100, 612))], [1])
         tell({"workload": "start", "figures": {"start_s": time.monotonic() - spawned, "load_s": loaded}})
-        time.sleep(SETTLES)
     if "G6" in order["workloads"]:
         config = json.loads((Path(order["folder"]) / "config.json").read_text(encoding="utf-8"))
         with_adapters(backend, config, Path(order["scratch"]))

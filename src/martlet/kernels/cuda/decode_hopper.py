@@ -212,13 +212,14 @@ def attend(
     cache: torch.Tensor,
     spec: Attention,
     slots: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rotary.rotate_and_write` of tokens positions[b] of rows[b], then their attention -> [B, H * D] in bfloat16.
 
     qkv [B, (H + 2 K) * D] or parts of it [P, B, ...], to be summed; the others as there. Row -1: left undefined.
     """
     batch = len(rows)
-    out = cache.new_empty(batch, spec.q_size)
+    out = cache.new_empty(batch, spec.q_size) if out is None else out
     scale, cap = decode_attention.score_scale(spec)
     launch.run(
         _step, (spec.kv_heads, batch),

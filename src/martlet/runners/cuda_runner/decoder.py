@@ -326,11 +326,15 @@ class Decoder:
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] or its parts -> [T, H * D]; keys and values go to the cache of the layer."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
-        if n == len(step.rows) and decode_hopper.able(n, spec, cache, scales):
-            return decode_hopper.attend(
-                qkv, block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows, step.positions, state.blocks,
-                cache, spec,
+        out = None
+        if n and decode_hopper.able(n, spec, cache, scales):  # rotates by itself, so it comes before the rotation
+            out = cache.new_empty(len(step.rows), spec.q_size)
+            decode_hopper.attend(
+                qkv[..., :n, :], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows[:n],
+                step.positions[:n], state.blocks, cache, spec, out=out[:n],
             )  # fmt: skip
+            if n == len(step.rows):
+                return out
         rotated = qkv
         if qkv.dtype != self.dtype:
             rotated = qkv.new_empty(qkv.shape[-2:], dtype=self.dtype)
@@ -338,8 +342,8 @@ class Decoder:
         q = self._rotate(qkv, rotated, spec, block, number, step, state)
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
             return _fresh(rotated, *step.fresh[0], spec)
-        out = q.new_empty(len(q), spec.q_size)
-        if n:
+        attended, out = out is not None, q.new_empty(len(q), spec.q_size) if out is None else out
+        if n and not attended:
             decode_attention.decode_attention(
                 q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room,
                 scales=scales, out=out[:n],
