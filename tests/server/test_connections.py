@@ -81,6 +81,12 @@ def test_who_asks_for_another_protocol_is_answered_in_this_one(url):
     assert status(send(url, head("CONNECT", "here:80"))) == 400
 
 
+def test_many_wishes_at_once_are_refused_and_not_read_one_inside_the_other(url, caplog):
+    wish = head("GET", "/health", ["Connection: Upgrade", "Upgrade: h2c"], close=False)
+    assert b"HTTP/1.1 400" in send(url, wish * 2000)
+    assert not any(line.exc_info for line in caplog.records)
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -83,8 +83,15 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._head_bytes += len(data) * self._in_head
         try:
-            self._feed(data)
-        except httptools.HttpParserError:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as wish:
+                # It is ignored: Java's client has one with its first request. This parser would take the body for that
+                # protocol, so another one reads the request without the wish; CONNECT, or a second wish, is an error.
+                plain = self._without_upgrade() + data[wish.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.feed_data(plain)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.send_400_response("")
             return
         # uvicorn has one name for this bound, h11's, and leaves it to a proxy where h11 does not read.
@@ -110,22 +117,14 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
-    def _feed(self, data: bytes) -> None:
-        """Parse. A wish for another protocol is ignored: Java's client has one with each of its first requests. The
-        parser would take what follows for that protocol, so another one reads the request without the wish."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as wish:
-            method = self.parser.get_method()
-            if method == b"CONNECT":
-                raise httptools.HttpParserError("no proxy is here") from None
-            plain = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
-            tokens = b",".join(value for name, value in self.headers if name == b"connection").lower().split(b",")
-            if b"close" in map(bytes.strip, tokens):
-                plain.append((b"connection", b"close"))
-            lines = [b"%b %b HTTP/1.1" % (method, self.url), *(b"%b: %b" % field for field in plain), b"", b""]
-            self.parser = httptools.HttpRequestParser(self)
-            self._feed(b"\r\n".join(lines) + data[wish.args[0] :])
+    def _without_upgrade(self) -> bytes:
+        """The head under way, but for its wish for another protocol."""
+        tokens = b",".join(value for name, value in self.headers if name == b"connection").lower().split(b",")
+        kept = [token for token in map(bytes.strip, tokens) if token in (b"close", b"keep-alive")]
+        fields = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        fields += [(b"connection", token) for token in kept]
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return b"\r\n".join([first, *(b"%b: %b" % field for field in fields), b"", b""])
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -217,6 +217,7 @@ def attend(
     """`rotary.rotate_and_write` of tokens positions[b] of rows[b], then their attention -> [B, H * D] in bfloat16.
 
     qkv [B, (H + 2 K) * D] or parts of it [P, B, ...], to be summed; the others as there. Row -1: left undefined.
+    out [B, H * D]: where it goes, if not to a tensor of its own.
     """
     batch = len(rows)
     out = cache.new_empty(batch, spec.q_size) if out is None else out

@@ -326,8 +326,8 @@ class Decoder:
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] or its parts -> [T, H * D]; keys and values go to the cache of the layer."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
-        out = None
-        if n and decode_hopper.able(n, spec, cache, scales):  # rotates by itself, so it comes before the rotation
+        hopper = n > 0 and decode_hopper.able(n, spec, cache, scales)
+        if hopper:  # it rotates by itself, so it comes before the rotation, which does these rows again beside prompts
             out = cache.new_empty(len(step.rows), spec.q_size)
             decode_hopper.attend(
                 qkv[..., :n, :], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows[:n],
@@ -342,12 +342,13 @@ class Decoder:
         q = self._rotate(qkv, rotated, spec, block, number, step, state)
         if len(step.fresh) == 1 and not n and step.tiles is None:  # its output is the step's
             return _fresh(rotated, *step.fresh[0], spec)
-        attended, out = out is not None, q.new_empty(len(q), spec.q_size) if out is None else out
-        if n and not attended:
-            decode_attention.decode_attention(
-                q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room,
-                scales=scales, out=out[:n],
-            )  # fmt: skip
+        if not hopper:
+            out = q.new_empty(len(q), spec.q_size)
+            if n:
+                decode_attention.decode_attention(
+                    q[:n], cache, state.blocks, step.rows[:n], step.positions[:n], spec, state.room,
+                    scales=scales, out=out[:n],
+                )  # fmt: skip
         if step.tiles is not None:
             assert step.sequences is not None
             prefill_attention.prefill_attention(

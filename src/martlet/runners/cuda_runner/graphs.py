@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: decoding at a ladder of batch sizes for each kind of sampling, and steps with short prompts.
+"""Steps as CUDA graphs: decoding at a ladder of batch sizes for each kind of sampling, and steps with prompts.
 
 A graph reads its step from a fixed buffer, `inbox`; rows past the batch's end are -1 and do nothing. A few sizes are
 captured at the start, the others while nobody asks for anything (`capture_next`), or else when first needed, in between
