@@ -70,6 +70,7 @@ def kernels(args) -> None:
         "head 96, many queries a key": Attention(24, 1, 96, Rope(1e4, 96), 96**-0.5),
         "head 256": Attention(8, 1, 256, Rope(1e4, 256), 256**-0.5, window=100),
         "head 64, window, capped": Attention(12, 2, 64, Rope(1e4, 64), 0.125, window=40, softcap=2.0),
+        "window, capped": Attention(12, 2, 128, Rope(1e4, 128), 0.125, window=40, softcap=2.0),
     }
     ATTENTIONS.update(attentions)
     tasks: dict[str, Callable[[], None]] = {}
@@ -198,8 +199,9 @@ def kernels(args) -> None:
                     tasks[f"linear {tile} {shape} {dtype} {fp8}"] = functools.partial(product, tile, *shape, fp8)
         tasks[f"light {dtype}"] = light
     tasks["sampling"] = lambda: _sampling(expect)
-    for name in ("plain", "qwen3-0.6b", "llama3-8b", "head 256", "head 64, window, capped"):
-        tasks[f"decoding {name}"] = functools.partial(_decoding, expect, name)
+    for name in ("plain", "qwen3-0.6b", "llama3-8b", "head 256", "head 64, window, capped", "window, capped"):
+        for fp8 in (False, True):
+            tasks[f"decoding {name} {fp8}"] = functools.partial(_decoding, expect, name, fp8)
     for n, k, gated in ((6144, 4096, False), (4096, 4104, False), (4096, 14336, False), (14300, 4096, True),
                         (128256, 4096, False)):  # fmt: skip
         tasks[f"few rows {k}x{n}"] = functools.partial(_few_rows, expect, n, k, gated)
@@ -236,43 +238,47 @@ def _fresh(spec: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     return prefill_attention.fresh_attention(qkv, count, spec), want.transpose(0, 1).reshape(count, -1)
 
 
-def _decoding(expect, name: str) -> None:
+def _decoding(expect, name: str, fp8: bool) -> None:
     """Rotation, writing and attention in one, which only a Hopper has; the same bit for bit in a graph."""
-    if not launch.has_wgmma():
-        return
     case = make_case(name, [0, 1, 33, 200, 15, 127, 63, 64, 239] * 4, [1] * 36, torch.bfloat16)
     case.fill()
-    before, table = case.cache, torch.from_numpy(np.concatenate(rotation_table(case.spec.rope, 256), 1)).cuda()
+    before, before_scales = in_fp8(case.cache) if fp8 else (case.cache, None)
+    if not launch.has_wgmma() or (fp8 and case.spec.head_dim < 128):
+        return
+    table = torch.from_numpy(np.concatenate(rotation_table(case.spec.rope, 256), 1)).cuda()
     rows, where = case.token_rows, case.token_positions
-    q, case.cache = case.rotate()
+    scales = before_scales.clone() if fp8 else None
+    q, case.cache = case.rotate(before.clone(), scales)
+    case.cache = from_fp8(case.cache, scales, torch.bfloat16) if fp8 else case.cache
     want = reference_attention(case, q)
     rows_and_padding = torch.where(torch.arange(36, device="cuda") % 12 == 5, -1, rows)
     half = case.qkv.float() / 2
-    for slots in (3, 4, 7):
+    for slots in (4, 6, 8) if fp8 else (3, 4, 7):
         if slots * case.spec.head_dim > 1024:
             continue
         for parts in (case.qkv, torch.stack([half, half])):
             for some in (rows, rows_and_padding):
-                cache = before.clone()
+                cache, scales = before.clone(), before_scales.clone() if fp8 else None
 
-                def made(some=some, cache=cache, parts=parts, slots=slots):
+                def made(some=some, cache=cache, scales=scales, parts=parts, slots=slots):
                     return decode_hopper.attend(
-                        parts, case.norms, EPS, table, some, where, case.block_table, cache, case.spec, slots=slots
+                        parts, case.norms, EPS, table, some, where, case.block_table, cache, case.spec, scales, slots
                     )
 
                 got, here = made(), some >= 0
-                expect(f"decoding {name} {slots} {len(parts)}", got[here], want[here])
+                expect(f"decoding {name} {fp8} {slots} {len(parts)}", got[here], want[here])
                 if launch.compiling:
                     continue
                 if some is rows:
-                    expect(f"decoding {name} {slots} {len(parts)}, cache", cache, case.cache)
+                    kept = from_fp8(cache, scales, torch.bfloat16) if fp8 else cache
+                    expect(f"decoding {name} {fp8} {slots} {len(parts)}, cache", kept, case.cache)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     found = [made() for _ in range(8)]
                 for _ in range(5):
                     graph.replay()
                 same = all(torch.equal(each[here], got[here]) for each in found)
-                expect(f"decoding {name} {slots} in a graph", torch.tensor(float(same)), torch.ones(()))
+                expect(f"decoding {name} {fp8} {slots} in a graph", torch.tensor(float(same)), torch.ones(()))
 
 
 def _few_rows(expect, n: int, k: int, gated: bool) -> None:

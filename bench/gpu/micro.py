@@ -14,7 +14,17 @@ import torch
 import triton
 from report import MODELS, free, graph_us, median_us, runner_for, say
 
-from martlet.kernels.cuda import decode_attention, few_rows, launch, layers, linear, prefill_attention, rotary, sampling
+from martlet.kernels.cuda import (
+    decode_attention,
+    decode_hopper,
+    few_rows,
+    launch,
+    layers,
+    linear,
+    prefill_attention,
+    rotary,
+    sampling,
+)
 from martlet.model.spec import Attention, Rope
 from martlet.runners.cuda_runner.graphs import Graphs
 from martlet.runners.cuda_runner.mailbox import Mailbox
@@ -275,75 +285,100 @@ def tiles(args) -> None:
 
 
 def attention(args) -> None:
-    """Decode attention, GB/s of keys and values; prefill attention, TFLOP/s of the causal half."""
-    heads, walk = 16, 6  # caches to walk through, so that nothing stays in L2
-    spec = Attention(heads, 8, 128, Rope(1e6, 128), 128**-0.5)
-    for batch, low, high in ((256, 100, 1700), (64, 128, 384), (32, 128, 384), (16, 2000, 2001), (1, 512, 513),
-                             (1, 8192, 8193)):  # fmt: skip
-        lengths = np.random.default_rng(0).integers(low, high, batch)
-        pages = -(-lengths // 16)
-        table = np.zeros((batch, pages.max()), np.int32)
-        ids = np.random.default_rng(1).permutation(pages.sum())
-        for row, (count, end) in enumerate(zip(pages, np.cumsum(pages), strict=True)):
-            table[row, :count] = ids[end - count : end]
-        caches = [torch.randn(2, len(ids), 8, 16, 128, device="cuda").bfloat16() for _ in range(walk)]
-        blocks, rows = torch.from_numpy(table).cuda(), torch.arange(batch, dtype=torch.int32, device="cuda")
-        positions = torch.from_numpy(lengths - 1).int().cuda()
-        q = torch.randn(batch, heads, 128, device="cuda").bfloat16()
-        room = decode_attention.Scratch(
-            torch.empty(1 << 24, device="cuda"),
-            torch.empty(1 << 20, device="cuda"),
-            torch.zeros(1 << 16, dtype=torch.int32, device="cuda"),
-        )
-        chosen = decode_attention.tile_for(batch, spec)
-        some = [(64, chosen.parts, 4, 3), (64, chosen.parts, 4, 4), (64, chosen.parts, 2, 3), (32, chosen.parts, 4, 3),
-                (128, chosen.parts, 4, 3), (64, max(1, chosen.parts // 2), 4, 3),
-                (64, min(64, 2 * chosen.parts), 4, 3)]  # fmt: skip
-        cases = {
-            f"{tile.tokens}t {tile.parts}p w{tile.warps} s{tile.stages}": [
-                lambda c=c, tile=tile: decode_attention.decode_attention(
-                    q, c, blocks, rows, positions, spec, room, tile=tile
-                )
-                for c in caches * 2
-            ]
-            for tile in dict.fromkeys([chosen, *(decode_attention.Tile(*numbers) for numbers in some)])
-        }
-        found = timed(cases, lambda us: [round(us, 1), round(int(lengths.sum()) * 4096 / us / 1e3)])
-        say("attention", kind="decode", batch=batch, context=[low, high], us_gb_s=found)
-        caches = [(c.to(torch.float8_e4m3fn), torch.rand(c.shape[:-1], device="cuda")) for c in caches]
-        chosen = decode_attention.tile_for(batch, spec, fp8=True)
-        some = [
-            (tokens, chosen.parts, warps, stages) for tokens in (64, 128) for warps in (2, 4, 8) for stages in (3, 4)
+    for model in args.models:
+        spec = Attention(MODELS[model]["num_attention_heads"], 8, 128, Rope(1e6, 128), 128**-0.5)
+        for batch, low, high in ((256, 100, 1700), (138, 100, 1900), (64, 256, 257), (24, 100, 1900), (16, 2000, 2001),
+                                 (1, 512, 513), (1, 8192, 8193)):  # fmt: skip
+            lengths = np.sort(np.random.default_rng(0).integers(low, high, batch))[::-1].copy()  # as in a step
+            for fp8 in (False, True):
+                found = _decode_attention(spec, lengths, fp8)
+                say("attention", model=model, kind="decode", fp8=fp8, batch=batch, context=[low, high], us_gb_s=found)
+        for length, before in ((512, 0), (2048, 0), (8192, 0), (2048, 6144)):
+            for fp8 in (False, True):
+                found = _prefill_attention(spec, length, before, fp8)
+                say("attention", model=model, kind="prefill", fp8=fp8, length=length, before=before, us_tflops=found)
+
+
+def _pages(lengths: np.ndarray) -> tuple[torch.Tensor, int]:
+    """(block table of sequences whose pages lie anywhere, number of pages)."""
+    pages = -(-lengths // 16)
+    table = np.zeros((len(lengths), pages.max()), np.int32)
+    ids = np.random.default_rng(1).permutation(pages.sum())
+    for row, (count, end) in enumerate(zip(pages, np.cumsum(pages), strict=True)):
+        table[row, :count] = ids[end - count : end]
+    return torch.from_numpy(table).cuda(), len(ids)
+
+
+def _cache(pages: int, fp8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cache = torch.randn(2, pages, 8, 16, 128, device="cuda").bfloat16()
+    return (cache.to(torch.float8_e4m3fn), torch.rand(cache.shape[:-1], device="cuda")) if fp8 else (cache, None)
+
+
+def _decode_attention(spec: Attention, lengths: np.ndarray, fp8: bool) -> dict:
+    """Microseconds, and GB/s of keys and values: of attention alone, of rotation and attention, of both in one."""
+    batch, heads, walk = len(lengths), spec.heads, 5  # caches to walk through, so that nothing stays in L2
+    blocks, pages = _pages(lengths)
+    caches = [_cache(pages, fp8) for _ in range(walk)] * 2
+    rows = torch.arange(batch, dtype=torch.int32, device="cuda")
+    positions = torch.from_numpy(lengths - 1).int().cuda()
+    qkv = torch.randn(batch, (heads + 16) * 128, device="cuda").bfloat16()
+    q, cos = qkv[:, : heads * 128].view(batch, heads, 128), torch.randn(8193, 128, device="cuda")
+    room = decode_attention.Scratch(
+        torch.empty(1 << 24, device="cuda"),
+        torch.empty(1 << 20, device="cuda"),
+        torch.zeros(1 << 16, dtype=torch.int32, device="cuda"),
+    )
+
+    def attend(cache, scales, tile=None):
+        decode_attention.decode_attention(q, cache, blocks, rows, positions, spec, room, scales=scales, tile=tile)
+
+    def rotate(cache, scales):
+        rotary.rotate_and_write(qkv, None, 1e-6, cos, rows, positions, blocks, cache, spec, scales)
+
+    def in_one(cache, scales, slots=None):
+        decode_hopper.attend(qkv, None, 1e-6, cos, rows, positions, blocks, cache, spec, scales, slots)
+
+    chosen = decode_attention.tile_for(batch, spec, fp8=fp8)
+    others = [(64, chosen.parts, 4, 3), (64, chosen.parts, 2, 4), (128, chosen.parts, 4, 3),
+              (64, max(1, chosen.parts // 2), 4, 3), (64, min(64, 2 * chosen.parts), 4, 3)]  # fmt: skip
+    cases = {
+        f"{tile.tokens}t {tile.parts}p w{tile.warps} s{tile.stages}": [
+            lambda c=c, tile=tile: attend(*c, tile) for c in caches
         ]
-        some += [(64, max(1, chosen.parts // 2), 4, 3), (64, min(64, 2 * chosen.parts), 4, 3)]
-        cases = {
-            f"{tile.tokens}t {tile.parts}p w{tile.warps} s{tile.stages}": [
-                lambda c=c, tile=tile: decode_attention.decode_attention(
-                    q, c[0], blocks, rows, positions, spec, room, tile=tile, scales=c[1]
-                )
-                for c in caches * 2
+        for tile in dict.fromkeys([chosen, *(decode_attention.Tile(*numbers) for numbers in others)])
+    }
+    cases["rotation and attention"] = [lambda c=c: (rotate(*c), attend(*c)) for c in caches]
+    if decode_hopper.able(batch, spec, torch.bfloat16, caches[0][0]):
+        for slots in dict.fromkeys([None, 4, 6, 8] if fp8 else [None, 3, 4]):
+            cases[f"both in one, {slots or 'chosen'} slots"] = [
+                lambda c=c, slots=slots: in_one(*c, slots) for c in caches
             ]
-            for tile in dict.fromkeys([chosen, *(decode_attention.Tile(*numbers) for numbers in some)])
-        }
-        found = timed(cases, lambda us: [round(us, 1), round(int(lengths.sum()) * 2112 / us / 1e3)])
-        say("attention", kind="decode fp8", batch=batch, context=[low, high], us_gb_s=found)
-        del caches, cases
-        free()
-    for length in (512, 2048, 8192):
-        cache = torch.randn(2, length // 16, 8, 16, 128, device="cuda").bfloat16()
-        blocks = torch.arange(length // 16, dtype=torch.int32, device="cuda").view(1, -1)
-        qkv = torch.randn(-(-length // 1024) * 1024, (heads + 16) * 128, device="cuda").bfloat16()
-        q = qkv[:length, : heads * 128].view(length, heads, 128)
-        out = torch.empty(length, heads * 128, device="cuda").bfloat16()
-        sequences = torch.tensor([[0], [0], [length], [0]], dtype=torch.int32, device="cuda")
-        flop = 2 * length * length * heads * 128
-        cases = {"cuDNN": [lambda: prefill_attention.fresh_attention(qkv, length, spec)] * 2}
-        for m, n, warps, stages in ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)):
-            tiles_ = torch.from_numpy(prefill_attention.tiles(np.array([0]), np.array([length]), m)).cuda()
-            cases[f"{m}x{n} w{warps} s{stages}"] = [
-                lambda m=m, n=n, warps=warps, stages=stages, tiles_=tiles_: prefill_attention.prefill_attention(
-                    q, cache, blocks, tiles_, sequences, spec, out, block_m=m, block_n=n, warps=warps, stages=stages
-                )
-            ] * 2
-        found = timed(cases, lambda us: [round(us, 1), round(flop / us / 1e6)])
-        say("attention", kind="prefill", length=length, us_tflops=found)
+    size = int(lengths.sum()) * 16 * (132 if fp8 else 256)
+    found = timed(cases, lambda us: [round(us, 1), round(size / us / 1e3)])
+    del caches, cases
+    free()
+    return found
+
+
+def _prefill_attention(spec: Attention, length: int, before: int, fp8: bool) -> dict:
+    """Microseconds, and TFLOP/s of the part below the diagonal, for a prompt's last `length` tokens."""
+    heads = spec.heads
+    blocks, pages = _pages(np.array([before + length]))
+    cache, kept = _cache(pages, fp8)
+    qkv = torch.randn(-(-length // 1024) * 1024, (heads + 16) * 128, device="cuda").bfloat16()
+    q = qkv[:length, : heads * 128].view(length, heads, 128)
+    out = torch.empty(length, heads * 128, device="cuda").bfloat16()
+    sequences = torch.tensor([[0], [before], [length], [0]], dtype=torch.int32, device="cuda")
+    flop = 2 * length * (length + 2 * before) * heads * 128
+    cases: dict[str, list[Callable]] = {}
+    if not before:
+        cases["cuDNN"] = [lambda: prefill_attention.fresh_attention(qkv, length, spec)] * 2
+    for m, n, warps, stages in ((64, 64, 4, 3), (64, 64, 4, 1), (64, 128, 4, 2), (64, 128, 4, 1), (128, 64, 8, 3)):
+        tiles_ = torch.from_numpy(prefill_attention.tiles(np.array([before]), np.array([length]), m)).cuda()
+        cases[f"{m}x{n} w{warps} s{stages}"] = [
+            lambda m=m, n=n, warps=warps, stages=stages, tiles_=tiles_: prefill_attention.prefill_attention(
+                q, cache, blocks, tiles_, sequences, spec, out,
+                scales=kept, block_m=m, block_n=n, warps=warps, stages=stages,
+            )
+        ] * 2  # fmt: skip
+    return timed(cases, lambda us: [round(us, 1), round(flop / us / 1e6)])

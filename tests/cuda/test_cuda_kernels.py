@@ -126,13 +126,16 @@ def test_adapters_of_few_rows_fit_in(outputs, inputs, gated, ends, slots, rank):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (16, 8, 128), (64, 4, 64), (8, 4, 256)])
 @pytest.mark.parametrize("batch", [10, 17, 34, 64, 67, 256])
-def test_programs_of_a_decoding_step_fit_a_hopper_side_by_side(heads, kv_heads, dim, batch, monkeypatch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_programs_of_a_decoding_step_fit_a_hopper_side_by_side(heads, kv_heads, dim, batch, fp8, monkeypatch):
     """What they compute only a Hopper can tell: bench/gpu/correctness.py."""
     monkeypatch.setattr(launch, "num_sms", lambda: 132)
-    slots = decode_hopper.slots_for(batch, Attention(heads, kv_heads, dim, Rope(1e4, dim), 0.1))
+    slots = decode_hopper.slots_for(batch, Attention(heads, kv_heads, dim, Rope(1e4, dim), 0.1), fp8=fp8)
     columns = max(8, 2 * heads // kv_heads)
-    each = 1024 + 2 * (64 * dim * slots + columns * (dim + 64)) + 512  # reserved; ring, queries, weights; sums
+    ring = 64 * slots * (dim + 4 if fp8 else 2 * dim)  # a scale is four bytes
+    each = 1024 + ring + 2 * columns * (dim + 64) + 512  # reserved; queries, weights; sums
     assert 3 <= slots <= 8
+    assert not (fp8 and slots % 2)
     assert each * min(2 if dim == 256 else 4, -(-batch * kv_heads // 132)) <= 228 << 10
 
 
@@ -140,11 +143,12 @@ def test_each_ring_of_a_decoding_step_is_compiled_ahead(monkeypatch):
     monkeypatch.setattr(launch, "num_sms", lambda: 132)
     monkeypatch.setattr(launch, "has_wgmma", lambda: True)
     spec, batches = Attention(32, 8, 128, Rope(1e4, 128), 0.1), [1, 8, 16, 24, 32, 40, 48, 56, 64]
-    ahead = decode_hopper.sizes(batches, spec)
-    assert ahead == [16, 32, 48, 64]
-    assert {decode_hopper.slots_for(size, spec) for size in ahead} == {
-        decode_hopper.slots_for(batch, spec) for batch in batches
-    }
+    assert decode_hopper.sizes(batches, spec, fp8=False) == [16, 32, 48, 64]
+    for fp8 in (False, True):
+        ahead = decode_hopper.sizes(batches, spec, fp8=fp8)
+        assert {decode_hopper.slots_for(size, spec, fp8=fp8) for size in ahead} == {
+            decode_hopper.slots_for(batch, spec, fp8=fp8) for batch in batches
+        }
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])

@@ -326,12 +326,12 @@ class Decoder:
     ) -> torch.Tensor:
         """qkv [T or more, (H + 2 K) * D] or its parts -> [T, H * D]; keys and values go to the cache of the layer."""
         n, cache, scales = step.decoding, state.caches[number], state.scales[number]
-        hopper = n > 0 and decode_hopper.able(n, spec, cache, scales)
+        hopper = n > 0 and decode_hopper.able(n, spec, self.dtype, cache)
         if hopper:  # it rotates by itself, so it comes before the rotation, which does these rows again beside prompts
-            out = cache.new_empty(len(step.rows), spec.q_size)
+            out = qkv.new_empty(len(step.rows), spec.q_size, dtype=self.dtype)
             decode_hopper.attend(
                 qkv[..., :n, :], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows[:n],
-                step.positions[:n], state.blocks, cache, spec, out=out[:n],
+                step.positions[:n], state.blocks, cache, spec, scales, out=out[:n],
             )  # fmt: skip
             if n == len(step.rows):
                 return out

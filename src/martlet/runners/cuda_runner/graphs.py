@@ -107,7 +107,7 @@ class Graphs:
         most = self.sizes[-1]
         sizes = {most, *(size for size in few_rows.sizes() if size <= most)}
         for spec in {layer.mixer for layer in self.decoder.spec.layers}:
-            sizes.update(decode_hopper.sizes(self.sizes, spec))
+            sizes.update(decode_hopper.sizes(self.sizes, spec, fp8=self.state.scales[0] is not None))
         for kind in (sampler.DRAW, sampler.CUT):
             self._blank((min(8, most), kind, False))
         for adapted in (False, True) if self.decoder.slots is not None else (False,):
