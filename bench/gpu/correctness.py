@@ -407,6 +407,8 @@ def engine(args) -> None:
         say("engine", family=family, preemptions=running.stats().preemptions, same=same)
     for width in (256, 1024):  # sums in float32 and in bfloat16
         _long_prompts(width)
+    for kv_dtype in ("auto", "fp8"):
+        _beside_prompts(kv_dtype)
     _fp8()
 
 
@@ -432,6 +434,53 @@ def _long_prompts(width: int) -> None:
     prefill_attention.FRESH = fresh
     worst = max(abs(found[0][i].logprob - found[1][i].logprob) for i in found[0])
     say("engine", long_prompts=len(found[0]), width=width, worst_logprob=worst, ok=worst < 2e-2)
+
+
+def _beside_prompts(kv_dtype: str) -> None:
+    """Short prompts that come while others decode, in graphs: with rotation and attention in one kernel, and apart."""
+    config = {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 3, "max_position_embeddings": 512,
+              "vocab_size": 1000, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+              "intermediate_size": 512}  # fmt: skip
+    numbers = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
+    requests = [
+        Request(str(i), numbers.integers(0, 1000, int(numbers.integers(2, 30))).tolist(), params) for i in range(90)
+    ]
+    able, found, full = decode_hopper.able, [], 0
+    for allowed in (True, False):
+        decode_hopper.able = able if allowed else lambda *_: False
+        runner = CudaRunner(
+            ModelCard("short", Path("-"), "dummy", "llama", config=config),
+            LoadOptions(device="cuda", dtype="bfloat16", max_num_seqs=64, kv_cache_tokens=16384, kv_dtype=kv_dtype),
+        )
+        while runner.get_ready():
+            pass
+        assert runner.graphs is not None
+        run_mixed = runner.graphs.run_mixed
+
+        def counted(mixed, *rest, run_mixed=run_mixed):
+            nonlocal full
+            full += mixed.decodes == mixed.tokens
+            return run_mixed(mixed, *rest)
+
+        runner.graphs.run_mixed = counted
+        running, waiting, logprobs = Engine(runner), requests[::-1], {}
+        while waiting or running.has_work:
+            for _ in range(min(2, len(waiting))):
+                running.add(waiting.pop())
+            for output in running.step():
+                logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+        found.append(logprobs)
+        running.close()
+    decode_hopper.able = able
+    apart = []
+    for one, two in ((found[0][i], found[1][i]) for i in found[0]):
+        for a, b in zip(one, two, strict=True):
+            apart.append(abs(a.logprob - b.logprob))
+            if a.token != b.token:
+                break
+    say("engine", beside_prompts=len(requests), kv_dtype=kv_dtype, full_graphs=full, tokens=len(apart),
+        mean_logprob=float(np.mean(apart)), worst=max(apart), ok=full > 0 and np.mean(apart) < 1e-2)  # fmt: skip
 
 
 FP8 = {"fp8 kv": {"kv_dtype": "fp8"}, "fp8 weights": {"quant": "fp8"}, "both": {"kv_dtype": "fp8", "quant": "fp8"}}

@@ -31,6 +31,7 @@ from martlet.runners.base import TokenLogprobs
 from martlet.sampling_params import SamplingParams
 
 TOP_K, TEMPERATURE, VOCABULARY = 8, 0.8, 32000
+KEPT = 256  # finished requests that are computed again
 GRAPHS = 64 << 20  # bytes that graphs which were captured after the first measurement may keep
 
 
@@ -100,9 +101,9 @@ class Load:
             if len(tokens) != request.params.max_tokens:
                 tally.wrong.append(f"{request.id} has {len(tokens)} tokens, not {request.params.max_tokens}")
             place = int(self.random.integers(0, tally.finished))  # a sample of all that finish, of even chance
-            if len(self.kept) < 64:
+            if len(self.kept) < KEPT:
                 self.kept.append((request, tokens))
-            elif place < 64:
+            elif place < KEPT:
                 self.kept[place] = request, tokens
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from martlet.engine.request import Request
 from martlet.errors import BackendUnavailable, OutOfMemory, UsageError
 from martlet.grammar import Grammar
 from martlet.hub.card import ModelCard
-from martlet.kernels.cuda import prefill_attention
+from martlet.kernels.cuda import decode_attention, decode_hopper, prefill_attention, rotary
 from martlet.model import families
 from martlet.model.weights import read_spec
 from martlet.runners.cuda_runner import CudaRunner, decoder, weights
@@ -140,6 +141,28 @@ def test_a_kind_of_kv_memory_that_a_runner_lacks_is_refused_by_name():
         TorchRunner(card("qwen3"), options("cpu", kv_dtype="fp8"))
 
 
+def test_tokens_of_new_rows_are_there_before_a_graph_reads_them():
+    """Within a graph's first kernel one program would write a token while another reads it."""
+    runner, late = CudaRunner(card("qwen3"), options(DEVICE, max_num_seqs=16), graphs=False), []
+
+    def run(rows, positions, changes, *_, adapted):
+        fresh = rows[positions == 0]
+        assert (runner.state.tokens[fresh.astype(np.int64), 0] == 5).all()
+        late.append((len(fresh), changes.shape[1]))
+        return torch.zeros(len(rows), dtype=torch.int32), None
+
+    runner.graphs = SimpleNamespace(run=run, mixed_for=lambda *_, **__: None, close=lambda: None)
+    engine = Engine(runner)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    for number in range(13):
+        engine.add(Request(str(number), [5], params))
+        if number >= 11:
+            engine.step()
+    outputs = drain(engine, [])
+    assert len(outputs) == 13 and late[:2] == [(12, 0), (1, 0)] and any(changes for _, changes in late)
+    runner.close()
+
+
 def test_masks_hold_beside_rows_without():
     def constrained(runner):
         wants = [
@@ -164,8 +187,21 @@ def test_masks_hold_beside_rows_without():
             assert allowed(text, tokens[:at])[token // 32] >> np.uint32(token % 32) & 1
 
 
+def rotate_and_attend(qkv, norms, eps, table, rows, positions, blocks, cache, spec, scales=None, slots=None, out=None):
+    """`decode_hopper.attend` by kernels that run anywhere. What it leaves for tokens that are not their row's only ones
+    is of no use: it may read keys that are not there yet.
+    """
+    q = rotary.rotate_and_write(qkv.clone(), norms, eps, table, rows, positions, blocks, cache, spec, scales)
+    room = decode_attention.scratch([spec], rows.device)
+    decode_attention.decode_attention(q, cache, blocks, rows, positions, spec, room, scales=scales, out=out)
+    _, which, counts = rows.unique(return_inverse=True, return_counts=True)
+    out[counts[which] > 1] = torch.nan
+    return out
+
+
 @torch.inference_mode()
-def test_a_step_spread_over_the_places_of_a_graph_is_the_same_step():
+@pytest.mark.parametrize(("decodes", "in_one"), [(4, False), (4, True), (64, True)])
+def test_a_step_spread_over_the_places_of_a_graph_is_the_same_step(decodes, in_one, monkeypatch):
     runner = CudaRunner(card("qwen3"), options(DEVICE), step_tokens=64, graphs=False)
     random = np.random.default_rng(0)
     state, queries = runner.state, runner.decoder.queries
@@ -189,14 +225,21 @@ def test_a_step_spread_over_the_places_of_a_graph_is_the_same_step():
         there(step.rows), there(step.positions), 2, tiles=there(step.tiles), sequences=there(step.sequences),
         picks=there(step.picks),
     )  # fmt: skip
-    mixed = Mixed(4, 64, queries)
+    mixed = Mixed(decodes, 64, queries)
     spread = mixed.tensors(there(mixed.words_of(step)))
-    want, got = runner.decoder.forward(packed, state), runner.decoder.forward(spread, state)
+    want = runner.decoder.forward(packed, state)
+    if in_one:
+        monkeypatch.setattr(decode_hopper, "able", lambda *_: True)
+        monkeypatch.setattr(decode_hopper, "attend", rotate_and_attend)
+    for cache in state.caches:
+        cache.zero_()
+    got = runner.decoder.forward(spread, state)
+    monkeypatch.undo()
     whole = runner.decoder.forward(replace(packed, picks=None), state)
     none = runner.decoder.forward(replace(packed, picks=there(np.empty(0))), state)
     assert torch.allclose(want, whole[[0, 39, 6]], atol=1e-5) and len(none) == 0
     padding = runner.decoder.forward(mixed.tensors(there(mixed.padding())), state)
-    assert len(got) == 4 + MIXED_SEQUENCES == len(padding)
+    assert len(got) == decodes + MIXED_SEQUENCES == len(padding)
     assert torch.allclose(got[:3], want, atol=1e-5) and want.abs().max() > 0.1
     runner.close()
 

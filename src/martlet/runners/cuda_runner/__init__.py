@@ -236,7 +236,8 @@ class CudaRunner:
             plain = decodes and batch.masks is None
             kind = sampler.kind_of(self.rows, batch.rows, batch.start + batch.count) if plain else sampler.SPECIAL
         replay = self.graphs is not None and decodes and not self._wants_prompt_logprobs(batch)
-        if not (replay and changes.shape[1] <= total):
+        # A graph's first kernel reads tokens while it writes changes: new rows' tokens have to be there before.
+        if not replay or batch.new_rows or changes.shape[1] > total:
             self._apply(changes)
             changes = changes[:, :0]
         if not total:

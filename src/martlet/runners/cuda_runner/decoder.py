@@ -333,7 +333,7 @@ class Decoder:
                 qkv[..., :n, :], block.qk_norms, self.spec.eps, self.rotations[spec.rope], step.rows[:n],
                 step.positions[:n], state.blocks, cache, spec, scales, out=out[:n],
             )  # fmt: skip
-            if n == len(step.rows):
+            if step.tiles is None and not step.fresh:  # in a graph `decoding` may be all tokens, and others among them
                 return out
         rotated = qkv
         if qkv.dtype != self.dtype:
