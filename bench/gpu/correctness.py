@@ -480,7 +480,7 @@ def _beside_prompts(kv_dtype: str) -> None:
             if a.token != b.token:
                 break
     say("engine", beside_prompts=len(requests), kv_dtype=kv_dtype, full_graphs=full, tokens=len(apart),
-        mean_logprob=float(np.mean(apart)), worst=max(apart), ok=full > 0 and np.mean(apart) < 1e-2)  # fmt: skip
+        mean_logprob=float(np.mean(apart)), worst=max(apart), ok=bool(full > 0 and np.mean(apart) < 1e-2))  # fmt: skip
 
 
 FP8 = {"fp8 kv": {"kv_dtype": "fp8"}, "fp8 weights": {"quant": "fp8"}, "both": {"kv_dtype": "fp8", "quant": "fp8"}}
