@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,11 @@ from martlet.bench import machine
 from martlet.cli import doctor
 from martlet.hub.card import ModelCard
 from martlet.model import families
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +103,12 @@ def test_doctor_exits_1_when_something_is_broken(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "!!  libraries       missing: tokenizers" in said
     assert "-> pip install tokenizers" in said
+
+
+def test_doctor_asks_for_all_that_the_project_needs():
+    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    everywhere = [entry for entry in wanted["dependencies"] if ";" not in entry]
+    assert [re.split("[<>=]", entry)[0] for entry in everywhere] == list(doctor.REQUIRED)
 
 
 def test_doctor_sees_a_cache_that_cannot_be_written(monkeypatch):

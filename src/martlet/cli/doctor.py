@@ -21,8 +21,13 @@ REQUIRED = (
     "jinja2",
     "fastapi",
     "uvicorn",
+    "httptools",
     "pydantic",
     "orjson",
+    "llguidance",
+    "prometheus-client",
+    "rich",
+    "httpx",
 )
 OPTIONAL = {
     "torch": "the reference kernels and CUDA: pip install 'martlet[torch]'",
