@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from martlet.errors import BackendUnavailable, MartletError, UsageError
 from martlet.train import checks, layout
@@ -73,6 +74,20 @@ def test_peft_loads_the_adapter(run, tiny_model):
     plain = base(torch.tensor([[1, 2, 3]])).logits
     model = PeftModel.from_pretrained(base, run[1].last_model_checkpoint)
     assert not torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("targets", "embeddings"), [(("q_proj",), False), (("q_proj", "embed_tokens"), True)])
+def test_no_save_asks_a_hub_about_the_base(targets, embeddings, tiny_model, tmp_path, monkeypatch):
+    def asked(*_):
+        raise AssertionError("a hub was asked")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    monkeypatch.setattr("martlet.train.model.base_name", lambda card: "a-name-of-the-registry")
+    short = SHORT | {"target_modules": targets, "max_steps": 1}
+    result = train(SftArguments(model=str(tiny_model), output_dir=str(tmp_path), **short))
+    with safe_open(layout.Path(result.last_model_checkpoint) / "adapter_model.safetensors", "pt") as file:
+        whole = [name for name in file.keys() if "embed_tokens" in name and "lora" not in name]  # noqa: SIM118
+        assert bool(whole) == embeddings
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from typing import Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # orpo and cpo live in trl.experimental, and say so on import
 
 from datasets import Dataset as Table
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -55,7 +59,7 @@ def trainer_for(
         if new not in names:
             settings[old] = settings.pop(new)
     takes_reference = {"ref_model": reference} if kind in ("dpo", "kto") else {}
-    return trainer(
+    made = trainer(
         model=model,
         args=config(**settings),
         train_dataset=table(train),
@@ -65,6 +69,16 @@ def trainer_for(
         callbacks=callbacks,
         **takes_reference,
     )
+    if isinstance(made.model, PeftModel):
+        _ask_no_hub(made.model)
+    return made
+
+
+def _ask_no_hub(model: PeftModel) -> None:
+    """Save without asking a hub about the base, as peft does to see whether its vocabulary grew: ours never does."""
+    adapted = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    with_embeddings = not set(adapted).isdisjoint(EMBEDDING_LAYER_NAMES)
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=with_embeddings)
 
 
 def common_settings(arguments: SftArguments, output_dir: str, *, rows: int, evaluates: bool) -> dict[str, Any]:

@@ -368,7 +368,8 @@ def attend(
 ) -> torch.Tensor:
     """`rotary.rotate_and_write` of tokens positions[b] of rows[b], then their attention -> [B, H * D] in bfloat16.
 
-    qkv [B, (H + 2 K) * D] or parts of it [P, B, ...], to be summed; the others as there. Row -1: left undefined.
+    qkv [B, (H + 2 K) * D] or parts of it [P, B, ...], to be summed; the others as there. Row -1: left undefined. So is
+    what a token attends to whose row has other tokens here: their keys may not be written yet.
     out [B, H * D]: where it goes, if not to a tensor of its own.
     """
     batch = len(rows)
