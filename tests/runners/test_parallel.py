@@ -190,6 +190,14 @@ def test_a_rank_that_dies_or_hangs_fails_what_runs_and_leaves_nothing(blow, monk
     until(lambda: gone(pid))
 
 
+def test_ranks_outlive_a_sleep_of_the_machine(two, monkeypatch):
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 100)
+    time.sleep(4 * processes.LOOK)
+    answers = drain(Engine(two), [Request("0", [1, 2], GREEDY)])
+    assert not answers[-1].error and len(answers[-1].token_ids) > 0
+
+
 def test_ranks_end_with_rank_0():
     script = "import sys; sys.path[:0] = sys.argv[1:]; import test_parallel as t; t.wait_for_the_end()"
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sim")]

@@ -124,10 +124,13 @@ class Processes:
     # The watcher
 
     def _watch(self) -> None:
-        beats, heard = [0] * (self.size - 1), [time.monotonic()] * (self.size - 1)
+        """By a clock that stops while this thread does not run: a busy or sleeping machine stops ranks as well."""
+        now, looked = 0.0, time.monotonic()
+        beats, heard = [0] * (self.size - 1), [now] * (self.size - 1)
         done, moved = [0] * (self.size - 1), list(heard)
         while not self._closing.wait(LOOK):
-            now = time.monotonic()
+            since, looked = looked, time.monotonic()
+            now += min(looked - since, 2 * LOOK)
             for i, process in enumerate(self._processes):
                 told = self._writer.told[i + 1]
                 if not self._ready or int(told[BEAT]) != beats[i]:
