@@ -148,7 +148,9 @@ def test_a_step_that_fails_on_all_ranks_is_the_engines_to_deal_with(two):
 
     with pytest.raises(IndexError):
         two.launch(step(99))
-    assert two.launch(step(0)).result().tokens[0] >= 0
+    for _ in range(2):
+        assert two.launch(step(0)).result().tokens[0] >= 0
+        time.sleep(3 * processes.LOOK)  # whoever watches the ranks has looked
 
 
 def test_what_cannot_be_shared_says_what_would_work():

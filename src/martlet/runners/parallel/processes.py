@@ -55,6 +55,7 @@ class Processes:
         self._closing = threading.Event()
         self._ready = False  # all ranks beat their hearts
         self._succeeded = -1  # number of the last message that rank 0 did as well
+        self._alike = 0  # what FAILED says of the last one that all ranks failed at
         self._reports: list[int] = []
         self._lifelines: list[int] = []
         self._processes = [self._start(rank) for rank in range(1, size)]
@@ -116,6 +117,9 @@ class Processes:
         deadline = time.monotonic() + AGREE
         while time.monotonic() < deadline and self.failure is None:
             if (self._writer.told[1:, FAILED] == number + 1).all():
+                self._alike = number + 1
+                for rank in range(1, self.size):
+                    self._reported(rank - 1)  # not to be taken for what ranks say of a later failure
                 return
             time.sleep(0.005)
         self._fail(RankFailure("rank 0 failed at a step that the other ranks did; see the log"))
@@ -144,7 +148,7 @@ class Processes:
                     self._fail(RankFailure(f"{name} has given no sign of life for {SILENT:.0f} s"))
                 elif now - moved[i] > STUCK:
                     self._fail(RankFailure(f"{name} has been at one step for {STUCK:.0f} s"))
-                elif 0 < int(told[FAILED]) <= self._succeeded + 1 and self._ready:
+                elif self._alike < int(told[FAILED]) <= self._succeeded + 1 and self._ready:
                     self._fail(self._reported(i) or RankFailure(f"{name} failed at a step that rank 0 did"))
             if self.failure is not None:
                 return
